@@ -1,0 +1,180 @@
+"""Checkpoints that exist whole or not at all, in safetensors and JSON only.
+
+A checkpoint is a folder `<output_dir>/checkpoints/<stage>-<step>/` with `state.safetensors` (weights, averaged
+weights, optimizer moments), `state.json` (everything that is not a tensor) and `manifest.json` (size and
+SHA-256 of the other two). It is written beside its place, fsynced and renamed; whatever a crash leaves has
+another name, and a damaged one fails its manifest.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from latent_ddpm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FILES = ("state.safetensors", "state.json")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint's files are not those that were written."""
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's or a folder's entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def split_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
+    """Part a nested state into tensors by path ("optimizer/state/0/exp_avg") and a JSON skeleton of the rest."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def walk(value: Any, path: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().cpu().contiguous()
+            return {"__tensor__": path}
+        if isinstance(value, dict):
+            return {"__items__": [[key, walk(item, f"{path}/{key}" if path else str(key))] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return [walk(item, f"{path}/{i}") for i, item in enumerate(value)]
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"{path}: a {type(value).__name__} cannot be saved in a checkpoint")
+
+    return tensors, walk(state, "")
+
+
+def join_state(tensors: dict[str, torch.Tensor], skeleton: Any) -> Any:
+    """The inverse of `split_state` (tuples come back as lists)."""
+    if isinstance(skeleton, dict):
+        if "__tensor__" in skeleton:
+            return tensors[skeleton["__tensor__"]]
+        return {key: join_state(tensors, value) for key, value in skeleton["__items__"]}
+    if isinstance(skeleton, list):
+        return [join_state(tensors, value) for value in skeleton]
+    return skeleton
+
+
+class CheckpointFolder:
+    """The checkpoints of one stage of one run.
+
+    Args:
+        folder: `<output_dir>/checkpoints`.
+        stage: the prefix of the checkpoints' names.
+        total_limit: how many of the newest are kept.
+    """
+
+    def __init__(self, folder: Path, stage: str, total_limit: int) -> None:
+        self.folder, self.stage, self.total_limit = Path(folder), stage, total_limit
+
+    def all(self) -> list[Path]:
+        """Checkpoints that have their final name, oldest first."""
+        pattern = re.compile(rf"{re.escape(self.stage)}-(\d+)")
+        found = [path for path in self.folder.glob(f"{self.stage}-*") if pattern.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the state after `step` steps; call it in one process.
+
+        Raises:
+            UserError: the disk is full or not writable; nothing half-written keeps a checkpoint's name.
+        """
+        final = self.folder / f"{self.stage}-{step:08d}"
+        aside = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        tensors, skeleton = split_state(state)
+        try:
+            self._remove_leftovers()
+            aside.mkdir(parents=True)
+            save_file(tensors, aside / "state.safetensors")
+            (aside / "state.json").write_text(json.dumps(skeleton))
+            manifest = {name: {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)} for name in _FILES}
+            (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            for path in (*aside.iterdir(), aside):
+                fsync_path(path)
+            if final.exists():
+                shutil.rmtree(final)
+            aside.rename(final)
+            fsync_path(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(
+                f"Could not write the checkpoint {final}: {error}. Earlier checkpoints are untouched; make room and "
+                f"start again with --resume_from_checkpoint latest."
+            ) from error
+        for old in self.all()[: -self.total_limit]:
+            shutil.rmtree(old)
+        return final
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob(f".{self.stage}-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read and verify one checkpoint.
+
+        Raises:
+            DamagedCheckpoint: a file is missing, cut short or changed.
+        """
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+            for name in _FILES:
+                if (path / name).stat().st_size != manifest[name]["bytes"]:
+                    raise DamagedCheckpoint(f"{name} has {(path / name).stat().st_size} bytes instead of "
+                                            f"{manifest[name]['bytes']}")  # fmt: skip
+                if _sha256(path / name) != manifest[name]["sha256"]:
+                    raise DamagedCheckpoint(f"{name} is not what was written")
+            return join_state(load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text()))
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise DamagedCheckpoint(str(error)) from error
+
+    def resume(self, wanted: str | None) -> dict[str, Any] | None:
+        """The state to go on from: of `latest` (the newest undamaged one), of a folder, or None to start afresh.
+
+        Raises:
+            UserError: checkpoints are there but resuming was not asked for; the named one is damaged or missing;
+                all are damaged.
+        """
+        present = self.all()
+        if wanted is None:
+            if present:
+                raise UserError(
+                    f"{self.folder.parent} already holds {present[-1].name}. Go on from there with "
+                    f"--resume_from_checkpoint latest, or give another --output_dir."
+                )
+            return None
+        if wanted != "latest":
+            path = Path(wanted)
+            path = path if path.exists() else self.folder / wanted
+            if not path.is_dir():
+                raise UserError(f"There is no checkpoint {wanted}; in {self.folder} are: {[p.name for p in present]}.")
+            try:
+                return self.load(path)
+            except DamagedCheckpoint as error:
+                raise UserError(f"The checkpoint {path} is damaged: {error}.") from error
+        for path in reversed(present):
+            try:
+                return self.load(path)
+            except DamagedCheckpoint as error:
+                logger.warning("The checkpoint %s is damaged (%s); trying the one before it.", path, error)
+        if present:
+            raise UserError(f"All {len(present)} checkpoints in {self.folder} are damaged; remove them to start afresh.")
+        return None

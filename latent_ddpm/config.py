@@ -1,0 +1,417 @@
+"""Configs: one YAML file is one reproducible run of both stages; any key can be overridden on the command line.
+
+Keys at the top level of the YAML file hold for both stages; the sections `train_autoencoder:` and
+`train_unet:` hold the keys of one stage (and may override a common one for it). Each stage sees one flat,
+typed config. Types, ranges and combinations are checked before anything is loaded.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from latent_ddpm.errors import UserError
+
+SECTIONS = ("train_autoencoder", "train_unet")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What both stages share.
+
+    Args:
+        output_dir: the run's folder; both stages work in the same one.
+        seed: with the example number it determines order, augmentation, timesteps and noise.
+        train_data_dir: a folder of images, nested as you like; folder names become labels.
+        dataset_name: a Hub id, a local dataset folder, parquet files, or `embedded:mnist`.
+        dataset_config_name: the configuration of a Hub dataset that has several.
+        image_column: the column of `dataset_name` that holds the images.
+        resolution: images are brought to this many pixels square.
+        image_channels: 1 (grayscale) or 3 (RGB).
+        center_crop: crop the centre; false crops at a random place (stage 1 only, the latent cache has the centre).
+        random_flip: mirror half of the images (in the latent cache: keep both versions).
+        validation_fraction: share held out when the dataset has no validation split of its own.
+        max_validation_images: at most so many validation images.
+        max_bad_image_share: stop when more than this share of the images cannot be decoded.
+        image_cache_gib: decode once and keep when the decoded images fit into so many GiB; 0 never keeps.
+        dataloader_num_workers: processes that decode images.
+        train_batch_size: images per process and micro-batch.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        max_train_steps: optimizer steps in all.
+        learning_rate: the peak learning rate.
+        lr_scheduler: what follows the warm-up.
+        lr_warmup_steps: steps over which the learning rate rises from 0.
+        adam_beta1: AdamW's decay of the first moment.
+        adam_beta2: AdamW's decay of the second moment.
+        adam_epsilon: AdamW's epsilon.
+        adam_weight_decay: AdamW's decoupled weight decay.
+        max_grad_norm: gradients are clipped to this norm.
+        ema_decay: decay per step of the averaged weights, warmed up as min(ema_decay, (1 + step) / (10 + step)).
+        mixed_precision: no, bf16 or fp16; unset takes what `accelerate launch` says.
+        report_to: tensorboard, wandb or none; metrics.jsonl is always written.
+        logging_steps: steps between lines of metrics.
+        validation_steps: steps between validations, each with a picture grid.
+        checkpointing_steps: steps between checkpoints.
+        checkpoints_total_limit: keep so many of the newest checkpoints.
+        resume_from_checkpoint: `latest`, or a checkpoint's folder.
+    """
+
+    output_dir: str = "outputs/run"
+    seed: int = 0
+    train_data_dir: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    image_column: str = "image"
+    resolution: int = 64
+    image_channels: int = 3
+    center_crop: bool = True
+    random_flip: bool = False
+    validation_fraction: float = 0.05
+    max_validation_images: int = 1000
+    max_bad_image_share: float = 0.05
+    image_cache_gib: float = 4.0
+    dataloader_num_workers: int = 2
+    train_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 10_000
+    learning_rate: float = 2e-4
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup_steps: int = 100
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.99
+    adam_epsilon: float = 1e-8
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    report_to: Literal["tensorboard", "wandb", "none"] = "none"
+    logging_steps: int = 10
+    validation_steps: int = 500
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str | None = None
+
+    def validate(self) -> None:
+        """Raise UserError naming the key when a value or a combination is impossible."""
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            have = "both are set" if self.train_data_dir else "neither is set"
+            raise UserError(f"Set exactly one of train_data_dir and dataset_name ({have}).")
+        _require(self.image_channels in (1, 3), "image_channels", self.image_channels, "1 (grayscale) or 3 (RGB)")
+        positive = ("resolution", "max_validation_images", "train_batch_size", "gradient_accumulation_steps")
+        positive += ("max_train_steps", "logging_steps", "validation_steps", "checkpointing_steps")
+        positive += ("checkpoints_total_limit", "learning_rate", "max_grad_norm", "adam_epsilon")
+        for key in positive:
+            _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
+        for key in ("seed", "lr_warmup_steps", "image_cache_gib", "dataloader_num_workers", "adam_weight_decay"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        for key in ("adam_beta1", "adam_beta2", "ema_decay"):
+            _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
+        _require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
+        _require(0 <= self.max_bad_image_share <= 1, "max_bad_image_share", self.max_bad_image_share, "in 0 to 1")
+
+
+@dataclass(kw_only=True)
+class AutoencoderConfig(RunConfig):
+    """Stage 1: the VQ-VAE, its losses and its discriminator.
+
+    Args:
+        block_out_channels: channels per resolution; each level but the last halves the resolution.
+        layers_per_block: residual blocks per level of the encoder (the decoder has one more, as in stock VQModel).
+        norm_num_groups: groups of each group norm.
+        latent_channels: channels of the latents, which are also the width of a code.
+        num_vq_embeddings: codes in the codebook.
+        mid_block_add_attention: attention at the lowest resolution; its cost grows with the square of the pixels.
+        codebook_decay: decay of the codebook's moving averages (arXiv 1711.00937, appendix A.1).
+        codebook_revive_below: a code used less than this share of the mean is put on an encoder output instead.
+        commitment_weight: weight of the commitment loss (arXiv 1711.00937, eq. 3).
+        reconstruction_loss: l1 or l2 between pixels in -1..1.
+        lpips_weight: weight of the perceptual loss (arXiv 1801.03924); 0 switches it off.
+        lpips_net: trunk of the perceptual loss.
+        disc_weight: factor on the adaptive weight of the adversarial loss; 0 switches the discriminator off.
+        disc_start: step at which the discriminator enters.
+        disc_channels: channels of the discriminator's first layer.
+        disc_layers: stride-2 layers of the PatchGAN discriminator.
+        disc_learning_rate: learning rate of the discriminator; unset takes learning_rate.
+    """
+
+    block_out_channels: list[int] = dataclasses.field(default_factory=lambda: [64, 128, 128])
+    layers_per_block: int = 1
+    norm_num_groups: int = 16
+    latent_channels: int = 3
+    num_vq_embeddings: int = 1024
+    mid_block_add_attention: bool = False
+    codebook_decay: float = 0.99
+    codebook_revive_below: float = 0.05
+    commitment_weight: float = 0.25
+    reconstruction_loss: Literal["l1", "l2"] = "l1"
+    lpips_weight: float = 0.0
+    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    disc_weight: float = 0.0
+    disc_start: int = 0
+    disc_channels: int = 64
+    disc_layers: int = 3
+    disc_learning_rate: float | None = None
+
+    def validate(self) -> None:
+        """As RunConfig.validate, and that images, downsampling, channels and groups fit."""
+        super().validate()
+        _require(len(self.block_out_channels) >= 1, "block_out_channels", self.block_out_channels, "a list of channels")
+        for key in ("layers_per_block", "norm_num_groups", "latent_channels", "disc_channels", "disc_layers"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
+        _require(self.num_vq_embeddings > 1, "num_vq_embeddings", self.num_vq_embeddings, "greater than 1")
+        for key in ("lpips_weight", "disc_weight", "disc_start", "commitment_weight", "codebook_revive_below"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        _require(0 <= self.codebook_decay < 1, "codebook_decay", self.codebook_decay, "at least 0 and below 1")
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        if self.resolution % factor:
+            raise UserError(
+                f"resolution {self.resolution} is not divisible by {factor}: the {len(self.block_out_channels)} levels "
+                f"of block_out_channels {self.block_out_channels} halve it {len(self.block_out_channels) - 1} times."
+            )
+        _check_groups(self.block_out_channels, self.norm_num_groups)
+        if self.disc_weight > 0 and self.resolution < 2 ** (self.disc_layers + 2):
+            raise UserError(
+                f"disc_layers {self.disc_layers} leaves no patch of a {self.resolution}-pixel image; "
+                f"use fewer layers (or disc_weight 0)."
+            )
+
+
+@dataclass(kw_only=True)
+class UNetConfig(RunConfig):
+    """Stage 2: the diffusion model on the cached latents.
+
+    Args:
+        autoencoder: stage 1's folder (config.json and safetensors); unset takes `<output_dir>/autoencoder`.
+        latents_dir: where the latent cache is kept; unset takes `<output_dir>/latents`.
+        unet_block_out_channels: channels per level of the U-Net.
+        unet_layers_per_block: residual blocks per level.
+        unet_attention_levels: levels (0 is the finest) whose blocks have self-attention.
+        unet_attention_head_dim: channels per attention head.
+        unet_norm_num_groups: groups of each group norm.
+        unet_dropout: dropout inside the residual blocks.
+        num_train_timesteps: diffusion steps of the training schedule.
+        beta_schedule: noise schedule, by the names of diffusers (squaredcos_cap_v2 is cosine, arXiv 2102.09672).
+        beta_start: first beta of the linear schedules.
+        beta_end: last beta of the linear schedules.
+        prediction_type: what the U-Net predicts (v_prediction: arXiv 2202.00512, appendix D).
+        snr_gamma: min-SNR loss weighting (arXiv 2303.09556, eq. 5 and section 3.4); unset is uniform.
+        num_inference_steps: sampling steps of the grids.
+        num_validation_samples: images in a sample grid.
+    """
+
+    autoencoder: str | None = None
+    latents_dir: str | None = None
+    unet_block_out_channels: list[int] = dataclasses.field(default_factory=lambda: [128, 256, 256])
+    unet_layers_per_block: int = 2
+    unet_attention_levels: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
+    unet_attention_head_dim: int = 32
+    unet_norm_num_groups: int = 32
+    unet_dropout: float = 0.0
+    num_train_timesteps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    snr_gamma: float | None = 5.0
+    num_inference_steps: int = 25
+    num_validation_samples: int = 64
+
+    def validate(self) -> None:
+        """As RunConfig.validate, and that the U-Net's own parts fit together."""
+        super().validate()
+        for key in ("unet_layers_per_block", "unet_norm_num_groups", "unet_attention_head_dim"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
+        for key in ("num_train_timesteps", "num_inference_steps", "num_validation_samples"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
+        levels = len(self.unet_block_out_channels)
+        _require(levels >= 1, "unet_block_out_channels", self.unet_block_out_channels, "a list of channels")
+        _check_groups(self.unet_block_out_channels, self.unet_norm_num_groups, "unet_")
+        if self.unet_attention_levels and self.unet_block_out_channels[-1] % self.unet_attention_head_dim:
+            raise UserError(
+                f"unet_attention_head_dim {self.unet_attention_head_dim} does not divide the "
+                f"{self.unet_block_out_channels[-1]} channels of the U-Net's middle (unet_block_out_channels)."
+            )
+        for level in self.unet_attention_levels:
+            _require(0 <= level < levels, "unet_attention_levels", level, f"a level from 0 to {levels - 1}")
+            if self.unet_block_out_channels[level] % self.unet_attention_head_dim:
+                raise UserError(
+                    f"unet_attention_head_dim {self.unet_attention_head_dim} does not divide the "
+                    f"{self.unet_block_out_channels[level]} channels of level {level} (unet_block_out_channels)."
+                )
+        _require(0 <= self.unet_dropout < 1, "unet_dropout", self.unet_dropout, "at least 0 and below 1")
+        _require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "greater than 0, or null")
+        _require(0 < self.beta_start <= self.beta_end < 1, "beta_start", self.beta_start, "0 < beta_start <= beta_end")
+        if self.num_inference_steps > self.num_train_timesteps:
+            raise UserError(
+                f"num_inference_steps {self.num_inference_steps} is more than "
+                f"num_train_timesteps {self.num_train_timesteps}."
+            )
+
+    @property
+    def autoencoder_dir(self) -> Path:
+        """Where stage 1's result is read from."""
+        return Path(self.autoencoder) if self.autoencoder else Path(self.output_dir) / "autoencoder"
+
+
+Config = TypeVar("Config", bound=RunConfig)
+SECTION_OF = {AutoencoderConfig: "train_autoencoder", UNetConfig: "train_unet"}
+
+
+def _require(good: bool, key: str, value: object, want: str) -> None:
+    if not good:
+        raise UserError(f"{key} is {value}; it has to be {want}.")
+
+
+def _check_groups(channels: Sequence[int], groups: int, prefix: str = "") -> None:
+    for width in channels:
+        if width <= 0 or width % groups:
+            raise UserError(
+                f"{prefix}norm_num_groups {groups} does not divide the {width} channels of "
+                f"{prefix}block_out_channels {list(channels)}."
+            )
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def keys_of(config_class: type[RunConfig]) -> list[str]:
+    """The keys of a stage's config, in order."""
+    return [field.name for field in dataclasses.fields(config_class)]
+
+
+def read_yaml(path: str | Path, config_class: type[Config]) -> dict:
+    """The flat keys of one stage in a config file: the common ones, overridden by the stage's section.
+
+    Raises:
+        UserError: the file is missing, is no mapping, or holds an unknown key (the nearest known one is named).
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"Cannot read the config file {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has to be a mapping of keys to values.")
+    sections = {name: content.pop(name, None) or {} for name in SECTIONS}
+    for stage_class, name in SECTION_OF.items():
+        if not isinstance(sections[name], dict):
+            raise UserError(f"{path}: the section {name} has to be a mapping of keys to values.")
+        for key in sections[name]:
+            if key not in keys_of(stage_class):
+                raise UserError(f"{path}: unknown key '{key}' in {name}.{_nearest(key, keys_of(stage_class))}")
+    for key in content:
+        if key not in keys_of(RunConfig):
+            owner = [name for stage, name in SECTION_OF.items() if key in keys_of(stage)]
+            hint = f" It belongs in the section {owner[0]}." if owner else _nearest(key, keys_of(RunConfig))
+            raise UserError(f"{path}: unknown key '{key}' at the top level.{hint}")
+    return content | sections[SECTION_OF[config_class]]
+
+
+def _parser(config_class: type[Config]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, description=config_class.__doc__.splitlines()[0])
+    parser.add_argument("--config", type=str, help="a YAML file; see configs/")
+    parser.add_class_arguments(config_class, nested_key=None)
+    return parser
+
+
+def _explain(error: Exception) -> str:
+    """jsonargparse's message without its frame: the key, what was expected, what was given."""
+    text = " ".join(str(error).split())
+    match = re.search(r'key "(\w+)": Expected an? (.+?)\. Got value: (.*)', text)
+    if not match:
+        return text
+    kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
+    return f"{match[1]} has to be {kind}, not {match[3]!r}."
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str]) -> Config:
+    """The config of one stage from command-line words: `--config FILE` and any number of `--key value`.
+
+    Returns:
+        A checked instance of `config_class`. An environment that asks for help is answered by SystemExit(0).
+
+    Raises:
+        UserError: an unknown key or flag, a value of the wrong type, an impossible value or combination.
+    """
+    known = keys_of(config_class)
+    words = []
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            flag = flag.replace("-", "_")
+            if flag not in (*known, "config", "help"):
+                raise UserError(f"Unknown option --{flag}.{_nearest(flag, known)}")
+            word = f"--{flag}{equals}{value}"
+        words.append(word)
+    parser = _parser(config_class)
+    path = next((value for flag, value in _pairs(words) if flag == "--config"), None)
+    values = read_yaml(path, config_class) if path else {}
+    try:
+        base = parser.parse_object(values) if values else parser.get_defaults()
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: {_explain(error)}") from error
+    try:
+        namespace = parser.parse_args(words, namespace=base)
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise UserError(_explain(error)) from error
+    config = config_class(**{key: getattr(namespace, key) for key in known})
+    config.validate()
+    return config
+
+
+def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        pairs.append((flag, value if equals else (words[i + 1] if i + 1 < len(words) else "")))
+    return pairs
+
+
+# Keys that may change between the start of a run and its continuation without making it another run.
+FREE_KEYS = frozenset(
+    "output_dir max_train_steps logging_steps validation_steps checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint report_to dataloader_num_workers image_cache_gib num_inference_steps "
+    "num_validation_samples latents_dir max_bad_image_share autoencoder".split()
+)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config, every key of it, as YAML that `--config` reads again."""
+    section = SECTION_OF[type(config)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(yaml.safe_dump({section: dataclasses.asdict(config)}, sort_keys=False))
+    aside.replace(path)
+
+
+def check_same_run(config: RunConfig, path: Path) -> None:
+    """Refuse an output folder that holds another run's config.
+
+    Raises:
+        UserError: the config saved at `path` differs in a key that makes it another run.
+    """
+    if not path.exists():
+        return
+    saved = read_yaml(path, type(config))
+    now = dataclasses.asdict(config)
+    differing = [key for key in now if key in saved and key not in FREE_KEYS and saved[key] != now[key]]
+    if differing:
+        shown = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(
+            f"{path.parent} holds another run ({shown}{more}). Give another --output_dir, remove the folder, "
+            f"or start with the config that it was made with: --config {path}."
+        )

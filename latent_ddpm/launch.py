@@ -1,0 +1,78 @@
+"""What both training scripts do before their story begins and when it ends badly."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from latent_ddpm.config import RunConfig, check_same_run
+from latent_ddpm.errors import UserError
+from latent_ddpm.tracking import check_tracker
+
+
+def check_before_loading(config: RunConfig, stage: str) -> Path:
+    """Refuse what can be refused without touching data or models; returns the path of the run's saved config."""
+    check_tracker(config.report_to)
+    saved = Path(config.output_dir) / f"train_{stage}.yaml"
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise UserError(f"output_dir {config.output_dir} is a file.")
+    check_same_run(config, saved)
+    if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
+        raise UserError(f"train_data_dir {config.train_data_dir} is not a folder.")
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision fp16 needs a GPU; on a CPU use no.")
+    return saved
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The accelerator of a run, with arithmetic that gives the same bits each time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False  # it would choose other algorithms after a resume
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=str(Path(config.output_dir) / "logs"),
+        kwargs_handlers=[
+            # encoding a large dataset can keep processes apart for longer than the default half hour
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+            # the codebook is equal in all processes by construction
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+    )
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
+    )
+    for noisy in ("httpx", "filelock", "fsspec", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return accelerator
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Run a script's main with the command line; a UserError becomes one line and exit status 2."""
+    status: int | None = 0
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        status = 2
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # the launcher ends all processes when one fails: let the first one speak
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and not status:
+            torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    if status:
+        os._exit(status) if torch.distributed.is_available() and torch.distributed.is_initialized() else sys.exit(status)

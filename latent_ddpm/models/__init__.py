@@ -1,0 +1,1 @@
+"""The networks: autoencoder, quantizers, discriminator, U-Net."""

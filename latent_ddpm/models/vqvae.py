@@ -1,0 +1,202 @@
+"""The VQ-VAE: convolutional encoder and decoder around a quantizer.
+
+Parameter names are those of diffusers' VQModel, so that the export is a copy of tensors and not a translation
+(latent_ddpm/export.py). The architecture is VQGAN's (arXiv 2012.09841, table 7) with attention off by default.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from latent_ddpm.config import AutoencoderConfig
+from latent_ddpm.models.quantizers import EMACodebook, Quantized
+
+_EPS = 1e-6  # of the group norms, as in VQModel
+
+
+class ResnetBlock(nn.Module):
+    """Two group-normed 3x3 convolutions around a skip: (B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all positions: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, since VQModel's is one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](h).transpose(1, 2).view_as(x)
+
+
+class MidBlock(nn.Module):
+    """Two residual blocks at the lowest resolution, with attention between them if asked for."""
+
+    def __init__(self, channels: int, groups: int, attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([Attention(channels, groups)] if attention else [])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution: (B, C, H, W) -> (B, C, H/2, W/2). Pads right and below only, as VQModel does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution and the step to the next. `samplers` names VQModel's attribute."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, samplers: str, sampler: nn.Module | None
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList([ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)])
+        self._samplers = samplers
+        self.add_module(samplers, nn.ModuleList([sampler] if sampler is not None else []))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for sampler in getattr(self, self._samplers):
+            x = sampler(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """(B, image_channels, R, R) -> (B, latent_channels, R/f, R/f) with f = 2 ** (levels - 1)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, channels: Sequence[int], layers: int, groups: int, attention: bool
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(channels):
+            down = Downsample(width) if i < len(channels) - 1 else None
+            self.down_blocks.append(Level(channels[max(i - 1, 0)], width, layers, groups, "downsamplers", down))
+        self.mid_block = MidBlock(channels[-1], groups, attention)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, latent_channels, R/f, R/f) -> (B, image_channels, R, R)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, channels: Sequence[int], layers: int, groups: int, attention: bool
+    ) -> None:
+        super().__init__()
+        widths = list(reversed(channels))
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, attention)
+        self.up_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            up = Upsample(width) if i < len(widths) - 1 else None
+            self.up_blocks.append(Level(widths[max(i - 1, 0)], width, layers + 1, groups, "upsamplers", up))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What conv_out sees: (B, channels[0], R, R)."""
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return F.silu(self.conv_norm_out(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv_out(self.features(x))
+
+
+class VQVAEOutput(NamedTuple):
+    """reconstruction (B, C, R, R) in about [-1, 1]; quantized; features, the input of the decoder's last layer."""
+
+    reconstruction: torch.Tensor
+    quantized: Quantized
+    features: torch.Tensor
+
+
+class VQVAE(nn.Module):
+    """The custom VQ-VAE of stage 1.
+
+    Args:
+        config: see AutoencoderConfig for the keys that shape it.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, width = config.block_out_channels, config.latent_channels
+        shape = (widths, config.layers_per_block, config.norm_num_groups, config.mid_block_add_attention)
+        self.encoder = Encoder(config.image_channels, width, *shape)
+        self.quant_conv = nn.Conv2d(width, width, 1)
+        self.quantizer = EMACodebook(
+            config.num_vq_embeddings, width, config.codebook_decay, config.codebook_revive_below, config.seed
+        )
+        self.post_quant_conv = nn.Conv2d(width, width, 1)
+        self.decoder = Decoder(width, config.image_channels, *shape)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, R, R) in [-1, 1] -> encoder outputs before quantization (B, D, R/f, R/f)."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        """Codes (B, D, R/f, R/f) -> images (B, C, R, R) in about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(quantized))
+
+    def forward(self, images: torch.Tensor) -> VQVAEOutput:
+        """Images (B, C, R, R) in [-1, 1] through encoder, quantizer and decoder."""
+        quantized = self.quantizer(self.encode(images))
+        features = self.decoder.features(self.post_quant_conv(quantized.latents))
+        return VQVAEOutput(self.decoder.conv_out(features).float(), quantized, features)

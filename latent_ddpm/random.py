@@ -1,0 +1,110 @@
+"""Randomness as a function: every draw follows from (seed, stream, example number) alone.
+
+A counter-based generator has no history, so a run resumes at any step without replaying what came before,
+and any number of processes draws the same numbers for the same examples. The generator is Philox4x32-10
+(Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), written in int64 tensor operations
+so that a whole batch is drawn at once on whatever device holds it.
+"""
+
+import enum
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox4x32 multipliers
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl constants that bump the key each round
+_MASK = 0xFFFFFFFF
+
+
+class Stream(enum.IntEnum):
+    """What a draw is for. Two streams never share a counter, so their draws are independent."""
+
+    CROP = 1
+    FLIP = 2
+    NOISE = 3
+    TIMESTEP = 4
+    CODEBOOK = 5
+    SAMPLE = 6
+    ORDER = 7
+    STEP = 8
+
+
+def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: int64 of shape (..., 4), each value in [0, 2**32).
+        key: two integers in [0, 2**32).
+
+    Returns:
+        int64 of shape (..., 4), each value uniform in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap modulo 2**64; the mask undoes the sign that the arithmetic shift drags in.
+        p0, p1 = c0 * _M0, c2 * _M1
+        hi0, lo0 = (p0 >> 32) & _MASK, p0 & _MASK
+        hi1, lo1 = (p1 >> 32) & _MASK, p1 & _MASK
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+def _words(seed: int, stream: Stream, numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` words for each of the example `numbers` (B,): int64 (B, count) in [0, 2**32)."""
+    blocks = -(-count // 4)
+    n = numbers.to(torch.int64)
+    counter = torch.empty((len(n), blocks, 4), dtype=torch.int64, device=n.device)
+    counter[..., 0] = torch.arange(blocks, device=n.device)
+    counter[..., 1] = (n & _MASK)[:, None]
+    counter[..., 2] = ((n >> 32) & _MASK)[:, None]
+    counter[..., 3] = int(stream)
+    return philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK)).flatten(1)[:, :count]
+
+
+def uniform(seed: int, stream: Stream, numbers: torch.Tensor, shape: Sequence[int] = ()) -> torch.Tensor:
+    """Uniform draws in [0, 1).
+
+    Args:
+        seed: the run's seed, any non-negative integer below 2**64.
+        stream: what the draw is for.
+        numbers: int64 (B,), the example numbers.
+        shape: the shape of one example's draw.
+
+    Returns:
+        float32 (B, *shape) on the device of `numbers`. Row i depends on (seed, stream, numbers[i]) only.
+    """
+    words = _words(seed, stream, numbers, math.prod(shape))
+    return ((words >> 8).to(torch.float32) * 2.0**-24).view(len(numbers), *shape)  # 24 bits: exact in float32
+
+
+def normal(seed: int, stream: Stream, numbers: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal draws by Box and Muller (1958); arguments and result as for `uniform`."""
+    count = math.prod(shape)
+    half = -(-count // 2)
+    words = _words(seed, stream, numbers, 2 * half)
+    u1 = (words[:, :half] + 1).to(torch.float64) * 2.0**-32  # (0, 1]: its logarithm is finite
+    u2 = words[:, half:].to(torch.float64) * 2.0**-32
+    radius, angle = (-2.0 * u1.log()).sqrt().float(), (2.0 * math.pi * u2).float()
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :count].reshape(len(numbers), *shape)
+
+
+def integers(seed: int, stream: Stream, numbers: torch.Tensor, high: int, shape: Sequence[int] = ()) -> torch.Tensor:
+    """Uniform integers in [0, high), int64 (B, *shape). The bias is below high / 2**32."""
+    words = _words(seed, stream, numbers, math.prod(shape))
+    return ((words * high) >> 32).view(len(numbers), *shape)  # high < 2**31 keeps the product below 2**63
+
+
+def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The order in which epoch `epoch` visits `length` examples: int64 (length,)."""
+    key = np.array([seed & (2**64 - 1), (int(Stream.ORDER) << 32) | epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(length)
+
+
+def seed_for_step(seed: int, step: int, process_index: int) -> int:
+    """A 63-bit seed for torch's own generators at one step (dropout), from (seed, step, process) alone."""
+    word = _words(seed, Stream.STEP, torch.tensor([(process_index << 40) | step]), 2)[0]
+    return int((word[0] << 31) | (word[1] >> 1))

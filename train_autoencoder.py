@@ -1,0 +1,317 @@
+"""Stage 1: train a VQ-VAE from scratch on anybody's images.
+
+    accelerate launch train_autoencoder.py --config configs/mnist.yaml
+
+Leaves <output_dir>/autoencoder/, a stock diffusers VQModel whose latents have zero mean and unit variance;
+checkpoints, metrics.jsonl and grids of originals over reconstructions lie beside it. Any key of the config can
+be overridden (--learning_rate 2e-4), and --resume_from_checkpoint latest goes on where the run was stopped.
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+from pathlib import Path
+
+import torch
+
+from latent_ddpm.checkpoint import CheckpointFolder
+from latent_ddpm.config import AutoencoderConfig, parse_config, save_config
+from latent_ddpm.data import (
+    BadImages,
+    ExampleOrder,
+    eval_batches,
+    open_image_dataset,
+    open_sources,
+    to_float,
+    train_batches,
+)
+from latent_ddpm.distributed import StopSignal
+from latent_ddpm.ema import EMA
+from latent_ddpm.errors import UserError
+from latent_ddpm.evaluate import evaluate_autoencoder
+from latent_ddpm.export import fold_normalization, replace_folder, to_vqmodel
+from latent_ddpm.grids import reconstruction_grid
+from latent_ddpm.latents import Moments, overall_std
+from latent_ddpm.launch import check_before_loading, make_accelerator, run
+from latent_ddpm.losses import (
+    adaptive_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+    input_gradient,
+    load_lpips,
+    reconstruction_loss,
+)
+from latent_ddpm.models.discriminator import PatchDiscriminator
+from latent_ddpm.models.quantizers import perplexity
+from latent_ddpm.models.vqvae import VQVAE
+from latent_ddpm.optim import learning_rate_factor, make_optimizer, set_learning_rate
+from latent_ddpm.tracking import Tracker
+
+logger = logging.getLogger("train_autoencoder")
+
+NORMALIZATION_IMAGES = 10_000  # enough for the mean and deviation of the exported latents
+
+
+def main(argv: list[str]) -> int:
+    config = parse_config(AutoencoderConfig, argv)
+    output_dir = Path(config.output_dir)
+    saved_config = check_before_loading(config, "autoencoder")
+    checkpoints = CheckpointFolder(output_dir / "checkpoints", "autoencoder", config.checkpoints_total_limit)
+    state = checkpoints.resume(config.resume_from_checkpoint)
+    first_step = state["step"] if state else 0
+    lpips = load_lpips(config.lpips_net) if config.lpips_weight > 0 else None
+
+    # ------------------------------------------------------------------------------------------------- data
+    train_source, validation_source = open_sources(config)
+    accelerator = make_accelerator(config)
+    bad_images = BadImages(
+        output_dir / "bad_images.jsonl", len(train_source) + len(validation_source), config.max_bad_image_share
+    )
+    train_set, validation_set = (
+        open_image_dataset(
+            source,
+            config,
+            output_dir / "cache",
+            bad_images,
+            train=is_train,
+            is_main=accelerator.is_main_process,
+            wait=accelerator.wait_for_everyone,
+        )
+        for source, is_train in ((train_source, True), (validation_source, False))
+    )
+    bad_images.check()
+    batches = train_batches(
+        train_set,
+        ExampleOrder(len(train_set), config.seed),
+        first_step=first_step,
+        last_step=config.max_train_steps,
+        batch_size=config.train_batch_size,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        accumulation=config.gradient_accumulation_steps,
+        num_workers=config.dataloader_num_workers,
+    )
+    images_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    steps_per_epoch = math.ceil(len(train_set) / images_per_step)
+
+    # --------------------------------------------------------------------------------- models and optimizers
+    torch.manual_seed(config.seed)
+    model = VQVAE(config)
+    optimizer = make_optimizer(model.parameters(), config, config.learning_rate)
+    discriminator = disc_optimizer = None
+    disc_learning_rate = config.disc_learning_rate or config.learning_rate
+    if config.disc_weight > 0:
+        discriminator = PatchDiscriminator(config.image_channels, config.disc_channels, config.disc_layers)
+        disc_optimizer = make_optimizer(discriminator.parameters(), config, disc_learning_rate)
+    epoch_counts = torch.zeros(config.num_vq_embeddings)  # uses of each code since the epoch began
+    ema = EMA(model, config.ema_decay)
+    if state:
+        model.load_state_dict(state["model"])
+        ema.model.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        epoch_counts = state["epoch_counts"]
+        if discriminator is not None:
+            discriminator.load_state_dict(state["discriminator"])
+            disc_optimizer.load_state_dict(state["disc_optimizer"])
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if discriminator is not None:
+        discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
+    if state and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    device = accelerator.device
+    vqvae = accelerator.unwrap_model(model)
+    patch_gan = accelerator.unwrap_model(discriminator) if discriminator is not None else None
+    networks = [network for network in (model, discriminator) if network is not None]
+    ema.model.to(device)
+    epoch_counts = epoch_counts.to(device)
+    lpips = lpips.to(device) if lpips is not None else None
+
+    if accelerator.is_main_process:
+        save_config(config, saved_config)
+        logger.info(
+            "%d training and %d validation images, %d undecodable (%s)",
+            len(train_set), len(validation_set), len(bad_images.names()), bad_images.path,
+        )  # fmt: skip
+        logger.info(
+            "autoencoder of %.2f million parameters, %d steps of %d images (%.1f epochs)%s",
+            sum(p.numel() for p in vqvae.parameters()) / 1e6, config.max_train_steps, images_per_step,
+            config.max_train_steps * images_per_step / len(train_set),
+            f", going on from step {first_step}" if first_step else "",
+        )  # fmt: skip
+    tracker = Tracker(
+        accelerator,
+        output_dir,
+        "autoencoder",
+        dataclasses.asdict(config),
+        first_step,
+        config.max_train_steps,
+        images_per_step,
+    )
+
+    # ------------------------------------------------------------------------------------------- the chapters
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            scaler = accelerator.scaler
+            checkpoints.save(
+                step,
+                {
+                    "step": step,
+                    "model": vqvae.state_dict(),
+                    "ema": ema.model.state_dict(),
+                    "optimizer": optimizer.optimizer.state_dict(),
+                    "discriminator": patch_gan.state_dict() if patch_gan is not None else None,
+                    "disc_optimizer": disc_optimizer.optimizer.state_dict() if disc_optimizer is not None else None,
+                    "epoch_counts": epoch_counts,
+                    "scaler": scaler.state_dict() if scaler is not None else {},
+                },
+            )
+        accelerator.wait_for_everyone()
+
+    def validate() -> None:
+        def reconstruct(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            output = ema.model(images)
+            return output.reconstruction, output.quantized.indices
+
+        # One image at a time would be slow, and the share of each process changes no sum.
+        shares = eval_batches(
+            validation_set, config.train_batch_size, accelerator.process_index, accelerator.num_processes
+        )
+        measured = evaluate_autoencoder(reconstruct, shares, config.num_vq_embeddings, device)
+        tracker.log(**{f"validation_{key}": value for key, value in measured.items() if key != "images"})
+        if accelerator.is_main_process:
+            first = [validation_set.get(i) for i in range(min(32, len(validation_set)))]
+            originals = to_float(torch.stack(first)).to(device)
+            with torch.no_grad():
+                reconstructions = reconstruct(originals)[0]
+            tracker.image(reconstruction_grid(originals.cpu(), reconstructions.cpu()))
+            tracker.bar.write(
+                f"autoencoder step {tracker.step}: validation PSNR {measured['psnr']:.2f} dB, "
+                f"{measured['codebook_usage']:.1%} of codes in use, perplexity {measured['perplexity']:.0f}"
+            )
+        accelerator.wait_for_everyone()
+        tracker.pause()
+
+    # ---------------------------------------------------------------------------------------------- training
+    stop = StopSignal()
+    ended_at = first_step
+    for step in range(first_step, config.max_train_steps):
+        rate = learning_rate_factor(step, config)
+        set_learning_rate(optimizer, rate * config.learning_rate)
+        adversarial = discriminator is not None and step >= config.disc_start
+        if adversarial:
+            set_learning_rate(disc_optimizer, rate * disc_learning_rate)
+        if step % steps_per_epoch == 0:
+            epoch_counts.zero_()
+        losses: dict[str, torch.Tensor] = {}
+
+        def note(name: str, value: torch.Tensor, losses: dict[str, torch.Tensor] = losses) -> None:
+            losses[name] = losses.get(name, 0.0) + value.detach().float() / config.gradient_accumulation_steps
+
+        for batch in itertools.islice(batches, config.gradient_accumulation_steps):
+            images = to_float(batch["image"].to(device, non_blocking=True))
+            if step == 0 and not losses:
+                with torch.no_grad(), accelerator.autocast():
+                    vqvae.quantizer.initialize(vqvae.encode(images))
+            with accelerator.accumulate(*networks):
+                output = model(images)
+                reconstruction = output.reconstruction
+                # Each loss on pixels is differentiated down to the reconstruction only. Their gradients are then
+                # balanced and go through decoder and encoder together, in one pass, and no graph is kept.
+                pixels = reconstruction.detach().requires_grad_()
+                with accelerator.autocast():
+                    pixel_loss = reconstruction_loss(pixels, images, config.reconstruction_loss)
+                    note("reconstruction_loss", pixel_loss)
+                    if lpips is not None:
+                        perceptual_loss = lpips(pixels, images).mean()
+                        note("lpips_loss", perceptual_loss)
+                        pixel_loss = pixel_loss + config.lpips_weight * perceptual_loss
+                gradient = input_gradient(pixel_loss, pixels)
+                if adversarial:
+                    with accelerator.autocast():
+                        adversarial_loss = generator_loss(patch_gan(pixels))
+                    adversarial_gradient = input_gradient(adversarial_loss, pixels)
+                    weight = config.disc_weight * adaptive_weight(
+                        output.features, vqvae.decoder.conv_out, gradient, adversarial_gradient
+                    )
+                    gradient = gradient + weight * adversarial_gradient
+                    note("generator_loss", adversarial_loss)
+                    note("adaptive_weight", weight)
+                commitment_loss = output.quantized.commitment_loss
+                note("commitment_loss", commitment_loss)
+                note("loss", pixel_loss.detach() + config.commitment_weight * commitment_loss.detach())
+                # The derivative of this scalar by the reconstruction is `gradient`.
+                accelerator.backward(
+                    (reconstruction * gradient).sum() + config.commitment_weight * commitment_loss
+                )
+                if accelerator.sync_gradients:
+                    accelerator.unscale_gradients(optimizer)
+                    note("grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                         * config.gradient_accumulation_steps)  # fmt: skip
+                optimizer.step()
+                optimizer.zero_grad()
+                if adversarial:
+                    # Real and fake in one pass: each parameter's gradient is then ready, and reduced, once.
+                    with accelerator.autocast():
+                        logits = discriminator(torch.cat((images, reconstruction.detach())))
+                        real_logits, fake_logits = logits.float().chunk(2)
+                        disc_loss = hinge_discriminator_loss(real_logits, fake_logits)
+                    accelerator.backward(disc_loss)
+                    if accelerator.sync_gradients:
+                        accelerator.unscale_gradients(disc_optimizer)
+                        torch.nn.utils.clip_grad_norm_(discriminator.parameters(), config.max_grad_norm)
+                    disc_optimizer.step()
+                    disc_optimizer.zero_grad()
+                    note("discriminator_loss", disc_loss)
+                    note("logits_real", real_logits.mean())
+                    note("logits_fake", fake_logits.mean())
+        epoch_counts += vqvae.quantizer.update(step)
+        ema.update(vqvae, step)
+        tracker.advance()
+        ended_at = step + 1
+
+        # -------------------------------------------------------------------------- what the step leaves behind
+        if ended_at % config.logging_steps == 0 or ended_at == config.max_train_steps:
+            names = sorted(losses)
+            values = accelerator.reduce(torch.stack([losses[name].reshape(()) for name in names]), "mean").tolist()
+            measured = dict(zip(names, values, strict=True))
+            if not math.isfinite(measured["loss"]):
+                raise UserError(
+                    f"The loss is {measured['loss']} at step {ended_at}. Go on from the newest checkpoint in "
+                    f"{checkpoints.folder} with a lower --learning_rate."
+                )
+            measured["codebook_usage"] = float((epoch_counts > 0).float().mean())
+            measured["perplexity"] = perplexity(epoch_counts)
+            tracker.log(**measured, learning_rate=rate * config.learning_rate)
+            bad_images.check()
+        if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
+            validate()
+        if stop.should_stop() and ended_at < config.max_train_steps:
+            save(ended_at)
+            tracker.close()
+            logger.info("stopped at step %d; --resume_from_checkpoint latest goes on from there", ended_at)
+            return stop.exit_status
+        if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:
+            save(ended_at)
+            tracker.pause()
+    tracker.close()
+
+    # ------------------------------------------------------------------------------------------------ export
+    moments = Moments(config.latent_channels)
+    shares = eval_batches(train_set, config.train_batch_size, accelerator.process_index, accelerator.num_processes)
+    with torch.no_grad():
+        for batch in shares:
+            moments.add(ema.model.encode(to_float(batch["image"].to(device))))
+            if len(batch["image"]) and moments.images * accelerator.num_processes >= NORMALIZATION_IMAGES:
+                break
+    mean, variance = moments.result(device)
+    if accelerator.is_main_process:
+        stock = fold_normalization(to_vqmodel(ema.model.cpu(), config), mean, overall_std(variance))
+        replace_folder(output_dir / "autoencoder", lambda aside: stock.save_pretrained(aside, safe_serialization=True))
+        logger.info("the autoencoder is in %s", output_dir / "autoencoder")
+    accelerator.wait_for_everyone()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

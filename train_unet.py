@@ -1,0 +1,230 @@
+"""Stage 2: train a UNet2DModel from scratch on the latents of stage 1.
+
+    accelerate launch train_unet.py --config configs/mnist.yaml
+
+Takes the autoencoder from <output_dir>/autoencoder/ (or --autoencoder DIR), encodes the training set once, and
+leaves <output_dir>/pipeline/, which DiffusionPipeline.from_pretrained of an untouched diffusers loads. Any key of
+the config can be overridden (--learning_rate 2e-4), and --resume_from_checkpoint latest goes on where the run was
+stopped.
+"""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from latent_ddpm.checkpoint import CheckpointFolder
+from latent_ddpm.config import UNetConfig, parse_config, save_config
+from latent_ddpm.data import BadImages, ExampleOrder, open_image_dataset, open_sources
+from latent_ddpm.diffusion import add_noise, loss_weight, make_noise_scheduler, sample_timesteps, target
+from latent_ddpm.distributed import StopSignal
+from latent_ddpm.ema import EMA
+from latent_ddpm.errors import UserError
+from latent_ddpm.export import (
+    check_autoencoder_fits,
+    export_pipeline,
+    fold_normalization,
+    load_vqmodel,
+    sampling_scheduler,
+)
+from latent_ddpm.grids import make_grid
+from latent_ddpm.latents import build_cache, cache_key
+from latent_ddpm.launch import check_before_loading, make_accelerator, run
+from latent_ddpm.models.unet import make_unet
+from latent_ddpm.optim import learning_rate_factor, make_optimizer, set_learning_rate
+from latent_ddpm.random import Stream, normal, seed_for_step, uniform
+from latent_ddpm.tracking import Tracker
+from pipeline_latent_ddpm import LatentDDPMPipeline
+
+logger = logging.getLogger("train_unet")
+
+
+def main(argv: list[str]) -> int:
+    config = parse_config(UNetConfig, argv)
+    output_dir = Path(config.output_dir)
+    saved_config = check_before_loading(config, "unet")
+    checkpoints = CheckpointFolder(output_dir / "checkpoints", "unet", config.checkpoints_total_limit)
+    state = checkpoints.resume(config.resume_from_checkpoint)
+    first_step = state["step"] if state else 0
+    vqvae = load_vqmodel(config.autoencoder_dir)
+    latent_size = check_autoencoder_fits(vqvae, config)
+    torch.manual_seed(config.seed)
+    unet = make_unet(config, vqvae.config.latent_channels, latent_size)
+
+    # ---------------------------------------------------------------------------------------------- latents
+    train_source, validation_source = open_sources(config)
+    accelerator = make_accelerator(config)
+    device = accelerator.device
+    vqvae.to(device)
+    bad_images = BadImages(
+        output_dir / "bad_images.jsonl", len(train_source) + len(validation_source), config.max_bad_image_share
+    )
+    images = open_image_dataset(
+        train_source,
+        config,
+        output_dir / "cache",
+        bad_images,
+        train=False,  # the cache holds centre crops; mirrored versions are made by the encoder's side
+        is_main=accelerator.is_main_process,
+        wait=accelerator.wait_for_everyone,
+    )
+    latents = build_cache(
+        lambda batch: vqvae.encode(batch).latents,
+        images,
+        Path(config.latents_dir) if config.latents_dir else output_dir / "latents",
+        cache_key(config.autoencoder_dir, images, config.resolution, config.image_channels, config.random_flip),
+        config.train_batch_size,
+        device,
+        accelerator.wait_for_everyone,
+        config.dataloader_num_workers,
+    )
+    bad_images.check()
+    fold_normalization(vqvae, latents.mean, latents.std)
+
+    # -------------------------------------------------------------------------------------- model and optimizer
+    scheduler = make_noise_scheduler(config)
+    optimizer = make_optimizer(unet.parameters(), config, config.learning_rate)
+    ema = EMA(unet, config.ema_decay)
+    if state:
+        unet.load_state_dict(state["model"])
+        ema.model.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    if state and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    unet = accelerator.unwrap_model(model)
+    ema.model.to(device)
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+
+    micro_batch = config.train_batch_size * accelerator.num_processes
+    images_per_step = micro_batch * config.gradient_accumulation_steps
+    order = ExampleOrder(len(latents), config.seed)
+    if accelerator.is_main_process:
+        save_config(config, saved_config)
+        logger.info(
+            "%d images as latents of %s in %s (std %.3g before normalization)",
+            len(latents), "x".join(map(str, latents.shape)), latents.folder, latents.std,
+        )  # fmt: skip
+        logger.info(
+            "U-Net of %.2f million parameters, %d steps of %d images (%.1f epochs)%s",
+            unet.num_parameters() / 1e6, config.max_train_steps, images_per_step,
+            config.max_train_steps * images_per_step / len(latents),
+            f", going on from step {first_step}" if first_step else "",
+        )  # fmt: skip
+    tracker = Tracker(
+        accelerator,
+        output_dir,
+        "unet",
+        dataclasses.asdict(config),
+        first_step,
+        config.max_train_steps,
+        images_per_step,
+    )
+
+    # ------------------------------------------------------------------------------------------- the chapters
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            checkpoints.save(
+                step,
+                {
+                    "step": step,
+                    "model": unet.state_dict(),
+                    "ema": ema.model.state_dict(),
+                    "optimizer": optimizer.optimizer.state_dict(),
+                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
+                },
+            )
+        accelerator.wait_for_everyone()
+
+    def sample_grid() -> None:
+        if accelerator.is_main_process:
+            pipeline = LatentDDPMPipeline(vqvae=vqvae, unet=ema.model, scheduler=sampling_scheduler(scheduler))
+            pipeline.set_progress_bar_config(disable=True)
+            numbers = torch.arange(config.num_validation_samples, device=device)
+            with accelerator.autocast():
+                pictures = pipeline(
+                    batch_size=len(numbers),
+                    latents=normal(config.seed, Stream.SAMPLE, numbers, latents.shape),
+                    num_inference_steps=config.num_inference_steps,
+                    output_type="pt",
+                ).images
+            path = tracker.image(make_grid(pictures.cpu() * 2 - 1))
+            tracker.bar.write(f"unet step {tracker.step}: samples in {path}")
+        accelerator.wait_for_everyone()
+        tracker.pause()
+
+    # ---------------------------------------------------------------------------------------------- training
+    stop = StopSignal()
+    ended_at = first_step
+    for step in range(first_step, config.max_train_steps):
+        rate = learning_rate_factor(step, config)
+        set_learning_rate(optimizer, rate * config.learning_rate)
+        torch.manual_seed(seed_for_step(config.seed, step, accelerator.process_index))  # for dropout
+        total_loss = torch.zeros((), device=device)
+        for micro_step in range(config.gradient_accumulation_steps):
+            start = step * images_per_step + micro_step * micro_batch
+            start += accelerator.process_index * config.train_batch_size
+            numbers = torch.arange(start, start + config.train_batch_size)
+            flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
+            clean = latents.batch(order.indices(np.asarray(numbers)), flipped).to(device, non_blocking=True)
+            numbers = numbers.to(device)
+            noise = normal(config.seed, Stream.NOISE, numbers, clean.shape[1:])
+            timesteps = sample_timesteps(config.seed, numbers, config.num_train_timesteps)
+            noisy = add_noise(clean, noise, alphas_cumprod, timesteps)
+            wanted = target(clean, noise, alphas_cumprod, timesteps, config.prediction_type)
+            weight = loss_weight(alphas_cumprod, timesteps, config.prediction_type, config.snr_gamma)
+            with accelerator.accumulate(model):
+                prediction = model(noisy, timesteps).sample
+                error = (prediction.float() - wanted).pow(2).flatten(1).mean(1)  # (B,)
+                loss = (weight * error).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.unscale_gradients(optimizer)
+                    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            total_loss += loss.detach() / config.gradient_accumulation_steps
+        ema.update(unet, step)
+        tracker.advance()
+        ended_at = step + 1
+
+        # -------------------------------------------------------------------------- what the step leaves behind
+        if ended_at % config.logging_steps == 0 or ended_at == config.max_train_steps:
+            mean_loss = float(accelerator.reduce(total_loss, "mean"))
+            if not math.isfinite(mean_loss):
+                raise UserError(
+                    f"The loss is {mean_loss} at step {ended_at}. Go on from the newest checkpoint in "
+                    f"{checkpoints.folder} with a lower --learning_rate."
+                )
+            tracker.log(loss=mean_loss, grad_norm=float(grad_norm), learning_rate=rate * config.learning_rate)
+        if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
+            sample_grid()
+        if stop.should_stop() and ended_at < config.max_train_steps:
+            save(ended_at)
+            tracker.close()
+            logger.info("stopped at step %d; --resume_from_checkpoint latest goes on from there", ended_at)
+            return stop.exit_status
+        if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:
+            save(ended_at)
+            tracker.pause()
+    tracker.close()
+
+    # ------------------------------------------------------------------------------------------------ export
+    if accelerator.is_main_process:
+        export_pipeline(
+            output_dir / "pipeline",
+            vqvae.cpu(),
+            ema.model.cpu(),
+            sampling_scheduler(scheduler),
+            config.num_inference_steps,
+        )
+        logger.info("the pipeline is in %s", output_dir / "pipeline")
+    accelerator.wait_for_everyone()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
