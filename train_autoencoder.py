@@ -173,15 +173,15 @@ def main(argv: list[str]) -> int:
             output = ema.model(images)
             return output.reconstruction, output.quantized.indices
 
-        # One image at a time would be slow, and the share of each process changes no sum.
         shares = eval_batches(
             validation_set, config.train_batch_size, accelerator.process_index, accelerator.num_processes
         )
         measured = evaluate_autoencoder(reconstruct, shares, config.num_vq_embeddings, device)
         tracker.log(**{f"validation_{key}": value for key, value in measured.items() if key != "images"})
         if accelerator.is_main_process:
-            first = [validation_set.get(i) for i in range(min(32, len(validation_set)))]
-            originals = to_float(torch.stack(first)).to(device)
+            # spread over the split, which may be sorted by class
+            shown = torch.linspace(0, len(validation_set) - 1, min(32, len(validation_set))).long().tolist()
+            originals = to_float(torch.stack([validation_set.get(i) for i in shown])).to(device)
             with torch.no_grad():
                 reconstructions = reconstruct(originals)[0]
             tracker.image(reconstruction_grid(originals.cpu(), reconstructions.cpu()))
@@ -241,9 +241,7 @@ def main(argv: list[str]) -> int:
                 note("commitment_loss", commitment_loss)
                 note("loss", pixel_loss.detach() + config.commitment_weight * commitment_loss.detach())
                 # The derivative of this scalar by the reconstruction is `gradient`.
-                accelerator.backward(
-                    (reconstruction * gradient).sum() + config.commitment_weight * commitment_loss
-                )
+                accelerator.backward((reconstruction * gradient).sum() + config.commitment_weight * commitment_loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
                     note("grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -18,7 +18,7 @@ import torch
 
 from latent_ddpm.checkpoint import CheckpointFolder
 from latent_ddpm.config import UNetConfig, parse_config, save_config
-from latent_ddpm.data import BadImages, ExampleOrder, open_image_dataset, open_sources
+from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import add_noise, loss_weight, make_noise_scheduler, sample_timesteps, target
 from latent_ddpm.distributed import StopSignal
 from latent_ddpm.ema import EMA
@@ -31,7 +31,7 @@ from latent_ddpm.export import (
     sampling_scheduler,
 )
 from latent_ddpm.grids import make_grid
-from latent_ddpm.latents import build_cache, cache_key
+from latent_ddpm.latents import latents_for_run
 from latent_ddpm.launch import check_before_loading, make_accelerator, run
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import learning_rate_factor, make_optimizer, set_learning_rate
@@ -55,33 +55,10 @@ def main(argv: list[str]) -> int:
     unet = make_unet(config, vqvae.config.latent_channels, latent_size)
 
     # ---------------------------------------------------------------------------------------------- latents
-    train_source, validation_source = open_sources(config)
     accelerator = make_accelerator(config)
     device = accelerator.device
     vqvae.to(device)
-    bad_images = BadImages(
-        output_dir / "bad_images.jsonl", len(train_source) + len(validation_source), config.max_bad_image_share
-    )
-    images = open_image_dataset(
-        train_source,
-        config,
-        output_dir / "cache",
-        bad_images,
-        train=False,  # the cache holds centre crops; mirrored versions are made by the encoder's side
-        is_main=accelerator.is_main_process,
-        wait=accelerator.wait_for_everyone,
-    )
-    latents = build_cache(
-        lambda batch: vqvae.encode(batch).latents,
-        images,
-        Path(config.latents_dir) if config.latents_dir else output_dir / "latents",
-        cache_key(config.autoencoder_dir, images, config.resolution, config.image_channels, config.random_flip),
-        config.train_batch_size,
-        device,
-        accelerator.wait_for_everyone,
-        config.dataloader_num_workers,
-    )
-    bad_images.check()
+    latents = latents_for_run(config, vqvae, device, accelerator.is_main_process, accelerator.wait_for_everyone)
     fold_normalization(vqvae, latents.mean, latents.std)
 
     # -------------------------------------------------------------------------------------- model and optimizer

@@ -53,7 +53,9 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
             tensors[path] = value.detach().cpu().contiguous()
             return {"__tensor__": path}
         if isinstance(value, dict):
-            return {"__items__": [[key, walk(item, f"{path}/{key}" if path else str(key))] for key, item in value.items()]}
+            return {
+                "__items__": [[key, walk(item, f"{path}/{key}" if path else str(key))] for key, item in value.items()]
+            }
         if isinstance(value, (list, tuple)):
             return [walk(item, f"{path}/{i}") for i, item in enumerate(value)]
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -106,7 +108,9 @@ class CheckpointFolder:
             aside.mkdir(parents=True)
             save_file(tensors, aside / "state.safetensors")
             (aside / "state.json").write_text(json.dumps(skeleton))
-            manifest = {name: {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)} for name in _FILES}
+            manifest = {
+                name: {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)} for name in _FILES
+            }
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
             for path in (*aside.iterdir(), aside):
                 fsync_path(path)
@@ -176,5 +180,7 @@ class CheckpointFolder:
             except DamagedCheckpoint as error:
                 logger.warning("The checkpoint %s is damaged (%s); trying the one before it.", path, error)
         if present:
-            raise UserError(f"All {len(present)} checkpoints in {self.folder} are damaged; remove them to start afresh.")
+            raise UserError(
+                f"All {len(present)} checkpoints in {self.folder} are damaged; remove them to start afresh."
+            )
         return None

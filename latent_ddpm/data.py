@@ -737,8 +737,9 @@ def _write_cache(folder: Path, source: ImageSource, cfg, bad_images: BadImages, 
     try:
         with open(aside / "images.npy", "wb") as file, tqdm(total=len(source), desc="decode", disable=None) as bar:
             offset = _write_header(file, len(source), cfg)
+            k = -1  # bar.n stays 0 where the bar is not shown
             for batch in squares:
-                for k, square in enumerate(batch, start=bar.n):
+                for k, square in enumerate(batch, start=k + 1):
                     if isinstance(square, str):
                         bad.append({"name": source.name(k), "error": square})
                         bad_images.add(**bad[-1])

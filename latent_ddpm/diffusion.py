@@ -42,7 +42,11 @@ def add_noise(
 
 
 def target(
-    clean: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, prediction_type: str
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    timesteps: torch.Tensor,
+    prediction_type: str,
 ) -> torch.Tensor:
     """What the U-Net is to predict; arguments as for `add_noise`.
 

@@ -175,5 +175,3 @@ def export_pipeline(
         (aside / "README.md").write_text(card)
 
     replace_folder(folder, write)
-
-

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import VQModel
 from tqdm.auto import tqdm
 
 from latent_ddpm.checkpoint import fsync_path
-from latent_ddpm.data import ImageDataset, to_float
+from latent_ddpm.config import UNetConfig
+from latent_ddpm.data import BadImages, ImageDataset, open_image_dataset, open_sources, to_float
 from latent_ddpm.distributed import all_reduce_sum, process_count, process_index
 from latent_ddpm.errors import UserError
 
@@ -221,10 +223,53 @@ def build_cache(
     if not (np.isfinite(std) and std > 1e-4 and bool(mean.isfinite().all())):
         raise UserError(f"The autoencoder gives latents of standard deviation {std:.3g}; it cannot be used.")
     if process_index() == 0:
-        meta = {"key": key, "shards": shards, "mean": mean.tolist(), "std": std, "channel_std": variance.sqrt().tolist()}
+        meta = {
+            "key": key,
+            "shards": shards,
+            "mean": mean.tolist(),
+            "std": std,
+            "channel_std": variance.sqrt().tolist(),
+        }
         _write_whole(place / "meta.json", json.dumps(meta, indent=1).encode())
     wait()
     return open_cache(place)
+
+
+def latents_for_run(
+    config: UNetConfig, vqvae: VQModel, device: torch.device, is_main: bool, wait: Callable[[], None]
+) -> LatentCache:
+    """The latent cache of a run's training set, made if it is missing; call it in every process.
+
+    Args:
+        config: names the data, the transform and the folders.
+        vqvae: the autoencoder of `config.autoencoder_dir`, on `device`, without a normalization folded in.
+        device: where it works.
+        is_main: whether this process prepares what only one may.
+        wait: a barrier over the processes.
+
+    Raises:
+        UserError: no data, too many undecodable images, or an unusable autoencoder.
+    """
+    output_dir = Path(config.output_dir)
+    train_source, validation_source = open_sources(config)
+    total = len(train_source) + len(validation_source)
+    bad_images = BadImages(output_dir / "bad_images.jsonl", total, config.max_bad_image_share)
+    # train=False: the cache holds centre crops, whatever stage 1 was shown
+    images = open_image_dataset(
+        train_source, config, output_dir / "cache", bad_images, train=False, is_main=is_main, wait=wait
+    )
+    cache = build_cache(
+        lambda batch: vqvae.encode(batch).latents,
+        images,
+        Path(config.latents_dir) if config.latents_dir else output_dir / "latents",
+        cache_key(config.autoencoder_dir, images, config.resolution, config.image_channels, config.random_flip),
+        config.train_batch_size,
+        device,
+        wait,
+        config.dataloader_num_workers,
+    )
+    bad_images.check()
+    return cache
 
 
 def all_reduce_max(value: torch.Tensor) -> torch.Tensor:

@@ -75,4 +75,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             torch.distributed.destroy_process_group()
     sys.stdout.flush()
     if status:
-        os._exit(status) if torch.distributed.is_available() and torch.distributed.is_initialized() else sys.exit(status)
+        os._exit(status) if torch.distributed.is_available() and torch.distributed.is_initialized() else sys.exit(
+            status
+        )

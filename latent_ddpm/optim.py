@@ -8,7 +8,9 @@ import torch
 from latent_ddpm.config import RunConfig
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: RunConfig, learning_rate: float) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], config: RunConfig, learning_rate: float
+) -> torch.optim.AdamW:
     """Fused AdamW (arXiv 1711.05101) with the config's moments and decay."""
     return torch.optim.AdamW(
         parameters,

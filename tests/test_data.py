@@ -309,6 +309,16 @@ def test_integer_labels():
     assert source([10**9, 5]).labels is None  # identifiers, not classes
 
 
+def test_splits_agree_on_integer_classes(tmp_path):
+    def rows(labels):
+        table = datasets.Dataset.from_dict({"image": [png(0)] * len(labels), "label": labels})
+        return table.cast_column("image", datasets.Value("binary"))
+
+    parquet_folder(tmp_path / "set", train=rows([0, 1, 2]), test=rows([0, 1]))
+    train, validation = open_sources(config(dataset_name=str(tmp_path / "set")))
+    assert train.class_names == validation.class_names == ["0", "1", "2"]
+
+
 def test_hub_fingerprint_follows_content(tmp_path):
     def fingerprint(rows, column="image"):
         parquet_folder(tmp_path / "set", train=rows)
@@ -564,6 +574,14 @@ def test_lazy_dataset_of_bad_images_ends_cleanly(tmp_path, workers):
     assert "max_bad_image_share" in str(caught.value) and "Traceback" not in str(caught.value)
 
 
+def test_a_large_folder_of_bad_images_is_not_read_to_its_end(tmp_path):
+    source = Flat(1000, bad=tuple(range(1000)))
+    dataset = opened(source, tmp_path, BadImages(tmp_path / "bad.jsonl", 1000, 0.01), **LAZY)
+    with pytest.raises(UserError, match="11 of 1000"):
+        dataset[500]
+    assert source.loads == 11
+
+
 @both_ways
 def test_nothing_but_bad_images(tmp_path, way):
     with pytest.raises(UserError, match="none of the 3 images"):
@@ -585,6 +603,17 @@ def test_cache_is_written_once_and_shared(tmp_path):
     assert source.loads == 150
     assert shown(second.gather(None, np.arange(150))) == list(range(150))
     assert first.fingerprint == second.fingerprint
+    assert [first.source_index(i) for i in range(150)] == list(range(150))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_late_in_a_large_cache(tmp_path, workers):
+    dataset = opened(Flat(200, bad=(3, 70, 150)), tmp_path, dataloader_num_workers=workers)
+    good = [k for k in range(200) if k not in (3, 70, 150)]
+    assert [dataset.source_index(i) for i in range(197)] == good
+    assert dataset.labels == [k % 3 for k in good]
+    assert shown(dataset.gather(None, np.arange(197))) == good
+    assert dataset.bad_images.names() == {"flat3", "flat70", "flat150"}
 
 
 def test_cache_is_keyed_by_what_decides_its_pixels(tmp_path):
@@ -886,6 +915,12 @@ def test_eval_batches_deal_every_image_once(tmp_path, way, processes):
     everything = join([batch for share in shares for batch in share])
     assert sorted(shown(everything)) == list(range(11))
     assert torch.equal(everything["example"], everything["index"])
+
+
+@both_ways
+def test_evaluation_of_training_images_does_not_mirror(tmp_path, way):
+    (batch,) = eval_batches(opened(Ramp(), tmp_path, train=True, random_flip=True, **way), 4)
+    assert batch["image"][:, 0, 0, 0].tolist() == [16] * 4
 
 
 def test_a_process_without_images_gets_no_batch(tmp_path):

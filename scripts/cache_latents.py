@@ -1,0 +1,34 @@
+"""Encode a run's training set into its latent cache, without training on it.
+
+    accelerate launch scripts/cache_latents.py --config configs/mnist.yaml
+
+train_unet.py does the same when the cache is missing; alone it is of use to encode on other machines than those
+that train. Takes the keys of train_unet.py. A finished cache is left as it is, an interrupted one completed.
+"""
+
+import logging
+
+from latent_ddpm.config import UNetConfig, parse_config
+from latent_ddpm.export import check_autoencoder_fits, load_vqmodel
+from latent_ddpm.latents import latents_for_run
+from latent_ddpm.launch import check_before_loading, make_accelerator, run
+
+logger = logging.getLogger("cache_latents")
+
+
+def main(argv: list[str]) -> int:
+    config = parse_config(UNetConfig, argv)
+    check_before_loading(config, "unet")
+    vqvae = load_vqmodel(config.autoencoder_dir)
+    check_autoencoder_fits(vqvae, config)
+    accelerator = make_accelerator(config)
+    vqvae.to(accelerator.device)
+    cache = latents_for_run(
+        config, vqvae, accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
+    )
+    logger.info("%d latents of %s in %s", len(cache), "x".join(map(str, cache.shape)), cache.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
