@@ -140,7 +140,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         if latents is None:
-            # Drawn in float32 whatever the dtype, so that a half-precision pipeline starts from the same noise.
+            # In float32 as LDMPipeline draws it, so that a half-precision pipeline starts from the same noise.
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         # Flow matching schedulers have no init_noise_sigma: they start from the noise as it is.
         latents = (latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)).to(dtype)

@@ -1,0 +1,135 @@
+"""latent_ddpm.config: files and flags become a checked config, and mistakes are named."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latent_ddpm.config import (
+    AutoencoderConfig,
+    UNetConfig,
+    check_same_run,
+    keys_of,
+    parse_config,
+    read_yaml,
+    save_config,
+)
+from latent_ddpm.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+DATA = ["--dataset_name", "embedded:mnist"]
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "dataset_name: embedded:mnist\nresolution: 32\nlearning_rate: 5e-4\n"
+        "train_autoencoder:\n  block_out_channels: [16, 32]\n  seed: 3\n"
+        "train_unet:\n  learning_rate: 1e-4\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("stage", [AutoencoderConfig, UNetConfig])
+def test_shipped_configs_are_valid(path, stage):
+    config = parse_config(stage, ["--config", str(path)])
+    assert config.output_dir == f"outputs/{path.stem}"
+
+
+@pytest.mark.parametrize("stage", [AutoencoderConfig, UNetConfig])
+def test_every_key_is_documented(stage):
+    documented = stage.__doc__ + stage.__mro__[1].__doc__
+    assert [key for key in keys_of(stage) if f"        {key}: " not in documented] == []
+
+
+def test_sections_override_common_keys_and_flags_override_both(config_file):
+    stage1 = parse_config(AutoencoderConfig, ["--config", str(config_file)])
+    stage2 = parse_config(UNetConfig, ["--config", str(config_file)])
+    assert (stage1.learning_rate, stage1.seed, stage1.block_out_channels) == (5e-4, 3, [16, 32])
+    assert (stage2.learning_rate, stage2.seed) == (1e-4, 0)
+    stage2 = parse_config(UNetConfig, [f"--config={config_file}", "--learning-rate=2e-4", "--random_flip", "true"])
+    assert stage2.learning_rate == 2e-4 and stage2.random_flip is True
+    stage1 = parse_config(AutoencoderConfig, ["--block_out_channels", "[8, 8]", "--norm_num_groups", "8", *DATA])
+    assert stage1.block_out_channels == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lerning_rate", "1"], "lerning_rate.*Did you mean 'learning_rate'"),
+        (["--learning_rate", "fast"], "learning_rate has to be float, not 'fast'"),
+        (["--seed", "1.5"], "seed has to be int"),
+        (["--lr_scheduler", "cosin"], "lr_scheduler has to be .*cosine"),
+        (["--learning_rate"], "learning_rate"),
+        (["stray"], "stray"),
+        (["--learning_rate", "0"], "learning_rate is 0.*greater than 0"),
+        (["--resolution", "30"], "resolution 30 is not divisible by 4"),
+        (["--norm_num_groups", "24"], "norm_num_groups 24 does not divide the 64 channels"),
+        (["--train_data_dir", "x"], "exactly one of train_data_dir and dataset_name"),
+        (["--image_channels", "4"], "image_channels is 4"),
+        (["--ema_decay", "1"], "ema_decay is 1"),
+        (["--disc_weight", "1", "--resolution", "16"], "disc_layers 3 leaves no patch"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(AutoencoderConfig, DATA + words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--unet_norm_num_groups", "48"], "unet_norm_num_groups 48 does not divide the 128"),
+        (["--unet_attention_levels", "[3]"], "unet_attention_levels is 3"),
+        (["--unet_attention_head_dim", "24"], "unet_attention_head_dim 24 does not divide"),
+        (["--num_inference_steps", "2000"], "num_inference_steps 2000 is more than"),
+        (["--block_out_channels", "[8]"], "Unknown option --block_out_channels"),
+    ],
+)
+def test_mistakes_of_stage_2(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(UNetConfig, DATA + words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("resolutoin: 3", "unknown key 'resolutoin' at the top level. Did you mean 'resolution'"),
+        ("train_unet:\n  unet_droput: 0", "unknown key 'unet_droput' in train_unet. Did you mean 'unet_dropout'"),
+        ("num_vq_embeddings: 3", "belongs in the section train_autoencoder"),
+        ("train_unet: 3", "section train_unet has to be a mapping"),
+        ("- a", "has to be a mapping"),
+        ("a: [", "not valid YAML"),
+        ("dataset_name: embedded:mnist\nresolution: big", "run.yaml: resolution has to be int, not 'big'"),
+    ],
+)
+def test_mistakes_in_files_name_the_file(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        parse_config(AutoencoderConfig, ["--config", str(path)])
+    assert str(path) in str(caught.value)
+
+
+def test_saved_config_reads_back_and_guards_its_folder(tmp_path):
+    config = parse_config(AutoencoderConfig, [*DATA, "--learning_rate", "3e-4", "--resolution", "32"])
+    path = tmp_path / "train_autoencoder.yaml"
+    save_config(config, path)
+    assert set(read_yaml(path, AutoencoderConfig)) == set(keys_of(AutoencoderConfig))
+    assert parse_config(AutoencoderConfig, ["--config", str(path)]) == config
+    assert yaml.safe_load(path.read_text())["train_autoencoder"]["learning_rate"] == 3e-4
+    check_same_run(config, path)
+    check_same_run(dataclasses.replace(config, max_train_steps=7, report_to="tensorboard"), path)
+    with pytest.raises(UserError, match="holds another run .seed was 0, is 1"):
+        check_same_run(dataclasses.replace(config, seed=1), path)
+
+
+def test_help_describes_the_keys(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(UNetConfig, ["--help"])
+    assert stopped.value.code == 0
+    assert "min-SNR" in capsys.readouterr().out

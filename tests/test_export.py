@@ -1,0 +1,166 @@
+"""latent_ddpm.export and models.vqvae: what is published equals what was trained."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from latent_ddpm.config import AutoencoderConfig, UNetConfig
+from latent_ddpm.diffusion import make_noise_scheduler
+from latent_ddpm.errors import UserError
+from latent_ddpm.export import (
+    check_autoencoder_fits,
+    export_pipeline,
+    fold_normalization,
+    load_vqmodel,
+    quantize_indices,
+    replace_folder,
+    sampling_scheduler,
+    to_vqmodel,
+)
+from latent_ddpm.latents import Moments, overall_std
+from latent_ddpm.models.unet import make_unet
+from latent_ddpm.models.vqvae import VQVAE
+
+
+def make(channels=3, attention=False, levels=(8, 16, 16)):
+    config = AutoencoderConfig(
+        dataset_name="x",
+        resolution=16,
+        image_channels=channels,
+        block_out_channels=list(levels),
+        norm_num_groups=4,
+        latent_channels=3,
+        num_vq_embeddings=32,
+        mid_block_add_attention=attention,
+    )
+    torch.manual_seed(0)
+    model = VQVAE(config).eval()
+    images = torch.rand(4, channels, 16, 16) * 2 - 1
+    model.quantizer.initialize(model.encode(images).detach())
+    return config, model, images
+
+
+@pytest.mark.parametrize(
+    ("channels", "attention", "levels"), [(1, False, (8, 16, 16)), (3, True, (8, 16)), (3, False, (8,))]
+)
+@torch.no_grad()
+def test_stock_vqmodel_equals_the_trained_one(channels, attention, levels, tmp_path):
+    config, model, images = make(channels, attention, levels)
+    ours = model(images)
+    to_vqmodel(model, config).save_pretrained(tmp_path)
+    stock = load_vqmodel(tmp_path)
+    latents = stock.encode(images).latents
+    assert torch.allclose(latents, model.encode(images), atol=1e-5)
+    assert torch.equal(quantize_indices(stock, latents), ours.quantized.indices)
+    assert torch.allclose(stock.decode(latents).sample, ours.reconstruction, atol=1e-5)
+
+
+@torch.no_grad()
+def test_folded_normalization_changes_no_image():
+    config, model, images = make()
+    stock = to_vqmodel(model, config)
+    moments = Moments(3)
+    for half in images.split(2):
+        moments.add(stock.encode(half).latents)
+    mean, variance = moments.result()
+    direct = stock.encode(images).latents
+    assert torch.allclose(mean.float(), direct.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(variance.float(), direct.var((0, 2, 3), correction=0), rtol=1e-4)
+    before = stock.decode(direct).sample
+    indices = quantize_indices(stock, direct)
+    fold_normalization(stock, mean, overall_std(variance))
+    latents = stock.encode(images).latents
+    model_space = latents * stock.config.scaling_factor
+    assert model_space.mean((0, 2, 3)).abs().max() < 1e-4
+    assert model_space.var((0, 2, 3), correction=0).mean() == pytest.approx(1, abs=1e-4)
+    assert torch.equal(quantize_indices(stock, latents), indices)
+    assert torch.allclose(stock.decode(latents).sample, before, atol=1e-5)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(UserError, match="There is no autoencoder"):
+        load_vqmodel(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not an autoencoder"):
+        load_vqmodel(tmp_path)
+    config, model, _ = make()
+    stock = to_vqmodel(model, config)
+    assert check_autoencoder_fits(stock, UNetConfig(dataset_name="x", resolution=32)) == 8
+    with pytest.raises(UserError, match="images of 3 channels, image_channels is 1"):
+        check_autoencoder_fits(stock, UNetConfig(dataset_name="x", resolution=32, image_channels=1))
+    with pytest.raises(UserError, match="resolution 30 is not divisible by 4"):
+        check_autoencoder_fits(stock, UNetConfig(dataset_name="x", resolution=30))
+    with pytest.raises(UserError, match="latents of 6x6 do not fit"):
+        make_unet(UNetConfig(dataset_name="x"), 3, 6)
+
+
+def test_replace_folder_keeps_the_old_one_when_writing_fails(tmp_path):
+    folder = tmp_path / "out"
+    replace_folder(folder, lambda aside: (aside / "a").write_text("1"))
+
+    def fail(aside):
+        (aside / "b").write_text("2")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_folder(folder, fail)
+    replace_folder(folder, lambda aside: (aside / "c").write_text("3"))
+    assert [path.name for path in folder.iterdir()] == ["c"]
+
+
+STRANGER = """
+import sys, warnings
+warnings.simplefilter("error", FutureWarning)
+from diffusers import DiffusionPipeline
+import torch, numpy
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+numpy.save(sys.argv[2], pipeline(batch_size=2, num_inference_steps=5, generator=generator, output_type="np").images)
+print(type(pipeline).__name__, type(pipeline.vqvae).__module__.split(".")[0],
+      sorted(m for m in sys.modules if m.startswith(("latent_ddpm", "pipeline_latent_ddpm"))))
+"""
+
+
+@torch.no_grad()
+def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path):
+    config, model, images = make(channels=1)
+    mean, variance = torch.tensor([0.3, -0.2, 0.1]), torch.tensor([0.5, 0.4, 0.6])
+    std = overall_std(variance)
+    unet_config = UNetConfig(
+        dataset_name="x", unet_block_out_channels=[32, 32], unet_attention_levels=[1], unet_norm_num_groups=8
+    )
+    unet = make_unet(unet_config, 3, 4).eval()
+    scheduler = sampling_scheduler(make_noise_scheduler(unet_config))
+    stock = fold_normalization(to_vqmodel(model, config), mean, std)
+    export_pipeline(tmp_path / "pipeline", stock, unet, scheduler, 5)
+    assert {"model_index.json", "pipeline.py", "README.md"} <= {p.name for p in (tmp_path / "pipeline").iterdir()}
+    assert not list((tmp_path / "pipeline").rglob("*.bin"))
+
+    words = [sys.executable, "-c", STRANGER, str(tmp_path / "pipeline"), str(tmp_path / "images.npy")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.split() == ["LDMPipeline", "diffusers", "[]"]
+    theirs = np.load(tmp_path / "images.npy")
+
+    # the training-time model: our own decoder and quantizer, on latents denormalized by hand
+    latents = torch.randn((2, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(5)
+    for t in scheduler.timesteps:
+        latents = scheduler.step(unet(latents, t).sample, t, latents).prev_sample
+    codes = model.quantizer(latents * std + mean.view(-1, 1, 1)).latents
+    ours = (model.decode(codes) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert np.abs(ours - theirs).max() < 1e-5
+
+    custom = DiffusionPipeline.from_pretrained(
+        tmp_path / "pipeline", custom_pipeline=str(tmp_path / "pipeline"), trust_remote_code=True
+    )
+    custom.set_progress_bar_config(disable=True)
+    assert type(custom).__name__ == "LatentDDPMPipeline"
+    richer = custom(
+        batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
+    assert np.abs(richer - theirs).max() < 1e-5
