@@ -1,0 +1,124 @@
+"""latent_ddpm.latents: encoded once, reused when nothing changed and never when something did."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_ddpm.data import BadImages, FolderSource, open_image_dataset, to_float
+from latent_ddpm.errors import UserError
+from latent_ddpm.latents import build_cache, cache_key, hash_folder
+
+
+def settings(**changes):
+    base = {"resolution": 16, "image_channels": 3, "center_crop": True, "random_flip": True, "image_cache_gib": 1.0}
+    return SimpleNamespace(**{**base, "dataloader_num_workers": 0, "seed": 0, **changes})
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(23):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def dataset_of(images, tmp_path, **changes):
+    bad = BadImages(tmp_path / "bad.jsonl", 23, 0.5)
+    return open_image_dataset(
+        FolderSource(images), settings(**changes), tmp_path / "cache", bad, train=False, is_main=True, wait=lambda: None
+    )
+
+
+def encode(batch):
+    """Four numbers per image that tell it from all others and from its mirror image."""
+    return torch.nn.functional.avg_pool2d(batch, 8) * 3 + 1
+
+
+def build(dataset, tmp_path, key=None, encoder=encode, batch_size=4):
+    key = key or {"flip": True, "name": "a"}
+    device = torch.device("cpu")
+    return build_cache(encoder, dataset, tmp_path / "latents", key, batch_size, device, lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr("latent_ddpm.latents.SHARD_IMAGES", 10)
+
+
+def test_batches_are_normalized_encodings(images, tmp_path):
+    dataset = dataset_of(images, tmp_path)
+    cache = build(dataset, tmp_path)
+    assert len(cache) == 23 and cache.shape == (3, 2, 2) and cache.flips
+    assert [len(shard) for shard in cache.shards] == [10, 10, 3]
+    rows = np.array([22, 0, 10, 9, 9])
+    flipped = np.array([False, True, False, False, True])
+    got = cache.batch(rows, flipped)
+    pixels = to_float(torch.stack([dataset.get(int(cache.indices[row])) for row in rows]))
+    expected = torch.stack([encode((p.flip(-1) if f else p)[None])[0] for p, f in zip(pixels, flipped, strict=True)])
+    assert torch.allclose(got, (expected - cache.mean.view(3, 1, 1)) / cache.std, atol=5e-3)
+    both = torch.cat([cache.batch(np.arange(23), np.full(23, f)) for f in (False, True)])
+    assert both.mean((0, 2, 3)).abs().max() < 1e-3
+    assert both.var((0, 2, 3), correction=0).mean() == pytest.approx(1, abs=1e-3)
+
+
+def test_reused_when_finished_and_completed_when_not(images, tmp_path):
+    dataset = dataset_of(images, tmp_path)
+    calls = []
+
+    def counting(batch):
+        calls.append(len(batch))
+        return encode(batch)
+
+    first = build(dataset, tmp_path, encoder=counting)
+    assert sum(calls) == 46
+    calls.clear()
+    again = build(dataset, tmp_path, encoder=counting)
+    assert calls == [] and again.folder == first.folder
+    (first.folder / "meta.json").unlink()
+    (first.folder / "latents-00001.npy").unlink()  # as after a kill in the middle
+    completed = build(dataset, tmp_path, encoder=counting)
+    assert sum(calls) == 20
+    rows = np.arange(23)
+    assert torch.equal(completed.batch(rows), first.batch(rows)) and completed.std == first.std
+
+
+def test_key_follows_weights_data_and_transform(images, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "weights.safetensors").write_bytes(b"1")
+    dataset = dataset_of(images, tmp_path)
+    base = cache_key(model, dataset, 16, 3, True)
+    json.dumps(base)
+    assert cache_key(model, dataset_of(images, tmp_path), 16, 3, True) == base
+    assert cache_key(model, dataset, 16, 3, False) != base
+    assert cache_key(model, dataset, 32, 3, True) != base
+    before = hash_folder(model)
+    (model / "weights.safetensors").write_bytes(b"2")
+    assert hash_folder(model) != before
+    Image.new("RGB", (16, 16)).save(images / "00.png")
+    assert cache_key(model, dataset_of(images, tmp_path), 16, 3, True)["dataset"] != base["dataset"]
+
+
+def test_undecodable_images_are_left_out(images, tmp_path):
+    (images / "05.png").write_bytes(b"not an image")
+    for gib in (1.0, 0.0):  # decoded once and kept, or decoded as needed
+        dataset = dataset_of(images, tmp_path, image_cache_gib=gib)
+        cache = build(dataset, tmp_path, key={"flip": False, "gib": gib})
+        assert len(cache) == 22
+        assert [len(shard) for shard in cache.shards] == ([10, 10, 2] if gib else [9, 10, 3])
+        names = {dataset.name(int(i)) for i in cache.indices}
+        assert "05.png" not in names and len(names) == 22
+    assert "05.png" in (tmp_path / "bad.jsonl").read_text()
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_useless_latents_are_refused(images, tmp_path, value):
+    with pytest.raises(UserError, match="cannot be used"):
+        build(dataset_of(images, tmp_path), tmp_path, encoder=lambda batch: torch.full((len(batch), 3, 2, 2), value))

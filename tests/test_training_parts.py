@@ -1,0 +1,115 @@
+"""ema, optim, diffusion, evaluate: small parts, each against an oracle or a closed form."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.metrics import peak_signal_noise_ratio
+
+from latent_ddpm.config import AutoencoderConfig, UNetConfig
+from latent_ddpm.diffusion import add_noise, loss_weight, make_noise_scheduler, target
+from latent_ddpm.ema import EMA
+from latent_ddpm.evaluate import evaluate_autoencoder, psnr, ssim
+from latent_ddpm.optim import learning_rate_factor
+
+SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+
+def test_ema_is_diffusers_ema():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    ours = EMA(model, 0.95)
+    theirs = EMAModel(model.parameters(), decay=0.95)
+    theirs.optimization_step = 1  # its first warm-up value is (1 + 1) / (10 + 1) at its second step; ours starts at 1/10
+    for step in range(1, 40):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(8, 3))
+        ours.update(model, step)
+        theirs.step(model.parameters())
+    for mine, shadow in zip(ours.model.parameters(), theirs.shadow_params, strict=True):
+        assert torch.allclose(mine, shadow, atol=1e-5)
+    assert torch.equal(ours.model[1].running_mean, model[1].running_mean)
+    assert ours.decay_at(0) == 0.1 and ours.decay_at(10**6) == 0.95
+    assert not any(p.requires_grad for p in ours.model.parameters())
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "cosine", "linear"])
+def test_learning_rate(scheduler):
+    config = AutoencoderConfig(lr_scheduler=scheduler, lr_warmup_steps=10, max_train_steps=110)
+    factors = [learning_rate_factor(step, config) for step in range(111)]
+    assert factors[0] == 0.1 and factors[9] == 1.0 and factors[10] == 1.0
+    assert factors[60] == pytest.approx(1.0 if scheduler == "constant" else 0.5)
+    assert factors[110] == pytest.approx(1.0 if scheduler == "constant" else 0.0)
+    no_warmup = AutoencoderConfig(lr_scheduler=scheduler, lr_warmup_steps=0, max_train_steps=5)
+    assert learning_rate_factor(0, no_warmup) == 1.0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_noising_targets_and_weights_are_diffusers(schedule, prediction_type):
+    config = UNetConfig(dataset_name="x", beta_schedule=schedule, prediction_type=prediction_type)
+    scheduler = make_noise_scheduler(config)
+    clean, noise = torch.randn(2, 8, 3, 4, 4)
+    t = torch.tensor([0, 1, 250, 500, 750, 900, 998, 999])
+    noisy = add_noise(clean, noise, scheduler.alphas_cumprod, t)
+    assert torch.allclose(noisy, scheduler.add_noise(clean, noise, t), atol=1e-6)
+    wanted = target(clean, noise, scheduler.alphas_cumprod, t, prediction_type)
+    oracle = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, t)}
+    assert torch.allclose(wanted, oracle[prediction_type], atol=1e-6)
+    # the formula of diffusers' text-to-image example
+    snr = compute_snr(scheduler, t)
+    base = torch.minimum(snr, torch.full_like(snr, 5.0))
+    expected = {"epsilon": base / snr, "v_prediction": base / (snr + 1), "sample": base}[prediction_type]
+    weights = loss_weight(scheduler.alphas_cumprod, t, prediction_type, 5.0)
+    assert torch.allclose(weights, expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(loss_weight(scheduler.alphas_cumprod, t, prediction_type, None), torch.ones(8))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_a_perfect_prediction_recovers_the_clean_latents(prediction_type):
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)
+    clean, noise = torch.randn(2, 4, 3, 4, 4)
+    t = torch.full((4,), 400)
+    noisy = add_noise(clean, noise, scheduler.alphas_cumprod, t)
+    perfect = target(clean, noise, scheduler.alphas_cumprod, t, prediction_type)
+    step = scheduler.step(perfect, 400, noisy)
+    assert torch.allclose(step.pred_original_sample, clean, atol=1e-4)
+
+
+def test_unknown_prediction_type():
+    with pytest.raises(ValueError, match="flow"):
+        target(torch.zeros(1), torch.zeros(1), torch.ones(2), torch.zeros(1, dtype=torch.int64), "flow")
+
+
+@settings(max_examples=20, deadline=None)
+@given(noise=st.floats(0.01, 1.0), channels=st.sampled_from([1, 3]))
+def test_psnr_is_scikit_images(noise, channels):
+    images = torch.rand(3, channels, 16, 16) * 2 - 1
+    other = (images + noise * torch.randn_like(images)).clamp(-1, 1)
+    oracle = [
+        peak_signal_noise_ratio(a, b, data_range=2.0) for a, b in zip(images.numpy(), other.numpy(), strict=True)
+    ]
+    assert np.allclose(psnr(other, images).numpy(), oracle, atol=1e-3)
+    assert psnr(images, images).tolist() == [100.0] * 3
+    assert np.allclose(ssim(images, images), 1.0)
+    assert (ssim(other, images) < 1).all()
+
+
+def test_evaluate_autoencoder_counts_codes():
+    batches = [{"image": torch.full((2, 1, 8, 8), value, dtype=torch.uint8)} for value in (0, 100, 200)]
+
+    def reconstruct(images):
+        return images, (images[:, 0] > 0).long()
+
+    result = evaluate_autoencoder(reconstruct, batches, 4, torch.device("cpu"), with_ssim=True)
+    assert result["images"] == 6 and result["psnr"] == 100 and result["ssim"] == pytest.approx(1)
+    assert result["codebook_usage"] == 0.5  # codes 0 and 1 of 4
+    assert result["perplexity"] == pytest.approx(np.exp(-(1 / 3) * np.log(1 / 3) - (2 / 3) * np.log(2 / 3)))
+    json.dumps(result)
