@@ -12,7 +12,7 @@ callbacks, CPU offload, and `encode` / `decode`.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Union
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel, VQModel
@@ -34,9 +34,15 @@ class LatentDDPMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vqvae"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
-    def __init__(self, vqvae: VQModel | AutoencoderKL, unet: UNet2DModel, scheduler: SchedulerMixin):
+    # Union, not |: from_pretrained of diffusers 0.35 reads these annotations, and fails on the newer spelling.
+    def __init__(
+        self,
+        vqvae: Union[VQModel, AutoencoderKL],  # noqa: UP007
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+    ) -> None:
         super().__init__()
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
 
@@ -193,8 +199,15 @@ class LatentDDPMPipeline(DiffusionPipeline):
         return (batch_size, self.unet.config.in_channels, height, width)
 
     def _check_inputs(
-        self, batch_size, num_inference_steps, generator, latents, shape, output_type, callback_tensor_inputs
-    ):
+        self,
+        batch_size: int,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        shape: tuple[int, ...],
+        output_type: str,
+        callback_tensor_inputs: Sequence[str],
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if num_inference_steps < 1:

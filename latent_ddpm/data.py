@@ -709,7 +709,7 @@ def _cache_key(source: ImageSource, resolution: int, channels: int) -> str:
 
 
 class _Squares(Dataset):
-    """Image k at the centre crop, or why there is none; for the workers that fill a cache."""
+    """k, and image k at the centre crop or why there is none; for the workers that fill a cache."""
 
     def __init__(self, source: ImageSource, resolution: int, channels: int):
         self.source, self.resolution, self.channels = source, resolution, channels
@@ -717,8 +717,8 @@ class _Squares(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, k: int) -> np.ndarray | str:
-        return _decode_square(self.source, k, self.resolution, self.channels, CENTRE, False)
+    def __getitem__(self, k: int) -> tuple[int, np.ndarray | str]:
+        return k, _decode_square(self.source, k, self.resolution, self.channels, CENTRE, False)
 
 
 def _write_cache(folder: Path, source: ImageSource, cfg, bad_images: BadImages, size: int) -> None:
@@ -743,9 +743,8 @@ def _write_cache(folder: Path, source: ImageSource, cfg, bad_images: BadImages, 
     try:
         with open(aside / "images.npy", "wb") as file, tqdm(total=len(source), desc="decode", disable=None) as bar:
             offset = _write_header(file, len(source), cfg)
-            k = -1  # bar.n stays 0 where the bar is not shown
             for batch in squares:
-                for k, square in enumerate(batch, start=k + 1):
+                for k, square in batch:
                     if isinstance(square, str):
                         bad.append({"name": source.name(k), "error": square})
                         bad_images.add(**bad[-1])

@@ -49,6 +49,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
+    _use_all_cores(accelerator)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
@@ -57,6 +58,14 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     for noisy in ("httpx", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return accelerator
+
+
+def _use_all_cores(accelerator: Accelerator) -> None:
+    """Share the cores out among this machine's processes: `accelerate launch` gives a CPU process one thread."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if accelerator.device.type == "cpu" and launched:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

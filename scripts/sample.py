@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_pipeline(name: str, dtype: torch.dtype) -> LatentDDPMPipeline:
+def load_pipeline(name: str) -> LatentDDPMPipeline:
     """The pipeline in a folder or a Hub repository, as `LatentDDPMPipeline`.
 
     Raises:
@@ -95,7 +95,7 @@ def load_pipeline(name: str, dtype: torch.dtype) -> LatentDDPMPipeline:
                 f"{name} holds a {index.get('_class_name')}, which is not a latent diffusion pipeline of ours: "
                 f"it lacks {', '.join(sorted(missing))}"
             )
-        return LatentDDPMPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        return LatentDDPMPipeline.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError) as error:
         what = (
             "the pipeline in this folder can not be loaded"
@@ -167,7 +167,7 @@ def sample(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir} can not be made: {error.strerror}") from error
     device = pick_device(args.device)
-    pipe = load_pipeline(args.pipeline, getattr(torch, args.dtype)).to(device)
+    pipe = load_pipeline(args.pipeline).to(device, getattr(torch, args.dtype))
     if args.scheduler is not None:
         pipe.scheduler = with_scheduler(pipe.scheduler, args.scheduler)
     if args.num_inference_steps > pipe.scheduler.config.num_train_timesteps:

@@ -1,5 +1,6 @@
 """LatentDDPMPipeline against stock LDMPipeline, against closed forms, and against its own promises."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,11 @@ for arguments in ({{}}, {{"custom_pipeline": {str(folder)!r}, "trust_remote_code
     numpy.save(type(pipe).__name__ + ".npy", images)
 assert "pipeline_latent_ddpm" not in sys.modules and "latent_ddpm" not in sys.modules
 """
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
@@ -292,7 +297,7 @@ def test_interrupt_skips_what_remains_and_is_forgotten():
     steps = []
 
     class Stop(PipelineCallback):
-        tensor_inputs = ["latents"]
+        tensor_inputs = ("latents",)
 
         def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
             steps.append(step_index)
@@ -381,7 +386,7 @@ def test_autoencoder_kl():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++-sde", "euler", "flow-euler", "unipc"])
 def test_half_precision(folder, dtype, name):
-    pipe = LatentDDPMPipeline.from_pretrained(folder, dtype=dtype)
+    pipe = LatentDDPMPipeline.from_pretrained(folder).to(dtype)
     pipe.scheduler = make_scheduler(name)
     pipe.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 3, "generator": seeded()}

@@ -1,0 +1,135 @@
+"""Shared by the tests: the repository's root, and running the real scripts as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+
+# tiny networks, so that a training run is seconds
+COMMON = {"seed": 0, "dataloader_num_workers": 0, "logging_steps": 1, "checkpoints_total_limit": 10}
+STAGE_1 = {
+    "block_out_channels": "[8,16]",
+    "norm_num_groups": 4,
+    "num_vq_embeddings": 32,
+    "train_batch_size": 8,
+    "lr_warmup_steps": 2,
+    "max_validation_images": 16,
+}
+STAGE_2 = {
+    "unet_block_out_channels": "[16,32]",
+    "unet_norm_num_groups": 8,
+    "unet_attention_levels": "[1]",
+    "unet_attention_head_dim": 8,
+    "unet_layers_per_block": 1,
+    "unet_dropout": 0.1,
+    "train_batch_size": 8,
+    "lr_warmup_steps": 2,
+    "num_validation_samples": 4,
+    "num_inference_steps": 3,
+    "max_validation_images": 16,
+}
+
+
+def command(script, output_dir, processes=1, **flags):
+    """The words that run a training script, as a user would launch it."""
+    stage = STAGE_1 if script == "train_autoencoder.py" else STAGE_2
+    words = [sys.executable, script]
+    if processes > 1:
+        words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        words += ["--main_process_port", "0", script]
+    for key, value in {**COMMON, **stage, "output_dir": output_dir, **flags}.items():
+        if value is not None:
+            words += [f"--{key}", str(value)]
+    return words
+
+
+def environment(threads=1):
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(script, output_dir, expect=0, processes=1, **flags):
+    """Run a training script to its end; returns stderr and stdout together."""
+    done = subprocess.run(
+        command(script, output_dir, processes, **flags),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode == expect, text[-4000:]
+    return text
+
+
+def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, **flags):
+    """Start a training script and send it a signal once it has logged `step`; returns its exit status."""
+    metrics = Path(output_dir) / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(script, output_dir, **flags),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    stage = "autoencoder" if script == "train_autoencoder.py" else "unet"
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(r["stage"] == stage and r["step"] >= step for r in read_metrics(metrics)):
+            process.send_signal(signum)
+            return process.wait(timeout=60)
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"{script} did not reach step {step}; it ended with {process.poll()}")
+
+
+def read_metrics(path):
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # being written
+            break
+    return records
+
+
+def losses(output_dir, stage, key="loss"):
+    records = read_metrics(Path(output_dir) / "metrics.jsonl")
+    return {r["step"]: r[key] for r in records if r["stage"] == stage and key in r}
+
+
+def checkpoint_tensors(output_dir, stage, step):
+    return load_file(Path(output_dir) / "checkpoints" / f"{stage}-{step:08d}" / "state.safetensors")
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys()
+    differing = [key for key in a if not torch.equal(a[key], b[key])]
+    assert differing == []
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """48 small colour images in two nested folders."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        folder = root / ("cats" if i % 2 else "dogs/puppies")
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((16, 16), Image.Resampling.BILINEAR).save(folder / f"{i:02d}.png")
+    return root

@@ -1,0 +1,213 @@
+"""The two scripts as users run them: real processes, real files, real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_same_tensors,
+    checkpoint_tensors,
+    environment,
+    launch,
+    launch_and_stop,
+    losses,
+    read_metrics,
+)
+from diffusers import DiffusionPipeline, VQModel
+from PIL import Image
+
+GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_channels": 8, "disc_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """Both stages, once, uninterrupted: the run that the others are compared with."""
+    output_dir = tmp_path_factory.mktemp("run") / "out"
+    flags = {"train_data_dir": photos, "resolution": 16, "random_flip": "true"}
+    text = launch("train_autoencoder.py", output_dir, max_train_steps=12, checkpointing_steps=4, validation_steps=6,
+                  report_to="tensorboard", **flags, **GAN)  # fmt: skip
+    text += launch("train_unet.py", output_dir, max_train_steps=12, checkpointing_steps=4, validation_steps=6, **flags)
+    return output_dir, flags, text
+
+
+def test_both_stages_leave_what_they_promise(trained, photos):
+    output_dir, _, text = trained
+    assert "46 training and 2 validation images, 0 undecodable" in text
+    for stage in ("autoencoder", "unet"):
+        assert (output_dir / f"train_{stage}.yaml").exists()
+        assert sorted(losses(output_dir, stage)) == list(range(1, 13))
+        for step in (6, 12):
+            assert Image.open(output_dir / "samples" / f"{stage}-{step:08d}.png").size[0] > 16
+        assert len(list((output_dir / "checkpoints").glob(f"{stage}-*"))) == 3
+    last = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["stage"] == "autoencoder"]
+    seen = set().union(*last)
+    assert {"reconstruction_loss", "commitment_loss", "codebook_usage", "perplexity", "validation_psnr",
+            "generator_loss", "discriminator_loss", "adaptive_weight", "images_per_second"} <= seen  # fmt: skip
+    assert any((output_dir / "logs").rglob("*tfevents*"))
+    vqvae = VQModel.from_pretrained(output_dir / "autoencoder")
+    assert vqvae.config.scaling_factor != 0.18215
+    pipeline = DiffusionPipeline.from_pretrained(output_dir / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
+
+
+def test_latents_of_the_exported_autoencoder_are_normalized(trained, photos):
+    output_dir, flags, _ = trained
+    (meta_path,) = (output_dir / "latents").glob("*/meta.json")
+    meta = json.loads(meta_path.read_text())
+    scaling = VQModel.from_pretrained(output_dir / "autoencoder").config.scaling_factor
+    assert meta["std"] * scaling == pytest.approx(1, abs=0.05)
+    assert np.abs(np.array(meta["mean"]) * scaling).max() < 0.2  # stage 1 saw no mirrored versions
+    assert meta["key"]["flip"] is True
+
+
+def test_losses_fall(photos, tmp_path):
+    flags = {"train_data_dir": photos, "resolution": 16, "learning_rate": 3e-3}
+    launch("train_autoencoder.py", tmp_path, max_train_steps=60, **flags)
+    launch("train_unet.py", tmp_path, max_train_steps=60, **flags)
+    for stage, ratio in (("autoencoder", 0.6), ("unet", 0.85)):
+        curve = list(losses(tmp_path, stage).values())
+        assert np.mean(curve[-10:]) < ratio * np.mean(curve[:5]), stage
+    assert list(losses(tmp_path, "autoencoder", "codebook_usage").values())[-1] > 0.9
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_stage_1_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained, photos, tmp_path, step):
+    output_dir, flags, _ = trained
+    options = {"max_train_steps": 12, "checkpointing_steps": 4, "validation_steps": 6, **flags, **GAN}
+    launch_and_stop("train_autoencoder.py", tmp_path, step, **options)
+    launch("train_autoencoder.py", tmp_path, resume_from_checkpoint="latest", **options)
+    assert_same_tensors(
+        checkpoint_tensors(output_dir, "autoencoder", 12), checkpoint_tensors(tmp_path, "autoencoder", 12)
+    )
+    assert losses(output_dir, "autoencoder") == losses(tmp_path, "autoencoder")
+    weights = "autoencoder/diffusion_pytorch_model.safetensors"
+    assert (output_dir / weights).read_bytes() == (tmp_path / weights).read_bytes()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stage_2_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained, tmp_path, signum):
+    output_dir, flags, _ = trained
+    options = {"max_train_steps": 12, "checkpointing_steps": 4, "validation_steps": 6, **flags}
+    options["autoencoder"] = output_dir / "autoencoder"
+    status = launch_and_stop("train_unet.py", tmp_path, 6, signum, **options)
+    saved = sorted(int(p.name[-8:]) for p in (tmp_path / "checkpoints").glob("unet-*"))
+    if signum == signal.SIGKILL:
+        assert status == -signum and saved == [4]
+    else:  # saved where it was, and said so to the shell
+        assert status == 128 + signum and saved[-1] >= 6
+    launch("train_unet.py", tmp_path, resume_from_checkpoint="latest", **options)
+    assert_same_tensors(checkpoint_tensors(output_dir, "unet", 12), checkpoint_tensors(tmp_path, "unet", 12))
+    assert losses(output_dir, "unet") == losses(tmp_path, "unet")
+    weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
+    assert (output_dir / weights).read_bytes() == (tmp_path / weights).read_bytes()
+
+
+def test_two_processes_see_what_one_with_the_joint_batch_sees(photos, tmp_path):
+    """Same codebook, same curves, with the discriminator in play and accumulation on."""
+    flags = {"train_data_dir": photos, "resolution": 16, "random_flip": "true", "max_train_steps": 20}
+    for name, processes, batch in (("one", 1, 8), ("two", 2, 4)):
+        launch("train_autoencoder.py", tmp_path / name, processes=processes, train_batch_size=batch, **flags, **GAN)
+    one, two = (losses(tmp_path / name, "autoencoder") for name in ("one", "two"))
+    assert len(one) == 20
+    assert max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-4
+    a, b = (checkpoint_tensors(tmp_path / name, "autoencoder", 20) for name in ("one", "two"))
+    assert torch.allclose(a["model/quantizer.codebook"], b["model/quantizer.codebook"], atol=1e-3)
+    autoencoder = tmp_path / "one" / "autoencoder"
+    for name, processes, batch in (("one", 1, 8), ("two", 2, 4)):
+        launch("train_unet.py", tmp_path / name, processes=processes, train_batch_size=batch, autoencoder=autoencoder,
+               gradient_accumulation_steps=2, unet_dropout=0, **flags)  # fmt: skip
+    one, two = (losses(tmp_path / name, "unet") for name in ("one", "two"))
+    assert len(one) == 20
+    assert max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-4
+
+
+def test_a_folder_of_ones_own_with_three_bad_files(photos, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "a" / "deep").mkdir(parents=True)
+    (folder / "b").mkdir()
+    rng = np.random.default_rng(0)
+    for i, mode in enumerate(["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"] * 4):
+        size = (int(rng.integers(12, 40)), int(rng.integers(12, 40)))
+        image = Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+        image.save(folder / ("a/deep" if i % 2 else "b") / f"{i}.{'tif' if mode == 'CMYK' else 'png'}")
+    Image.fromarray(rng.integers(0, 65535, (20, 20), dtype=np.uint16)).save(folder / "a" / "deep.png")
+    Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "b" / "cut.jpg")
+    os.truncate(folder / "b" / "cut.jpg", (folder / "b" / "cut.jpg").stat().st_size // 2)
+    (folder / "a" / "text.png").write_text("this is not a picture")
+    (folder / "a" / "deep" / "empty.jpg").write_bytes(b"")
+    flags = {"train_data_dir": folder, "resolution": 16, "max_train_steps": 3, "dataloader_num_workers": 2}
+    for gib in (4, 0):  # decoded once and kept; decoded by workers
+        out = tmp_path / f"out{gib}"
+        flags["image_cache_gib"] = gib
+        launch("train_autoencoder.py", out, max_bad_image_share=0.2, **flags)
+        launch("train_unet.py", out, max_bad_image_share=0.2, **flags)
+        listed = {json.loads(line)["name"] for line in (out / "bad_images.jsonl").read_text().splitlines()}
+        assert listed == {"b/cut.jpg", "a/text.png", "a/deep/empty.jpg"}
+    text = launch("train_autoencoder.py", tmp_path / "strict", expect=2, max_bad_image_share=0.05, **flags)
+    assert "max_bad_image_share" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train_data_dir": "absent_folder"}, "train_data_dir absent_folder is not a folder"),
+        ({"train_data_dir": "docs"}, "docs"),
+        ({"dataset_name": "embedded:mnist", "resolution": 33}, "resolution 33 is not divisible by 2"),
+        ({"dataset_name": "embedded:mnist", "norm_num_groups": 3}, "norm_num_groups 3 does not divide"),
+        ({"dataset_name": "embedded:mnist", "lerning_rate": 1}, "Did you mean 'learning_rate'"),
+        ({"dataset_name": "embedded:mnist", "mixed_precision": "fp16"}, "fp16 needs a GPU"),
+        ({"dataset_name": "nobody/nothing"}, "nobody/nothing"),
+    ],
+)
+def test_bad_input_gets_one_sentence(flags, message, tmp_path):
+    if flags.get("mixed_precision") == "fp16" and torch.cuda.is_available():
+        pytest.skip("fp16 is possible here")
+    text = launch("train_autoencoder.py", tmp_path / "out", expect=2, max_train_steps=1, **flags)
+    (sentence,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert message in sentence
+    assert "Traceback" not in text
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_folder_that_holds_another_run_is_refused(trained):
+    output_dir, flags, _ = trained
+    text = launch("train_unet.py", output_dir, expect=2, max_train_steps=12, learning_rate=0.5, **flags)
+    assert "holds another run (learning_rate was 0.0002, is 0.5)" in text
+    text = launch("train_unet.py", output_dir, expect=2, max_train_steps=12, **flags)
+    assert "--resume_from_checkpoint latest" in text
+    text = launch("train_unet.py", output_dir.parent / "other", expect=2, **flags)
+    assert "Run train_autoencoder.py" in text
+    text = launch("train_unet.py", output_dir.parent / "other", expect=2, autoencoder=output_dir / "autoencoder",
+                  unet_block_out_channels="[8,8,8,8,8]", unet_attention_levels="[]", **flags)  # fmt: skip
+    assert "latents of 8x8 do not fit the U-Net" in text
+
+
+def test_the_other_commands(trained, tmp_path):
+    output_dir, flags, _ = trained
+    config = ["--config", str(output_dir / "train_unet.yaml")]
+
+    def script(name, *words):
+        done = subprocess.run(
+            [sys.executable, f"scripts/{name}", *map(str, words)],
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    (meta,) = (output_dir / "latents").glob("*/meta.json")
+    written = meta.stat().st_mtime_ns
+    assert "46 latents of 3x8x8" in script("cache_latents.py", *config).stderr
+    assert meta.stat().st_mtime_ns == written
+    script("evaluate.py", "autoencoder", *config, "--json", tmp_path / "e.json")
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["images"] == 2 and result["psnr"] > 5 and 0 < result["codebook_usage"] <= 1 and "ssim" in result
+    script("sample.py", output_dir / "pipeline", "--num_images", 4, "--num_inference_steps", 2, "--output_dir", tmp_path)
+    assert (tmp_path / "grid.png").exists() and len(list(tmp_path.glob("0000*.png"))) == 4
