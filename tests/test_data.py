@@ -1,14 +1,18 @@
 """Sources, splits, bad images, datasets and the order of batches."""
 
 import hashlib
+import http.server
 import io
 import json
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -365,6 +369,84 @@ def test_damaged_parquet_is_a_user_error(tmp_path):
     assert "arquet" in str(caught.value).split("bad.parquet")[1]  # the reason, not only "an error occurred"
 
 
+class LoopbackHub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's HTTP interface as `datasets` asks for: one dataset, you/set, of the class' `files`."""
+
+    commit = "a" * 40
+    files: ClassVar[dict[str, bytes]]
+
+    def do_GET(self):
+        path, repo = self.path.split("?")[0], "/api/datasets/you/set"
+        file = path.removeprefix(f"/datasets/you/set/resolve/{self.commit}/")
+        if file in self.files:
+            self.answer(200, self.files[file], ETag=f'"{hashlib.sha256(self.files[file]).hexdigest()}"')
+        elif path in (repo, f"{repo}/revision/{self.commit}"):
+            siblings = [{"rfilename": name} for name in self.files]
+            self.answer_json({"id": "you/set", "sha": self.commit, "siblings": siblings, "tags": [], "private": False})
+        elif path == f"{repo}/tree/{self.commit}":
+            self.answer_json([{"type": "directory", "path": "data", "oid": "0" * 40, "size": 0}])
+        elif path == f"{repo}/tree/{self.commit}/data":
+            self.answer_json(
+                [{"type": "file", "path": name, "size": len(f), "oid": "1" * 40} for name, f in self.files.items()]
+            )
+        else:
+            missing = "EntryNotFound" if "/you/set/" in path else "RepoNotFound"
+            self.answer(404, b"", **{"X-Error-Code": missing})
+
+    do_HEAD = do_POST = do_GET
+
+    def answer_json(self, value):
+        self.answer(200, json.dumps(value).encode())
+
+    def answer(self, status, body, **headers):
+        self.send_response(status)
+        for key, value in {"X-Repo-Commit": self.commit, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+FROM_THE_HUB = """
+import sys
+from types import SimpleNamespace
+from latent_ddpm.data import open_sources
+from latent_ddpm.errors import UserError
+cfg = SimpleNamespace(train_data_dir=None, dataset_name=sys.argv[1], dataset_config_name=None, image_column="image",
+                      validation_fraction=0.1, max_validation_images=9)
+try:
+    train, validation = open_sources(cfg)
+    print(len(train), len(validation), train.name(1), validation.load(2).getpixel((0, 0)), train.class_names)
+except UserError as error:
+    print("UserError:", error)
+"""
+
+
+def test_a_dataset_comes_from_the_hub(tmp_path):
+    parquet_folder(tmp_path, train=table(0, 5), test=table(100, 4))
+    files = {f"data/{file.name}": file.read_bytes() for file in tmp_path.glob("*.parquet")}
+    handler = type("Hub", (LoopbackHub,), {"files": files})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # Another process: the libraries read the address of the Hub when they are imported.
+        root = str(Path(__file__).parents[1])
+        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | endpoint | {"PYTHONPATH": root}
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-c", FROM_THE_HUB, name], env=environment, stdout=subprocess.PIPE, text=True
+            )
+            for name in ("you/set", "you/nothing")
+        ]
+        there, missing = (run.communicate(timeout=120)[0].strip() for run in runs)
+        server.shutdown()
+    assert there == "5 4 train[1] 0001.png (102, 0, 200) ['even', 'odd']"
+    assert missing.startswith("UserError: dataset_name: there is no dataset 'you/nothing' on the Hub")
+
+
 @needs_cifar10
 def test_cifar10(tmp_path):
     import pyarrow.parquet
@@ -692,7 +774,7 @@ def test_damaged_cache_is_named(tmp_path):
     opened(Flat(4), tmp_path)
     (file,) = (tmp_path / "cache").glob("*/images.npy")
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(UserError, match="damaged.*delete"):
+    with pytest.raises(UserError, match=r"damaged.*delete"):
         opened(Flat(4), tmp_path)
 
 
