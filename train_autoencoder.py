@@ -22,7 +22,6 @@ from latent_ddpm.data import (
     ExampleOrder,
     eval_batches,
     open_image_dataset,
-    open_sources,
     to_float,
     train_batches,
 )
@@ -46,6 +45,7 @@ from latent_ddpm.models.discriminator import PatchDiscriminator
 from latent_ddpm.models.quantizers import perplexity
 from latent_ddpm.models.vqvae import VQVAE
 from latent_ddpm.optim import learning_rate_factor, make_optimizer, set_learning_rate
+from latent_ddpm.sources import open_sources
 from latent_ddpm.tracking import Tracker
 
 logger = logging.getLogger("train_autoencoder")

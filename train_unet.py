@@ -66,6 +66,8 @@ def main(argv: list[str]) -> int:
     optimizer = make_optimizer(unet.parameters(), config, config.learning_rate)
     ema = EMA(unet, config.ema_decay)
     if state:
+        if state["latents"] != latents.folder.name:
+            logger.warning("The images, their transform or the autoencoder are not those of the checkpoint.")
         unet.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -108,6 +110,7 @@ def main(argv: list[str]) -> int:
                 step,
                 {
                     "step": step,
+                    "latents": latents.folder.name,
                     "model": unet.state_dict(),
                     "ema": ema.model.state_dict(),
                     "optimizer": optimizer.optimizer.state_dict(),

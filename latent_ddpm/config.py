@@ -381,11 +381,12 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 # Keys that may change between the start of a run and its continuation without making it another run.
-FREE_KEYS = frozenset(
-    "output_dir max_train_steps logging_steps validation_steps checkpointing_steps checkpoints_total_limit "
-    "resume_from_checkpoint report_to dataloader_num_workers image_cache_gib num_inference_steps "
-    "num_validation_samples latents_dir max_bad_image_share autoencoder".split()
-)
+FREE_KEYS = {
+    *("output_dir", "max_train_steps", "resume_from_checkpoint", "report_to", "autoencoder", "latents_dir"),
+    *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
+    *("dataloader_num_workers", "image_cache_gib", "max_bad_image_share"),
+    *("num_inference_steps", "num_validation_samples"),
+}
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 
 from latent_ddpm.checkpoint import fsync_path
 from latent_ddpm.config import UNetConfig
-from latent_ddpm.data import BadImages, ImageDataset, open_image_dataset, open_sources, to_float
+from latent_ddpm.data import BadImages, ImageDataset, open_image_dataset, range_batches, to_float
 from latent_ddpm.distributed import all_reduce_sum, process_count, process_index
 from latent_ddpm.errors import UserError
+from latent_ddpm.sources import open_sources
 
 SHARD_IMAGES = 1024
 _VERSION = 1
@@ -209,8 +210,8 @@ def build_cache(
         path = place / f"latents-{shard:05d}.npy"
         if not path.exists():
             chosen = range(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, len(dataset)))
-            loader = torch.utils.data.DataLoader(dataset, batch_size, sampler=chosen, num_workers=num_workers)
-            latents, rows = _encode_shard(encode, iter(loader), key["flip"], device)
+            batches = range_batches(dataset, chosen, batch_size, num_workers)
+            latents, rows = _encode_shard(encode, batches, key["flip"], device)
             _write_whole(place / f"rows-{shard:05d}.npy", _npy_bytes(rows))
             _write_whole(path, _npy_bytes(latents))
         latents = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,5 +1,6 @@
 """What both training scripts do before their story begins and when it ends badly."""
 
+import argparse
 import logging
 import os
 import sys
@@ -8,7 +9,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -68,8 +71,39 @@ def _use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
 
 
+def _processes_asked_for(launcher: list[str]) -> int:
+    """The --num_processes of an `accelerate launch` command line, or of the config file that it names."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--num_processes", "--num-processes", type=int)
+    flags.add_argument("--config_file", "--config-file")
+    found, _ = flags.parse_known_args(launcher)
+    if found.num_processes is None and found.config_file and Path(found.config_file).exists():
+        return int((yaml.safe_load(Path(found.config_file).read_text()) or {}).get("num_processes", 1))
+    return found.num_processes or 1
+
+
+def _start_cpu_processes() -> None:
+    """Become the N processes that `accelerate launch --cpu --num_processes N` was asked for.
+
+    Without an MPI host file accelerate starts a single process there, and says nothing (its simple_launcher).
+    torchrun, which it uses for GPUs, runs N on the CPU as well, so this process is replaced by it.
+    """
+    alone = not any(key in os.environ for key in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true" or not alone:
+        return
+    try:
+        launcher = psutil.Process().parent().cmdline()
+        processes = _processes_asked_for(launcher[: launcher.index(sys.argv[0])])
+    except (psutil.Error, AttributeError, ValueError):  # no parent, or not to be seen, or not a launcher
+        return
+    if processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        os.execv(sys.executable, [*torchrun, *sys.argv])
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a script's main with the command line; a UserError becomes one line and exit status 2."""
+    _start_cpu_processes()
     status: int | None = 0
     try:
         status = main(sys.argv[1:])

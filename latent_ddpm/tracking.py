@@ -55,8 +55,9 @@ class Tracker:
         if self.main:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._cut(first_step)
-        accelerator.init_trackers(stage, config={k: v if v is None or isinstance(v, (int, float, str, bool)) else str(v)
-                                                 for k, v in config.items()})  # fmt: skip
+        # TensorBoard's hyper-parameters are numbers and strings
+        plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.items()}
+        accelerator.init_trackers(stage, config=plain)
         self.bar = tqdm(
             total=last_step,
             initial=first_step,
@@ -124,4 +125,6 @@ class Tracker:
     def close(self) -> None:
         """Finish bar and tracker."""
         self.bar.close()
-        self.accelerator.end_training()
+        if self.main:
+            for tracker in self.accelerator.trackers:  # not end_training, which also ends the process group
+                tracker.finish()

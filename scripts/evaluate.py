@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 
 from latent_ddpm.config import UNetConfig, parse_config
-from latent_ddpm.data import BadImages, eval_batches, open_image_dataset, open_sources
+from latent_ddpm.data import BadImages, eval_batches, open_image_dataset
 from latent_ddpm.digits import digit_probabilities, digit_tensors, judge, train_digit_classifier
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder
 from latent_ddpm.export import check_autoencoder_fits, load_vqmodel, quantize_indices
 from latent_ddpm.launch import run
 from latent_ddpm.random import Stream, normal
+from latent_ddpm.sources import open_sources
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 

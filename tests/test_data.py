@@ -22,25 +22,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_ddpm import data
+from latent_ddpm import data, sources
 from latent_ddpm.data import (
     BadImages,
-    DigitsSource,
     ExampleOrder,
-    FolderSource,
-    HubSource,
     ImageDataset,
-    ImageSource,
-    SubsetSource,
     eval_batches,
     open_image_dataset,
-    open_sources,
     to_float,
     to_uint8,
     train_batches,
 )
 from latent_ddpm.errors import UserError
 from latent_ddpm.random import Stream, permutation, uniform
+from latent_ddpm.sources import DigitsSource, FolderSource, HubSource, ImageSource, SubsetSource, open_sources
 
 CIFAR10 = Path(__file__).parents[1] / ".." / "shared" / "data" / "cifar10"
 needs_cifar10 = pytest.mark.skipif(not CIFAR10.is_dir(), reason="no local copy of CIFAR-10")
@@ -326,10 +321,10 @@ def test_splits_agree_on_integer_classes(tmp_path):
 def test_hub_fingerprint_follows_content(tmp_path):
     def fingerprint(rows, column="image"):
         parquet_folder(tmp_path / "set", train=rows)
-        return HubSource(data._load_splits(str(tmp_path / "set"), None)["train"], "train", column).fingerprint
+        return HubSource(sources._load_splits(str(tmp_path / "set"), None)["train"], "train", column).fingerprint
 
     first = fingerprint(table(0, 3))
-    again = HubSource(data._load_splits(str(tmp_path / "set"), None)["train"], "train", "image").fingerprint
+    again = HubSource(sources._load_splits(str(tmp_path / "set"), None)["train"], "train", "image").fingerprint
     assert again == first
     assert fingerprint(table(1, 3)) != first
 
@@ -413,7 +408,7 @@ class LoopbackHub(http.server.BaseHTTPRequestHandler):
 FROM_THE_HUB = """
 import sys
 from types import SimpleNamespace
-from latent_ddpm.data import open_sources
+from latent_ddpm.sources import open_sources
 from latent_ddpm.errors import UserError
 cfg = SimpleNamespace(train_data_dir=None, dataset_name=sys.argv[1], dataset_config_name=None, image_column="image",
                       validation_fraction=0.1, max_validation_images=9)

@@ -72,10 +72,11 @@ def test_losses_fall(photos, tmp_path):
     flags = {"train_data_dir": photos, "resolution": 16, "learning_rate": 3e-3}
     launch("train_autoencoder.py", tmp_path, max_train_steps=60, **flags)
     launch("train_unet.py", tmp_path, max_train_steps=60, **flags)
-    for stage, ratio in (("autoencoder", 0.6), ("unet", 0.85)):
+    for stage, ratio in (("autoencoder", 0.75), ("unet", 0.65)):
         curve = list(losses(tmp_path, stage).values())
         assert np.mean(curve[-10:]) < ratio * np.mean(curve[:5]), stage
-    assert list(losses(tmp_path, "autoencoder", "codebook_usage").values())[-1] > 0.9
+    # an epoch is six steps, so the last six lines hold the usage over a whole one
+    assert max(list(losses(tmp_path, "autoencoder", "codebook_usage").values())[-6:]) > 0.85
 
 
 @pytest.mark.parametrize("step", [3, 6])
@@ -209,5 +210,7 @@ def test_the_other_commands(trained, tmp_path):
     script("evaluate.py", "autoencoder", *config, "--json", tmp_path / "e.json")
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["images"] == 2 and result["psnr"] > 5 and 0 < result["codebook_usage"] <= 1 and "ssim" in result
-    script("sample.py", output_dir / "pipeline", "--num_images", 4, "--num_inference_steps", 2, "--output_dir", tmp_path)
+    script(
+        "sample.py", output_dir / "pipeline", "--num_images", 4, "--num_inference_steps", 2, "--output_dir", tmp_path
+    )
     assert (tmp_path / "grid.png").exists() and len(list(tmp_path.glob("0000*.png"))) == 4

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_ddpm.data import BadImages, FolderSource, open_image_dataset, to_float
+from latent_ddpm.data import BadImages, open_image_dataset, to_float
 from latent_ddpm.errors import UserError
 from latent_ddpm.latents import build_cache, cache_key, hash_folder
+from latent_ddpm.sources import FolderSource
 
 
 def settings(**changes):

