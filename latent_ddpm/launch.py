@@ -1,8 +1,10 @@
 """What both training scripts do before their story begins and when it ends badly."""
 
 import argparse
+import ctypes
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -82,6 +84,13 @@ def _processes_asked_for(launcher: list[str]) -> int:
     return found.num_processes or 1
 
 
+def _hear_the_launcher_end() -> None:
+    """Have a SIGTERM that ends `accelerate launch` reach this process, which its launcher does not pass on."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def _start_cpu_processes() -> None:
     """Become the N processes that `accelerate launch --cpu --num_processes N` was asked for.
 
@@ -97,12 +106,14 @@ def _start_cpu_processes() -> None:
     except (psutil.Error, AttributeError, ValueError):  # no parent, or not to be seen, or not a launcher
         return
     if processes > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")  # all on this machine
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         os.execv(sys.executable, [*torchrun, *sys.argv])
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a script's main with the command line; a UserError becomes one line and exit status 2."""
+    _hear_the_launcher_end()
     _start_cpu_processes()
     status: int | None = 0
     try:

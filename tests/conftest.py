@@ -41,11 +41,11 @@ STAGE_2 = {
 }
 
 
-def command(script, output_dir, processes=1, **flags):
-    """The words that run a training script, as a user would launch it."""
+def command(script, output_dir, processes=None, **flags):
+    """The words that run a training script: plainly, or by accelerate when `processes` is given."""
     stage = STAGE_1 if script == "train_autoencoder.py" else STAGE_2
     words = [sys.executable, script]
-    if processes > 1:
+    if processes:
         words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
         words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         words += ["--main_process_port", "0", script]
@@ -59,7 +59,7 @@ def environment(threads=1):
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(script, output_dir, expect=0, processes=1, **flags):
+def launch(script, output_dir, expect=0, processes=None, **flags):
     """Run a training script to its end; returns stderr and stdout together."""
     done = subprocess.run(
         command(script, output_dir, processes, **flags),
@@ -74,21 +74,25 @@ def launch(script, output_dir, expect=0, processes=1, **flags):
     return text
 
 
-def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, **flags):
-    """Start a training script and send it a signal once it has logged `step`; returns its exit status."""
+def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=None, group=False, **flags):
+    """Start a training script and send it a signal once it has logged `step`; returns its exit status.
+
+    With `group`, the whole process group gets the signal, as from a terminal's Ctrl-C.
+    """
     metrics = Path(output_dir) / "metrics.jsonl"
     process = subprocess.Popen(
-        command(script, output_dir, **flags),
+        command(script, output_dir, processes, **flags),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 240
     stage = "autoencoder" if script == "train_autoencoder.py" else "unet"
     while time.monotonic() < deadline and process.poll() is None:
         if any(r["stage"] == stage and r["step"] >= step for r in read_metrics(metrics)):
-            process.send_signal(signum)
+            os.killpg(process.pid, signum) if group else process.send_signal(signum)
             return process.wait(timeout=60)
         time.sleep(0.02)
     process.kill()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -111,10 +112,30 @@ def test_stage_2_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(traine
     assert (output_dir / weights).read_bytes() == (tmp_path / weights).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("processes", "signum", "group"),
+    [(2, signal.SIGINT, True), (1, signal.SIGTERM, False)],
+    ids=["Ctrl-C on two processes", "SIGTERM to the launcher alone"],
+)
+def test_accelerates_processes_save_and_leave(trained, tmp_path, processes, signum, group):
+    output_dir, flags, _ = trained
+    options = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "validation_steps": 100_000, **flags}
+    options["autoencoder"] = output_dir / "autoencoder"
+    assert launch_and_stop("train_unet.py", tmp_path, 5, signum, processes, group, **options) != 0
+    deadline = time.monotonic() + 60
+    while not (saved := list((tmp_path / "checkpoints").glob("unet-*"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (checkpoint,) = saved
+    step = int(checkpoint.name[-8:])
+    options["max_train_steps"] = step + 2
+    launch("train_unet.py", tmp_path, processes=processes, resume_from_checkpoint="latest", **options)
+    assert sorted(losses(tmp_path, "unet")) == list(range(1, step + 3))
+
+
 def test_two_processes_see_what_one_with_the_joint_batch_sees(photos, tmp_path):
     """Same codebook, same curves, with the discriminator in play and accumulation on."""
     flags = {"train_data_dir": photos, "resolution": 16, "random_flip": "true", "max_train_steps": 20}
-    for name, processes, batch in (("one", 1, 8), ("two", 2, 4)):
+    for name, processes, batch in (("one", None, 8), ("two", 2, 4)):
         launch("train_autoencoder.py", tmp_path / name, processes=processes, train_batch_size=batch, **flags, **GAN)
     one, two = (losses(tmp_path / name, "autoencoder") for name in ("one", "two"))
     assert len(one) == 20
@@ -122,7 +143,7 @@ def test_two_processes_see_what_one_with_the_joint_batch_sees(photos, tmp_path):
     a, b = (checkpoint_tensors(tmp_path / name, "autoencoder", 20) for name in ("one", "two"))
     assert torch.allclose(a["model/quantizer.codebook"], b["model/quantizer.codebook"], atol=1e-3)
     autoencoder = tmp_path / "one" / "autoencoder"
-    for name, processes, batch in (("one", 1, 8), ("two", 2, 4)):
+    for name, processes, batch in (("one", None, 8), ("two", 2, 4)):
         launch("train_unet.py", tmp_path / name, processes=processes, train_batch_size=batch, autoencoder=autoencoder,
                gradient_accumulation_steps=2, unet_dropout=0, **flags)  # fmt: skip
     one, two = (losses(tmp_path / name, "unet") for name in ("one", "two"))
