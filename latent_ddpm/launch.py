@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +39,8 @@ def check_before_loading(config: RunConfig, stage: str) -> Path:
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """The accelerator of a run, with arithmetic that gives the same bits each time."""
+    for noise in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view"):
+        warnings.filterwarnings("ignore", message=noise)  # of DDP: nothing that the user could mend
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False  # it would choose other algorithms after a resume
