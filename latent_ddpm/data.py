@@ -57,7 +57,8 @@ class BadImages:
         if name in self._known:
             return
         self._known.add(name)
-        logger.warning("can not decode %s: %s", name, error)
+        # a file's name need not be valid text, what a log is written to may insist on it
+        logger.warning("can not decode %s: %s", name.encode(errors="backslashreplace").decode(), error)
         line = json.dumps({"name": name, "error": error[:500]}) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # One write to a file opened with O_APPEND: lines of several processes do not mix.
