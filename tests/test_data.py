@@ -186,7 +186,7 @@ def test_folder_fingerprint_follows_names_sizes_and_times(tmp_path):
 
 def test_every_extension_is_one_that_pillow_knows():
     known = Image.registered_extensions()
-    assert [extension for extension in data.EXTENSIONS if known.get(extension) not in Image.OPEN] == []
+    assert [extension for extension in sources.EXTENSIONS if known.get(extension) not in Image.OPEN] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ class Names(ImageSource):
 
 def split(names: list[str], fraction: float, most: int) -> tuple[set[str], set[str]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "FolderSource", lambda root: Names(names))
+        patch.setattr(sources, "FolderSource", lambda root: Names(names))
         cfg = config(train_data_dir="x", validation_fraction=fraction, max_validation_images=most)
         return tuple({s.name(i) for i in range(len(s))} for s in open_sources(cfg))
 
