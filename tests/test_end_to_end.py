@@ -181,7 +181,7 @@ def test_a_folder_of_ones_own_with_three_bad_files(photos, tmp_path):
     ("flags", "message"),
     [
         ({"train_data_dir": "absent_folder"}, "train_data_dir absent_folder is not a folder"),
-        ({"train_data_dir": "docs"}, "docs"),
+        ({"train_data_dir": "configs"}, "configs"),
         ({"dataset_name": "embedded:mnist", "resolution": 33}, "resolution 33 is not divisible by 2"),
         ({"dataset_name": "embedded:mnist", "norm_num_groups": 3}, "norm_num_groups 3 does not divide"),
         ({"dataset_name": "embedded:mnist", "lerning_rate": 1}, "Did you mean 'learning_rate'"),
