@@ -3,6 +3,7 @@
 open_sources(cfg)         what a configuration names -> (train, validation), undecoded, with names and labels
 """
 
+import abc
 import functools
 import glob
 import hashlib
@@ -45,7 +46,7 @@ def digest(*parts: Any) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class ImageSource:
+class ImageSource(abc.ABC):
     """A fixed, ordered collection of images.
 
     Attributes:
@@ -58,19 +59,20 @@ class ImageSource:
     class_names: list[str] | None = None
     fingerprint: str
 
+    @abc.abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """How many images there are, undecodable ones included."""
 
+    @abc.abstractmethod
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
         """Image i, decoded, in the mode it is stored in; whatever the decoder raises when it is damaged.
 
         With `at_least`, a JPEG may come reduced as long as both sides keep that many pixels.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def name(self, i: int) -> str:
         """What to call image i in front of its owner."""
-        raise NotImplementedError
 
 
 class FolderSource(ImageSource):

@@ -504,6 +504,9 @@ class Names(ImageSource):
     def __len__(self):
         return len(self.names)
 
+    def load(self, i, at_least=None):
+        raise AssertionError("a split is made from names alone")
+
     def name(self, i):
         return self.names[i]
 
