@@ -135,6 +135,8 @@ def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path):
         dataset_name="x", unet_block_out_channels=[32, 32], unet_attention_levels=[1], unet_norm_num_groups=8
     )
     unet = make_unet(unet_config, 3, 4).eval()
+    for parameter in unet.parameters():  # a new one predicts 0
+        parameter.normal_(std=0.1)
     scheduler = sampling_scheduler(make_noise_scheduler(unet_config))
     stock = fold_normalization(to_vqmodel(model, config), mean, std)
     export_pipeline(tmp_path / "pipeline", stock, unet, scheduler, 5)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel, compute_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from latent_ddpm.config import AutoencoderConfig, UNetConfig
 from latent_ddpm.diffusion import add_noise, loss_weight, make_noise_scheduler, target
 from latent_ddpm.ema import EMA
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr, ssim
+from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import learning_rate_factor
 
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
@@ -113,3 +116,45 @@ def test_evaluate_autoencoder_counts_codes():
     assert result["codebook_usage"] == 0.5  # codes 0 and 1 of 4
     assert result["perplexity"] == pytest.approx(np.exp(-(1 / 3) * np.log(1 / 3) - (2 / 3) * np.log(2 / 3)))
     json.dumps(result)
+
+
+@torch.no_grad()
+def test_a_new_unet_is_its_skips():
+    config = UNetConfig(
+        dataset_name="x",
+        unet_block_out_channels=[16, 32],
+        unet_attention_levels=[0, 1],
+        unet_norm_num_groups=8,
+        unet_attention_head_dim=8,
+    )
+    unet = make_unet(config, 3, 4)
+    noisy = torch.randn(2, 3, 4, 4)
+    assert not unet(noisy, torch.tensor([3, 700])).sample.any()
+    blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D | Attention)]
+    assert len(blocks) == 12 + 11
+    for block in blocks:
+        if isinstance(block, Attention):
+            x = torch.randn(2, block.to_q.in_features, 4, 4)
+            assert torch.equal(block(x), x)
+        else:
+            x = torch.randn(2, block.in_channels, 4, 4)
+            skip = x if block.conv_shortcut is None else block.conv_shortcut(x)
+            assert torch.equal(block(x, torch.randn(2, 64)), skip)
+
+
+def test_a_new_unet_learns_in_every_layer():
+    torch.manual_seed(0)
+    config = UNetConfig(
+        dataset_name="x", unet_block_out_channels=[16, 32], unet_attention_levels=[1], unet_norm_num_groups=8
+    )
+    unet = make_unet(config, 3, 4)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-2)
+    for _ in range(4):  # what was zero lets gradients pass only after a step
+        loss = (unet(torch.randn(4, 3, 4, 4), torch.randint(1000, (4,))).sample - torch.randn(4, 3, 4, 4)).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    still = [name for name, value in unet.state_dict().items() if torch.equal(value, before[name])]
+    # a key's bias shifts all logits of a query alike, so softmax is blind to it
+    assert all(name.endswith("to_k.bias") for name in still), still

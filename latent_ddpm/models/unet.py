@@ -1,13 +1,18 @@
 """Stage 2's network: a stock diffusers UNet2DModel, shaped by the config."""
 
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.errors import UserError
 
 
 def make_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UNet2DModel:
-    """A UNet2DModel with random weights for latents (B, latent_channels, latent_size, latent_size).
+    """A UNet2DModel with initial weights for latents (B, latent_channels, latent_size, latent_size).
+
+    Random, but for the layers that `zero_residual_branches` clears.
 
     Raises:
         UserError: the latents are not divisible by the U-Net's downsampling.
@@ -20,7 +25,7 @@ def make_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UNe
             f"(unet_block_out_channels {widths}) need a multiple of {factor}."
         )
     attention = [level in config.unet_attention_levels for level in range(levels)]
-    return UNet2DModel(
+    unet = UNet2DModel(
         sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -33,3 +38,23 @@ def make_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UNe
         dropout=config.unet_dropout,
         add_attention=any(attention),
     )
+    zero_residual_branches(unet)
+    return unet
+
+
+def zero_residual_branches(unet: UNet2DModel) -> None:
+    """Set the last layer of every residual branch and of the network to zero, in place.
+
+    Every block then starts as its skip and the U-Net as the prediction 0, the best constant for each
+    prediction_type on normalized latents. diffusers leaves these layers random; Ho et al. (arXiv 2006.11239) and
+    Dhariwal and Nichol (arXiv 2105.05233) start from zero in their code, after Goyal et al. (arXiv 1706.02677, 5.1).
+    """
+    last_layers = [unet.conv_out]
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            last_layers.append(module.conv2)
+        elif isinstance(module, Attention):
+            last_layers.append(module.to_out[0])
+    for layer in last_layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
