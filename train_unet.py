@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int:
             clean = latents.batch(order.indices(np.asarray(numbers)), flipped).to(device, non_blocking=True)
             numbers = numbers.to(device)
             noise = normal(config.seed, Stream.NOISE, numbers, clean.shape[1:])
-            timesteps = sample_timesteps(config.seed, numbers, config.num_train_timesteps)
+            timesteps = sample_timesteps(config.seed, numbers, config)
             noisy = add_noise(clean, noise, alphas_cumprod, timesteps)
             wanted = target(clean, noise, alphas_cumprod, timesteps, config.prediction_type)
             weight = loss_weight(alphas_cumprod, timesteps, config.prediction_type, config.snr_gamma)

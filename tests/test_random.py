@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latent_ddpm.config import UNetConfig
 from latent_ddpm.diffusion import sample_timesteps
 from latent_ddpm.random import Stream, integers, normal, permutation, philox4x32, seed_for_step, uniform
 
@@ -76,8 +77,22 @@ def test_permutation_and_step_seed():
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32), start=st.integers(0, 2**40), batch=st.integers(8, 200))
 def test_timesteps_cover_every_stretch_evenly(seed, start, batch):
-    t = sample_timesteps(seed, torch.arange(start, start + batch), 1000)
+    t = sample_timesteps(seed, torch.arange(start, start + batch), UNetConfig(dataset_name="x"))
     assert t.min() >= 0 and t.max() < 1000
     gaps = torch.cat((t.sort().values, t.min().view(1) + 1000)).diff()
     # three-distance theorem: a golden-ratio sequence leaves no gap above 2.62 / batch; independent draws do
     assert gaps.max() <= 2.62 * 1000 / batch + 1
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.8, 0.6), (1.0, 1.7)])
+def test_logit_normal_timesteps_have_that_distribution(mean, std):
+    config = UNetConfig(
+        dataset_name="x", timestep_sampling="logit_normal", logit_normal_mean=mean, logit_normal_std=std
+    )
+    t = sample_timesteps(5, torch.arange(10**6, 10**6 + 20_000), config)
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() < 1000
+    normal_again = torch.logit((t.double() + 0.5) / 1000)
+    expected = torch.special.ndtr((torch.logit(torch.arange(1, 100).double() / 100) - mean) / std)
+    found = (t[:, None] < torch.arange(1, 100) * 10).double().mean(0)
+    assert (found - expected).abs().max() < 1e-3  # evenly spread, so far closer than 20,000 independent draws
+    assert normal_again.median() == pytest.approx(mean, abs=0.01)
