@@ -91,8 +91,6 @@ def test_logit_normal_timesteps_have_that_distribution(mean, std):
     )
     t = sample_timesteps(5, torch.arange(10**6, 10**6 + 20_000), config)
     assert t.dtype == torch.int64 and t.min() >= 0 and t.max() < 1000
-    normal_again = torch.logit((t.double() + 0.5) / 1000)
     expected = torch.special.ndtr((torch.logit(torch.arange(1, 100).double() / 100) - mean) / std)
     found = (t[:, None] < torch.arange(1, 100) * 10).double().mean(0)
     assert (found - expected).abs().max() < 1e-3  # evenly spread, so far closer than 20,000 independent draws
-    assert normal_again.median() == pytest.approx(mean, abs=0.01)
