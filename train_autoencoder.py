@@ -237,11 +237,12 @@ def main(argv: list[str]) -> int:
                     gradient = gradient + weight * adversarial_gradient
                     note("generator_loss", adversarial_loss)
                     note("adaptive_weight", weight)
-                commitment_loss = output.quantized.commitment_loss
+                commitment_loss, codebook_loss = output.quantized.commitment_loss, output.quantized.codebook_loss
                 note("commitment_loss", commitment_loss)
-                note("loss", pixel_loss.detach() + config.commitment_weight * commitment_loss.detach())
+                quantizer_loss = config.commitment_weight * commitment_loss + codebook_loss
+                note("loss", pixel_loss.detach() + quantizer_loss.detach())
                 # The derivative of this scalar by the reconstruction is `gradient`.
-                accelerator.backward((reconstruction * gradient).sum() + config.commitment_weight * commitment_loss)
+                accelerator.backward((reconstruction * gradient).sum() + quantizer_loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
                     note("grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -7,6 +7,7 @@ typed config. Types, ranges and combinations are checked before anything is load
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -128,8 +129,12 @@ class AutoencoderConfig(RunConfig):
         latent_channels: channels of the latents, which are also the width of a code.
         num_vq_embeddings: codes in the codebook.
         mid_block_add_attention: attention at the lowest resolution; its cost grows with the square of the pixels.
+        quantizer: ema (codes are moving averages, arXiv 1711.00937), simvq (one learned map of a frozen table,
+            arXiv 2411.02038) or fsq (a fixed grid, arXiv 2309.15505).
+        fsq_levels: values per latent channel of fsq's grid; their product is num_vq_embeddings.
+        gradient_estimator: how gradients pass the choice of a code: straight_through, or rotation (arXiv 2410.06424).
         codebook_decay: decay of the codebook's moving averages (arXiv 1711.00937, appendix A.1).
-        codebook_revive_below: a code used less than this share of the mean is put on an encoder output instead.
+        codebook_revive_below: a code used less than this share of the mean is put on an encoder output (not fsq).
         commitment_weight: weight of the commitment loss (arXiv 1711.00937, eq. 3).
         reconstruction_loss: l1 or l2 between pixels in -1..1.
         lpips_weight: weight of the perceptual loss (arXiv 1801.03924); 0 switches it off.
@@ -147,6 +152,9 @@ class AutoencoderConfig(RunConfig):
     latent_channels: int = 3
     num_vq_embeddings: int = 1024
     mid_block_add_attention: bool = False
+    quantizer: Literal["ema", "simvq", "fsq"] = "ema"
+    fsq_levels: list[int] | None = None
+    gradient_estimator: Literal["straight_through", "rotation"] = "straight_through"
     codebook_decay: float = 0.99
     codebook_revive_below: float = 0.05
     commitment_weight: float = 0.25
@@ -176,11 +184,26 @@ class AutoencoderConfig(RunConfig):
                 f"of block_out_channels {self.block_out_channels} halve it {len(self.block_out_channels) - 1} times."
             )
         _check_groups(self.block_out_channels, self.norm_num_groups)
+        self._check_fsq()
         if self.disc_weight > 0 and self.resolution < 2 ** (self.disc_layers + 2):
             raise UserError(
                 f"disc_layers {self.disc_layers} leaves no patch of a {self.resolution}-pixel image; "
                 f"use fewer layers (or disc_weight 0)."
             )
+
+    def _check_fsq(self) -> None:
+        if self.quantizer != "fsq":
+            _require(self.fsq_levels is None, "fsq_levels", self.fsq_levels, "unset unless quantizer is fsq")
+            return
+        levels = self.fsq_levels or []
+        fits = len(levels) == self.latent_channels and math.prod(levels) == self.num_vq_embeddings
+        _require(
+            fits and min(levels) > 1,
+            "fsq_levels",
+            self.fsq_levels,
+            f"{self.latent_channels} numbers above 1 (latent_channels) whose product is {self.num_vq_embeddings} "
+            "(num_vq_embeddings)",
+        )
 
 
 @dataclass(kw_only=True)

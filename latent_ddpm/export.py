@@ -33,7 +33,7 @@ def to_vqmodel(model: VQVAE, config: AutoencoderConfig) -> VQModel:
         scaling_factor=1.0,
     )
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("quantizer.")}
-    weights["quantize.embedding.weight"] = model.quantizer.codebook
+    weights["quantize.embedding.weight"] = model.quantizer.table().detach()
     stock.load_state_dict(weights)
     return stock.eval().requires_grad_(False)
 

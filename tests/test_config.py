@@ -73,6 +73,12 @@ def test_sections_override_common_keys_and_flags_override_both(config_file):
         (["--ema_decay", "1"], "ema_decay is 1"),
         (["--disc_weight", "1", "--resolution", "16"], "disc_layers 3 leaves no patch"),
         (["--config", "absent.yaml"], "absent.yaml"),
+        (["--quantizer", "lfq"], "quantizer has to be .*simvq"),
+        (["--quantizer", "fsq"], "fsq_levels is None; it has to be 3 numbers above 1"),
+        (["--quantizer", "fsq", "--fsq_levels", "[8,8]"], "fsq_levels is .*3 numbers"),
+        (["--quantizer", "fsq", "--fsq_levels", "[8,8,8]"], "fsq_levels is .*whose product is 1024"),
+        (["--quantizer", "fsq", "--fsq_levels", "[1,32,32]"], "fsq_levels is .*above 1"),
+        (["--fsq_levels", "[8,8,16]"], "fsq_levels is .*unset unless quantizer is fsq"),
     ],
 )
 def test_mistakes_are_named(words, message):

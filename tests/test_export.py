@@ -26,7 +26,7 @@ from latent_ddpm.models.unet import make_unet
 from latent_ddpm.models.vqvae import VQVAE
 
 
-def make(channels=3, attention=False, levels=(8, 16, 16)):
+def make(channels=3, attention=False, levels=(8, 16, 16), **quantizer):
     config = AutoencoderConfig(
         dataset_name="x",
         resolution=16,
@@ -36,6 +36,7 @@ def make(channels=3, attention=False, levels=(8, 16, 16)):
         latent_channels=3,
         num_vq_embeddings=32,
         mid_block_add_attention=attention,
+        **quantizer,
     )
     torch.manual_seed(0)
     model = VQVAE(config).eval()
@@ -55,6 +56,17 @@ def test_stock_vqmodel_equals_the_trained_one(channels, attention, levels, tmp_p
     stock = load_vqmodel(tmp_path)
     latents = stock.encode(images).latents
     assert torch.allclose(latents, model.encode(images), atol=1e-5)
+    assert torch.equal(quantize_indices(stock, latents), ours.quantized.indices)
+    assert torch.allclose(stock.decode(latents).sample, ours.reconstruction, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", [{}, {"quantizer": "simvq"}, {"quantizer": "fsq", "fsq_levels": [4, 4, 2]}])
+@torch.no_grad()
+def test_stock_vqmodel_equals_the_trained_one_with_every_quantizer(quantizer):
+    config, model, images = make(**quantizer)
+    ours = model(images)
+    stock = to_vqmodel(model, config)
+    latents = stock.encode(images).latents
     assert torch.equal(quantize_indices(stock, latents), ours.quantized.indices)
     assert torch.allclose(stock.decode(latents).sample, ours.reconstruction, atol=1e-5)
 

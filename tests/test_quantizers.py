@@ -1,12 +1,36 @@
 """latent_ddpm.models.quantizers: against brute force, an oracle package, and the death of codes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vector_quantize_pytorch import FSQ as OracleFSQ
+from vector_quantize_pytorch import SimVQ as OracleSimVQ
 from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from latent_ddpm.models.quantizers import EMACodebook, kmeans, nearest_code, perplexity
+from latent_ddpm.models.quantizers import (
+    FSQ,
+    EMACodebook,
+    SimVQ,
+    fsq_values,
+    kmeans,
+    nearest_code,
+    perplexity,
+    rotation_trick,
+)
+
+QUANTIZERS = {
+    "ema": lambda **options: EMACodebook(60, 3, **options),
+    "simvq": lambda **options: SimVQ(60, 3, **options),
+    "fsq": lambda **options: FSQ([5, 4, 3], **options),
+}
+every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 
 
 @settings(max_examples=25, deadline=None)
@@ -57,6 +81,136 @@ def test_straight_through_gradient_and_commitment():
     assert torch.equal(gradient, weight)
 
 
+@every_quantizer
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_every_quantizer_gives_the_nearest_row_of_its_table(name, estimator):
+    torch.manual_seed(0)
+    quantizer = QUANTIZERS[name](estimator=estimator)
+    latents = torch.randn(2, 3, 4, 6) * 2 + 0.3
+    quantizer.initialize(latents)
+    out = quantizer(latents.requires_grad_())
+    table = quantizer.table()
+    assert table.shape == (60, 3) and out.indices.shape == (2, 4, 6)
+    vectors = latents.detach().permute(0, 2, 3, 1).reshape(-1, 3)
+    assert torch.equal(out.indices.flatten(), torch.cdist(vectors, table.detach()).argmin(1))
+    assert torch.allclose(out.latents.permute(0, 2, 3, 1).reshape(-1, 3), table[out.indices.flatten()], atol=1e-6)
+    assert torch.allclose(out.commitment_loss, (latents - out.latents).pow(2).mean(), atol=1e-5)
+    (out.latents.sum() + out.commitment_loss + out.codebook_loss).backward()
+    assert latents.grad.isfinite().all() and latents.grad.abs().sum() > 0
+    counts = quantizer.update(0)
+    assert torch.equal(counts, torch.bincount(out.indices.flatten(), minlength=60).float())
+    assert quantizer.new_count.sum() == 0
+
+
+@every_quantizer
+def test_every_quantizer_survives_constant_zero_latents(name):
+    """A dead encoder: all outputs alike, and at the origin, where a rotation has no angle."""
+    quantizer = QUANTIZERS[name](estimator="rotation")
+    latents = torch.zeros(2, 3, 2, 2, requires_grad=True)
+    quantizer.initialize(latents.detach())
+    for step in range(3):
+        out = quantizer(latents)
+        (out.latents.sum() + out.commitment_loss + out.codebook_loss).backward()
+        quantizer.update(step)
+        assert latents.grad.isfinite().all() and quantizer.table().isfinite().all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 20), d=st.integers(1, 6), seed=st.integers(0, 999))
+def test_rotation_trick_is_the_oracles(n, d, seed):
+    torch.manual_seed(seed)
+    vectors, codes, weight = torch.randn(n, d, requires_grad=True), torch.randn(n, d), torch.randn(n, d)
+    if d == 1:
+        codes = codes.abs() * vectors.detach().sign()  # on a line, opposite sides cannot be rotated into each other
+    mine, theirs = rotation_trick(vectors, codes), rotate_to(vectors, codes)
+    assert torch.equal(mine, codes)
+    assert torch.allclose(theirs, codes, rtol=1e-3, atol=1e-3)
+    gradients = [torch.autograd.grad((x * weight).sum(), vectors)[0] for x in (mine, theirs)]
+    # a rotation (and scaling by the lengths' ratio) of the gradient: nothing is lost, nothing added
+    lengths = codes.norm(dim=1) / vectors.detach().norm(dim=1)
+    assert torch.allclose(gradients[0].norm(dim=1), weight.norm(dim=1) * lengths, rtol=1e-2, atol=1e-3)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-2, atol=1e-2 * float(lengths.max()))
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_simvq_training_is_the_oracles(estimator):
+    torch.manual_seed(0)
+    ours = SimVQ(32, 4, revive_below=0.0, estimator=estimator)
+    oracle = OracleSimVQ(
+        4, 32, codebook_transform=torch.nn.Linear(4, 4), channel_first=True, rotation_trick=estimator == "rotation"
+    )
+    oracle.frozen_codebook.copy_(ours.basis)
+    oracle.code_transform.load_state_dict(ours.map.state_dict())
+    optimizers = [torch.optim.SGD(network.parameters(), lr=0.3) for network in (ours, oracle)]
+    for step in range(10):
+        latents = torch.randn(3, 4, 5, 5) * 1.5 + 0.5
+        inputs = [latents.clone().requires_grad_() for _ in range(2)]
+        weight = torch.randn_like(latents)
+        out = ours(inputs[0])
+        codes, indices, loss = oracle(inputs[1])
+        assert torch.equal(out.indices, indices)
+        assert torch.allclose(out.latents, codes, atol=1e-5)
+        assert torch.allclose(out.codebook_loss + 0.25 * out.commitment_loss, loss, atol=1e-5)
+        for optimizer, total in zip(
+            optimizers,
+            ((out.latents * weight).sum() + out.codebook_loss + 0.25 * out.commitment_loss,
+             (codes * weight).sum() + loss),
+            strict=True,
+        ):  # fmt: skip
+            optimizer.zero_grad()
+            total.backward()
+        assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-4)
+        if (
+            estimator == "rotation"
+        ):  # the oracle lets the loss after the decoder reach the table here, the paper does not
+            oracle.code_transform.weight.grad.copy_(ours.map.weight.grad)
+            oracle.code_transform.bias.grad.copy_(ours.map.bias.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+        ours.update(step)
+        assert torch.allclose(ours.table(), oracle.codebook, atol=1e-5)
+
+
+def test_simvq_starts_on_mean_and_covariance():
+    torch.manual_seed(0)
+    quantizer = SimVQ(4096, 3)
+    latents = (torch.randn(64, 8, 8, 3) @ torch.randn(3, 3) + torch.tensor([5.0, -2.0, 0.0])).permute(0, 3, 1, 2)
+    quantizer.initialize(latents)
+    vectors, table = latents.permute(0, 2, 3, 1).reshape(-1, 3), quantizer.table().detach()
+    assert torch.allclose(table.mean(0), vectors.mean(0), atol=0.15)
+    assert torch.allclose(table.T.cov(), vectors.T.cov(), rtol=0.15, atol=0.15)
+
+
+@pytest.mark.parametrize("levels", range(2, 17))
+def test_fsq_values_meet_halfway_where_the_papers_rounding_tips_over(levels):
+    values = fsq_values(levels).double()
+    assert len(values) == levels and (values.diff() > 0).all()
+    # the oracle's rounding on both sides of every midpoint
+    middles = (values[1:] + values[:-1]) / 2
+    if levels == 2:
+        return  # not offered by the oracle's default rounding
+    oracle = OracleFSQ([levels])
+    below, above = (oracle.bound((middles + shift)[:, None]) * (levels // 2) for shift in (-1e-4, 1e-4))
+    first = -((levels - 1) / 2) if levels % 2 else -levels / 2
+    assert torch.allclose(below[:, 0], first + torch.arange(levels - 1).double(), atol=1e-6)
+    assert torch.allclose(above - below, torch.ones_like(below), atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(levels=st.lists(st.integers(3, 9), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_fsq_chooses_what_the_oracle_chooses(levels, seed):
+    torch.manual_seed(seed)
+    latents = torch.randn(2, len(levels), 5, 5) * 2
+    ours, oracle = FSQ(levels), OracleFSQ(levels, channel_first=True)
+    _, indices = oracle(latents)
+    mine = ours(latents).indices
+    differ = mine != indices
+    # only where float rounding can decide: at equal distance of two codes
+    distances = torch.cdist(latents.permute(0, 2, 3, 1)[differ].view(-1, len(levels)), ours.grid).sort(1).values
+    assert (distances[:, 1] - distances[:, 0] < 1e-4).all()
+    assert differ.float().mean() < 0.05
+
+
 def test_ema_update_is_the_oracles():
     torch.manual_seed(0)
     ours = EMACodebook(16, 4, decay=0.9, revive_below=0.0)
@@ -82,6 +236,21 @@ def test_evaluation_changes_nothing():
     quantizer(torch.randn(4, 3, 4, 4))
     assert quantizer.new_count.sum() == 0
     assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
+
+
+def test_simvq_that_starts_dead_fills():
+    def usage(revive_below: float) -> float:
+        torch.manual_seed(0)
+        quantizer = SimVQ(64, 3, decay=0.9, revive_below=revive_below)
+        with torch.no_grad():
+            quantizer.map.weight.copy_(torch.eye(3) * 50)  # codes far apart around one small lump
+        for step in range(60):
+            quantizer(torch.randn(8, 3, 8, 8))
+            quantizer.update(step)
+        return len(quantizer(torch.randn(64, 3, 8, 8)).indices.unique()) / 64
+
+    assert usage(0.0) < 0.3
+    assert usage(0.05) > 0.98
 
 
 def test_a_codebook_that_starts_dead_fills():
@@ -125,3 +294,58 @@ def test_perplexity():
     assert perplexity(torch.full((10,), 3.0)) == pytest.approx(10)
     assert perplexity(torch.tensor([5.0, 0, 0])) == pytest.approx(1)
     assert perplexity(torch.tensor([1.0, 1.0, 0])) == pytest.approx(2)
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from latent_ddpm.distributed import process_count, process_index
+from latent_ddpm.models.quantizers import FSQ, EMACodebook, SimVQ
+
+count, folder = int(sys.argv[1]), sys.argv[2]
+if count > 1:
+    torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+share = 8 // count
+for name, quantizer in {"ema": EMACodebook(40, 3, revive_below=0.3), "simvq": SimVQ(40, 3, revive_below=0.3),
+                        "fsq": FSQ([5, 4, 2])}.items():
+    generator = torch.Generator().manual_seed(1)
+    parameters = list(quantizer.parameters())
+    joint = torch.randn(8, 3, 4, 4, generator=generator)
+    mine = slice(process_index() * share, (process_index() + 1) * share)
+    quantizer.initialize(joint[mine])
+    counts = torch.zeros(40)
+    for step in range(12):
+        joint = torch.randn(8, 3, 4, 4, generator=generator) * (1 + step / 4)
+        out = quantizer(joint[mine])
+        if parameters:
+            out.codebook_loss.backward()
+            with torch.no_grad():
+                for parameter in parameters:
+                    if count > 1:
+                        torch.distributed.all_reduce(parameter.grad)
+                    parameter -= 0.1 * parameter.grad / count
+                    parameter.grad = None
+        counts += quantizer.update(step)
+    if process_index() == count - 1:
+        torch.save({"table": quantizer.table().detach(), "counts": counts}, f"{folder}/{name}-{count}.pt")
+if count > 1:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_hold_the_table_of_one_with_the_joint_batch(tmp_path):
+    script = tmp_path / "quantize.py"
+    script.write_text(TWO_PROCESSES)
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, str(script), "1", str(tmp_path)]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(one, env=environment, check=True)
+    subprocess.run([*two, str(script), "2", str(tmp_path)], env=environment, check=True)
+    for name in QUANTIZERS:
+        alone, joint = (torch.load(tmp_path / f"{name}-{count}.pt") for count in (1, 2))
+        assert alone["counts"].sum() == 12 * 8 * 16
+        assert torch.equal(alone["counts"], joint["counts"])
+        assert torch.allclose(alone["table"], joint["table"], atol=1e-5)

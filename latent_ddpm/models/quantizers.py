@@ -1,18 +1,23 @@
-"""Vector quantization: latents -> quantized latents, indices, loss.
+"""Vector quantization: latents -> quantized latents, indices, losses; and the counts of use at every update.
 
-The codebook is learned by exponential moving averages (van den Oord et al., arXiv 1711.00937, appendix A.1;
-Razavi et al., arXiv 1906.00446), started by k-means on encoder outputs, and a code that falls out of use is
-put back on an encoder output. All statistics are summed over the processes, so that every process holds the
-same codebook, and the same as a single process with the joint batch would.
+Three ways to a table of codes, one interface (`Quantizer`). EMACodebook moves each code by averages of the encoder
+outputs that chose it, SimVQ learns one affine map of a frozen table, FSQ's table is a fixed grid. An output always
+goes to the nearest row of `table()`, which is all that the export to a stock VQModel needs. All statistics are summed
+over the processes, so that every process holds the same table, and the same as a single process with the joint
+batch would.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.distributed import all_gather_rows, all_reduce_sum, process_count, process_index
-from latent_ddpm.random import Stream, integers, uniform
+from latent_ddpm.random import Stream, integers, normal, uniform
 
 _MAX_DISTANCES = 2**25  # elements of one block of the distance matrix: 128 MiB
 
@@ -20,14 +25,17 @@ _MAX_DISTANCES = 2**25  # elements of one block of the distance matrix: 128 MiB
 class Quantized(NamedTuple):
     """What a quantizer returns.
 
-    latents: (B, D, H, W) float32, the codes, with the straight-through gradient to the encoder.
+    latents: (B, D, H, W) float32, the codes, with an estimated gradient to the encoder.
     indices: (B, H, W) int64.
-    commitment_loss: scalar, mean squared distance of encoder outputs to their codes (arXiv 1711.00937, eq. 3).
+    commitment_loss: scalar, mean squared distance of encoder outputs to their codes, which pulls the outputs
+        (arXiv 1711.00937, eq. 3, third term).
+    codebook_loss: the same distance, but pulling the codes (second term); 0 where the table does not learn by gradient.
     """
 
     latents: torch.Tensor
     indices: torch.Tensor
     commitment_loss: torch.Tensor
+    codebook_loss: torch.Tensor
 
 
 def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -76,47 +84,144 @@ def kmeans(vectors: torch.Tensor, clusters: int, seed: int, iterations: int = 10
     return centres, counts
 
 
-class EMACodebook(nn.Module):
-    """A codebook learned by moving averages, with k-means start and revival of dead codes.
+def straight_through(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """The codes, whose gradient goes to the vectors unchanged (arXiv 1711.00937, section 3.2); (N, D) each."""
+    return vectors + (codes - vectors).detach()
 
-    `forward` only assigns and collects statistics; `update`, called once per optimizer step, moves the codebook.
+
+def rotation_trick(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """The codes as a rotation and scaling of the vectors, both held constant (arXiv 2410.06424, section 4.2).
+
+    The gradient turns with the code: directions that the loss wants of the code become the same directions as seen
+    from the vector. (N, D) each.
+    """
+    codes = codes.detach()
+    with torch.no_grad():
+        fixed = vectors.detach()
+        length, code_length = (x.norm(dim=1, keepdim=True).clamp_min(1e-6) for x in (fixed, codes))
+        unit, code_unit = fixed / length, codes / code_length
+        # The reflection is undefined where a code is opposite to its vector. Then, as near the origin, any direction
+        # will do: normalize leaves the sum small instead of dividing by zero.
+        middle = F.normalize(unit + code_unit, dim=1, eps=1e-6)
+        scale = code_length / length
+    rotated = (
+        vectors
+        - 2 * (vectors * middle).sum(1, keepdim=True) * middle
+        + 2 * (vectors * unit).sum(1, keepdim=True) * code_unit
+    )
+    result = scale * rotated
+    return result + (codes - result).detach()  # exactly the code, also where floats round
+
+
+ESTIMATORS = {"straight_through": straight_through, "rotation": rotation_trick}
+
+
+class Quantizer(nn.Module):
+    """What the quantizers share: the nearest row of a table, gradients past it, and counts of use.
+
+    `forward` only assigns and collects statistics; `update`, called once per optimizer step, moves the table.
 
     Args:
         num_embeddings: K, the number of codes.
         embedding_dim: D, the width of a code.
+        estimator: how the gradient passes the choice of a code, a key of ESTIMATORS.
+    """
+
+    learns_by_gradient = False  # whether the table has parameters, and so a codebook loss
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, estimator: str = "straight_through") -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.estimator = ESTIMATORS[estimator]
+        self.register_buffer("new_count", torch.zeros(num_embeddings), persistent=False)
+        self._recent: torch.Tensor | None = None  # (N, D), the last encoder outputs: candidates for revival
+
+    def table(self) -> torch.Tensor:
+        """The codes, float32 (K, D)."""
+        raise NotImplementedError
+
+    def forward(self, latents: torch.Tensor) -> Quantized:
+        """Quantize encoder outputs (B, D, H, W); in training mode also collect statistics for `update`."""
+        with torch.autocast(latents.device.type, enabled=False):  # bf16 distances would pick wrong codes
+            batch, _, height, width = latents.shape
+            vectors = latents.float().permute(0, 2, 3, 1).reshape(-1, self.embedding_dim)  # (N, D)
+            table = self.table()
+            nearest = nearest_code(vectors.detach(), table.detach())
+            codes = table[nearest]
+            if self.training:
+                self.new_count += torch.bincount(nearest, minlength=self.num_embeddings)
+                self._recent = vectors.detach()
+                self._collect(self._recent, nearest)
+            commitment = (vectors - codes.detach()).pow(2).mean()
+            moving = self.learns_by_gradient
+            codebook = (vectors.detach() - codes).pow(2).mean() if moving else torch.zeros_like(commitment)
+            passed = self.estimator(vectors, codes.detach()).view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return Quantized(passed, nearest.view(batch, height, width), commitment, codebook)
+
+    @torch.no_grad()
+    def initialize(self, latents: torch.Tensor) -> None:
+        """Fit the table to encoder outputs (B, D, H, W) of all processes, before the first step."""
+
+    @torch.no_grad()
+    def update(self, step: int) -> torch.Tensor:
+        """Move the table by what `forward` collected since the last call, in all processes.
+
+        Returns:
+            float (K,): how often each code was used since the last call, summed over the processes.
+        """
+        counts = all_reduce_sum(self.new_count.clone())
+        self.new_count.zero_()
+        self._move(counts, step)
+        return counts
+
+    def _collect(self, vectors: torch.Tensor, nearest: torch.Tensor) -> None:
+        pass
+
+    def _move(self, counts: torch.Tensor, step: int) -> None:
+        pass
+
+    def _outputs_for(self, dead: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+        """An encoder output (len(dead), D) for each dead code, the same in all processes.
+
+        Rows are picked from the joint batch; each process fills in its own and the sum completes them.
+        """
+        mine = len(self._recent)
+        picks = integers(seed, Stream.CODEBOOK, dead + self.num_embeddings * (step + 1), mine * process_count())
+        local = picks - mine * process_index()
+        here = (local >= 0) & (local < mine)
+        return all_reduce_sum(torch.where(here[:, None], self._recent[local.clamp(0, mine - 1)], 0.0))
+
+
+class EMACodebook(Quantizer):
+    """A codebook learned by moving averages, with k-means start and revival of dead codes.
+
+    van den Oord et al., arXiv 1711.00937, appendix A.1, and Razavi et al., arXiv 1906.00446.
+
+    Args:
+        num_embeddings, embedding_dim, estimator: see Quantizer.
         decay: of the moving averages, per step.
         revive_below: a code whose use falls below this share of the mean use is put on an encoder output.
         seed: determines the k-means start and which encoder outputs revive codes.
     """
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, decay: float = 0.99, revive_below: float = 0.05, seed: int = 0
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        decay: float = 0.99,
+        revive_below: float = 0.05,
+        seed: int = 0,
+        estimator: str = "straight_through",
     ) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        super().__init__(num_embeddings, embedding_dim, estimator)
         self.decay, self.revive_below, self.seed = decay, revive_below, seed
         self.register_buffer("codebook", torch.randn(num_embeddings, embedding_dim))
         self.register_buffer("mean_count", torch.ones(num_embeddings))  # moving average of uses per step
         self.register_buffer("mean_sum", self.codebook.clone())  # moving average of summed encoder outputs
-        self.register_buffer("new_count", torch.zeros(num_embeddings), persistent=False)
         self.register_buffer("new_sum", torch.zeros(num_embeddings, embedding_dim), persistent=False)
-        self._recent: torch.Tensor | None = None  # (N, D), the last encoder outputs: candidates for revival
 
-    def forward(self, latents: torch.Tensor) -> Quantized:
-        """Quantize encoder outputs (B, D, H, W); in training mode also collect statistics for `update`."""
-        with torch.autocast(latents.device.type, enabled=False):  # bf16 distances would pick wrong codes
-            latents = latents.float()
-            vectors = latents.detach().permute(0, 2, 3, 1).reshape(-1, self.embedding_dim)  # (N, D)
-            nearest = nearest_code(vectors, self.codebook)
-            batch, _, height, width = latents.shape
-            codes = self.codebook[nearest].view(batch, height, width, -1).permute(0, 3, 1, 2)
-            if self.training:
-                self.new_count += torch.bincount(nearest, minlength=self.num_embeddings)
-                self.new_sum.index_add_(0, nearest, vectors)
-                self._recent = vectors
-            commitment = (latents - codes).pow(2).mean()
-            straight_through = latents + (codes - latents).detach()
-        return Quantized(straight_through, nearest.view(batch, height, width), commitment)
+    def table(self) -> torch.Tensor:
+        return self.codebook
 
     @torch.no_grad()
     def initialize(self, latents: torch.Tensor) -> None:
@@ -128,37 +233,136 @@ class EMACodebook(nn.Module):
         self.codebook.copy_(centres)
         self.mean_sum.copy_(centres * self.mean_count[:, None])
 
-    @torch.no_grad()
-    def update(self, step: int) -> torch.Tensor:
-        """Move the codebook by what `forward` collected since the last call, in all processes.
+    def _collect(self, vectors: torch.Tensor, nearest: torch.Tensor) -> None:
+        self.new_sum.index_add_(0, nearest, vectors)
 
-        Returns:
-            float (K,): how often each code was used since the last call, summed over the processes.
-        """
-        statistics = all_reduce_sum(torch.cat((self.new_count[:, None], self.new_sum), dim=1))
-        counts, sums = statistics[:, 0].clone(), statistics[:, 1:]
+    def _move(self, counts: torch.Tensor, step: int) -> None:
         self.mean_count.lerp_(counts, 1 - self.decay)
-        self.mean_sum.lerp_(sums, 1 - self.decay)
-        self._revive(step)
-        self.codebook.copy_(self.mean_sum / self.mean_count.clamp_min(1e-8)[:, None])
-        self.new_count.zero_()
+        self.mean_sum.lerp_(all_reduce_sum(self.new_sum.clone()), 1 - self.decay)
         self.new_sum.zero_()
-        return counts
-
-    def _revive(self, step: int) -> None:
         mean = self.mean_count.mean()
         dead = (self.mean_count < self.revive_below * mean).nonzero()[:, 0]
-        if len(dead) == 0 or self._recent is None:
-            return
-        # Rows are picked from the joint batch of all processes; each fills in its own and the sum completes them.
-        mine = len(self._recent)
-        picks = integers(self.seed, Stream.CODEBOOK, dead + self.num_embeddings * (step + 1), mine * process_count())
-        local = picks - mine * process_index()
-        here = (local >= 0) & (local < mine)
-        vectors = torch.where(here[:, None], self._recent[local.clamp(0, mine - 1)], 0.0)
-        all_reduce_sum(vectors)
-        self.mean_count[dead] = mean
-        self.mean_sum[dead] = vectors * mean
+        if len(dead) and self._recent is not None:
+            self.mean_count[dead] = mean
+            self.mean_sum[dead] = self._outputs_for(dead, self.seed, step) * mean
+        self.codebook.copy_(self.mean_sum / self.mean_count.clamp_min(1e-8)[:, None])
+
+
+class SimVQ(Quantizer):
+    """One learned affine map of a frozen table: all codes move together (Zhu et al., arXiv 2411.02038, eq. 5).
+
+    The paper's map is linear and its codes are wide. At the widths of image latents (3 or 4) an affine image of a
+    Gaussian table does not cover what the encoder puts out, and codes outside it stay unused. So the map is started
+    on the first batch's mean and covariance, and a dead code is put on an encoder output, as in EMACodebook, by
+    changing its row of the otherwise frozen table.
+
+    Args:
+        num_embeddings, embedding_dim, estimator: see Quantizer.
+        decay: of the moving average of the counts of use, per step.
+        revive_below: a code whose use falls below this share of the mean use is put on an encoder output; 0 never.
+        seed: determines the table and which encoder outputs revive codes.
+    """
+
+    learns_by_gradient = True
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        decay: float = 0.99,
+        revive_below: float = 0.05,
+        seed: int = 0,
+        estimator: str = "straight_through",
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, estimator)
+        self.decay, self.revive_below, self.seed = decay, revive_below, seed
+        rows = torch.arange(num_embeddings)
+        self.register_buffer("basis", normal(seed, Stream.CODEBOOK, rows, (embedding_dim,)))
+        self.register_buffer("mean_count", torch.ones(num_embeddings))
+        self.map = nn.Linear(embedding_dim, embedding_dim)
+
+    def table(self) -> torch.Tensor:
+        return self.map(self.basis)
+
+    @torch.no_grad()
+    def initialize(self, latents: torch.Tensor) -> None:
+        """Give the table the mean and covariance of encoder outputs (B, D, H, W) of all processes."""
+        vectors = all_gather_rows(latents.float().permute(0, 2, 3, 1).reshape(-1, self.embedding_dim)).double()
+        mean = vectors.mean(0)
+        covariance = (vectors - mean).T @ (vectors - mean) / len(vectors)
+        floor = 1e-6 * covariance.diagonal().mean() + 1e-12
+        factor = torch.linalg.cholesky(covariance + floor * torch.eye(len(mean), device=mean.device))
+        self.map.weight.copy_(factor)
+        self.map.bias.copy_(mean)
+        self.mean_count.fill_(len(vectors) / self.num_embeddings)
+
+    def _move(self, counts: torch.Tensor, step: int) -> None:
+        self.mean_count.lerp_(counts, 1 - self.decay)
+        mean = self.mean_count.mean()
+        dead = (self.mean_count < self.revive_below * mean).nonzero()[:, 0]
+        if len(dead) and self._recent is not None:
+            self.mean_count[dead] = mean
+            wanted = self._outputs_for(dead, self.seed, step) - self.map.bias
+            inverse = torch.linalg.pinv(self.map.weight.double()).to(wanted)
+            self.basis[dead] = wanted @ inverse.T
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantization (Mentzer et al., arXiv 2309.15505): a fixed grid, the product of scalar ones.
+
+    The paper squashes an encoder output with tanh and rounds it. The same choice is made here without the squashing,
+    by a grid whose values lie where the encoder's outputs lie and are spaced so that the midpoints between neighbours
+    are exactly the outputs at which the paper's rounding tips over. The grid then is a table like any other, its
+    nearest row is FSQ's choice, and a stock VQModel holds it. The index of a code is that of `levels` read as a
+    mixed-radix number, the first level fastest, as in the paper's code.
+
+    Args:
+        levels: values per channel; their number is the width of a code, their product the number of codes.
+        estimator: see Quantizer.
+    """
+
+    def __init__(self, levels: Sequence[int], estimator: str = "straight_through") -> None:
+        super().__init__(math.prod(levels), len(levels), estimator)
+        self.levels = tuple(levels)
+        grids = torch.meshgrid(*[fsq_values(count) for count in reversed(self.levels)], indexing="ij")
+        self.register_buffer("grid", torch.stack([grid.flatten() for grid in reversed(grids)], dim=1))
+
+    def table(self) -> torch.Tensor:
+        return self.grid
+
+
+def fsq_values(levels: int) -> torch.Tensor:
+    """The values of one channel of FSQ's table, ascending, float32 (levels,).
+
+    The paper's code rounds half * tanh(z + shift) - offset with half = 1.001 (levels - 1) / 2, and with offset 1/2 and
+    shift = atanh(offset / half) for even levels, 0 for odd ones. It tips over from one value to the next at
+    z_j = atanh((j - levels / 2 + 1) / half) - shift, j = 0 .. levels - 2. Here neighbours meet there halfway:
+    t_j + t_(j+1) = 2 z_j, symmetric about -shift, which leaves one choice, the innermost value of even levels.
+    """
+    half = 1.001 * (levels - 1) / 2
+    even = levels % 2 == 0
+    shift = math.atanh(0.5 / half) if even else 0.0
+    tips = [math.atanh((j + 1 - levels / 2) / half) for j in range(levels // 2, levels - 1)]  # above the middle
+    positive = [0.0 if not even else (tips[0] / 2 if tips else 0.5)]
+    for tip in tips:
+        positive.append(2 * tip - positive[-1])
+    negative = [-value for value in reversed(positive if even else positive[1:])]
+    return torch.tensor(negative + positive) - shift
+
+
+def make_quantizer(config: AutoencoderConfig) -> Quantizer:
+    """The quantizer that `config.quantizer` names."""
+    if config.quantizer == "fsq":
+        return FSQ(config.fsq_levels, config.gradient_estimator)
+    kind = {"ema": EMACodebook, "simvq": SimVQ}[config.quantizer]
+    return kind(
+        config.num_vq_embeddings,
+        config.latent_channels,
+        config.codebook_decay,
+        config.codebook_revive_below,
+        config.seed,
+        config.gradient_estimator,
+    )
 
 
 def perplexity(counts: torch.Tensor) -> float:

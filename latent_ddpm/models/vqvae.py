@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from latent_ddpm.config import AutoencoderConfig
-from latent_ddpm.models.quantizers import EMACodebook, Quantized
+from latent_ddpm.models.quantizers import Quantized, make_quantizer
 
 _EPS = 1e-6  # of the group norms, as in VQModel
 
@@ -182,9 +182,7 @@ class VQVAE(nn.Module):
         shape = (widths, config.layers_per_block, config.norm_num_groups, config.mid_block_add_attention)
         self.encoder = Encoder(config.image_channels, width, *shape)
         self.quant_conv = nn.Conv2d(width, width, 1)
-        self.quantizer = EMACodebook(
-            config.num_vq_embeddings, width, config.codebook_decay, config.codebook_revive_below, config.seed
-        )
+        self.quantizer = make_quantizer(config)
         self.post_quant_conv = nn.Conv2d(width, width, 1)
         self.decoder = Decoder(width, config.image_channels, *shape)
 
