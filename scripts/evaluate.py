@@ -1,7 +1,9 @@
 """Measure what a run has made.
 
     python scripts/evaluate.py autoencoder --config configs/mnist.yaml
-        PSNR, SSIM, codebook usage and perplexity of <output_dir>/autoencoder on the validation split.
+        <output_dir>/autoencoder on the whole validation split: PSNR, SSIM, rFD (Frechet distance of reconstructions
+        to originals; --feature_extractor efficientnet-lite0, inception, dinov2 or none), LPIPS (with --lpips_net),
+        codebook usage, perplexity, bits per pixel, images/s, peak memory; and a figure beside the JSON file.
         Takes the keys of train_unet.py; --autoencoder DIR measures another one.
 
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 25
@@ -12,18 +14,26 @@ Prints the figures and writes them as JSON (--json FILE; by default evaluation-<
 
 import argparse
 import json
+import math
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from latent_ddpm.config import UNetConfig, parse_config
-from latent_ddpm.data import BadImages, eval_batches, open_image_dataset
+from latent_ddpm.data import BadImages, eval_batches, open_image_dataset, to_float, to_uint8
 from latent_ddpm.digits import digit_probabilities, digit_tensors, judge, train_digit_classifier
 from latent_ddpm.errors import UserError
-from latent_ddpm.evaluate import evaluate_autoencoder
+from latent_ddpm.evaluate import evaluate_autoencoder, psnr
 from latent_ddpm.export import check_autoencoder_fits, load_vqmodel, quantize_indices
+from latent_ddpm.features import EXTRACTORS, frechet_distance
+from latent_ddpm.grids import reconstruction_grid
 from latent_ddpm.launch import run
+from latent_ddpm.losses import TRUNKS, load_lpips
 from latent_ddpm.random import Stream, normal
 from latent_ddpm.sources import open_sources
 from pipeline_latent_ddpm import LatentDDPMPipeline
@@ -36,29 +46,105 @@ def write_json(path: Path, result: dict) -> None:
     print(f"written to {path}", file=sys.stderr)
 
 
+def images_per_second(function: Callable[[], object], images: int, device: torch.device) -> float:
+    """Median over 5 calls, after one that warms up."""
+    seconds = []
+    for _ in range(6):
+        begun = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return images / statistics.median(seconds[1:])
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the card since the process began, or else the largest resident size of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def draw_autoencoder(
+    path: Path, counts: torch.Tensor, errors: torch.Tensor, originals: torch.Tensor, made: torch.Tensor
+) -> None:
+    """Usage of the codes, most used first; the best and the worst reconstructions under their originals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    share = counts.sort(descending=True).values / counts.sum()
+    axes[0].bar(range(len(share)), share.numpy(), width=1.0)
+    axes[0].axhline(1 / len(share), color="black", linewidth=0.8)
+    axes[0].set_xlabel("codes, most used first (line: all alike)")
+    axes[0].set_ylabel("share of positions")
+    order = errors.argsort(descending=True)
+    for axis, chosen, title in ((axes[1], order[:16], "best"), (axes[2], order[-16:].flip(0), "worst")):
+        grid = reconstruction_grid(to_float(originals[chosen]), to_float(made[chosen]))
+        axis.imshow(grid, cmap="gray", interpolation="nearest")
+        axis.set_title(f"{title}: {errors[chosen].min():.1f} to {errors[chosen].max():.1f} dB")
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def measure_autoencoder(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=[*EXTRACTORS, "none"])
+    parser.add_argument("--lpips_net", choices=sorted(TRUNKS))
     options, rest = parser.parse_known_args(argv)
     config = parse_config(UNetConfig, rest)
     output_dir = Path(config.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vqvae = load_vqmodel(config.autoencoder_dir).to(device)
-    check_autoencoder_fits(vqvae, config)
+    size = check_autoencoder_fits(vqvae, config)
+    lpips = load_lpips(options.lpips_net).to(device) if options.lpips_net else None
     _, source = open_sources(config)
     bad_images = BadImages(output_dir / "bad_images.jsonl", len(source), config.max_bad_image_share)
     images = open_image_dataset(
         source, config, output_dir / "cache", bad_images, train=False, is_main=True, wait=lambda: None
     )
+    codes = vqvae.config.num_vq_embeddings
+    counts, distances, errors, seen, made = torch.zeros(codes), [], [], [], []
 
     def reconstruct(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latents = vqvae.encode(batch).latents
-        return vqvae.decode(latents).sample, quantize_indices(vqvae, latents)
+        reconstruction, indices = vqvae.decode(latents).sample, quantize_indices(vqvae, latents)
+        counts.add_(torch.bincount(indices.flatten().cpu(), minlength=codes))
+        errors.append(psnr(reconstruction, batch).cpu())
+        seen.append(to_uint8(batch))
+        made.append(to_uint8(reconstruction))
+        if lpips is not None:
+            distances.append(lpips(reconstruction.clamp(-1, 1), batch).flatten().cpu())
+        return reconstruction, indices
 
-    batches = eval_batches(images, 64, 0, 1)
-    result = evaluate_autoencoder(reconstruct, batches, vqvae.config.num_vq_embeddings, device, with_ssim=True)
+    result = evaluate_autoencoder(reconstruct, eval_batches(images, 64, 0, 1), codes, device, with_ssim=True)
+    originals, reconstructions = torch.cat(seen), torch.cat(made)
+    result["bits_per_pixel"] = math.log2(codes) * size**2 / config.resolution**2
+    if lpips is not None:
+        result |= {"lpips": float(torch.cat(distances).mean()), "lpips_net": options.lpips_net}
+    if options.feature_extractor != "none" and len(originals) > 1:
+        distance = frechet_distance(originals, reconstructions, options.feature_extractor, device)
+        result |= {"rfd": distance, "rfd_feature_extractor": options.feature_extractor}
+    batch = to_float(originals[:64].to(device))
+    with torch.no_grad():
+        latents = vqvae.encode(batch).latents
+        result["encode_images_per_second"] = images_per_second(lambda: vqvae.encode(batch), len(batch), device)
+        result["decode_images_per_second"] = images_per_second(lambda: vqvae.decode(latents), len(batch), device)
+    result["peak_memory_gib"] = peak_memory(device)
+    result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    path = options.json or output_dir / "evaluation-autoencoder.json"
     command = "python scripts/evaluate.py autoencoder " + " ".join(argv)
-    write_json(options.json or output_dir / "evaluation-autoencoder.json", {"command": command.strip(), **result})
+    write_json(path, {"command": command.strip(), **result})
+    draw_autoencoder(path.with_suffix(".png"), counts, torch.cat(errors), originals, reconstructions)
+    print(f"figure: {path.with_suffix('.png')}", file=sys.stderr)
 
 
 def measure_digits(argv: list[str]) -> None:

@@ -94,6 +94,24 @@ def test_stage_1_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained
     assert (output_dir / weights).read_bytes() == (tmp_path / weights).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"quantizer": "simvq", "gradient_estimator": "rotation"},
+        {"quantizer": "fsq", "fsq_levels": "[8,5,5]", "num_vq_embeddings": 200},
+    ],
+)
+def test_other_quantizers_train_resume_and_export(photos, tmp_path, quantizer):
+    flags = {"train_data_dir": photos, "resolution": 16, "checkpointing_steps": 2, **quantizer}
+    launch("train_autoencoder.py", tmp_path / "whole", max_train_steps=8, **flags)
+    launch_and_stop("train_autoencoder.py", tmp_path / "killed", 5, max_train_steps=8, **flags)
+    launch("train_autoencoder.py", tmp_path / "killed", max_train_steps=8, resume_from_checkpoint="latest", **flags)
+    whole, killed = (checkpoint_tensors(tmp_path / name, "autoencoder", 8) for name in ("whole", "killed"))
+    assert_same_tensors(whole, killed)
+    table = VQModel.from_pretrained(tmp_path / "whole" / "autoencoder").quantize.embedding.weight
+    assert table.shape == (quantizer.get("num_vq_embeddings", 32), 3) and table.isfinite().all()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stage_2_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained, tmp_path, signum):
     output_dir, flags, _ = trained
@@ -231,6 +249,17 @@ def test_the_other_commands(trained, tmp_path):
     script("evaluate.py", "autoencoder", *config, "--json", tmp_path / "e.json")
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["images"] == 2 and result["psnr"] > 5 and 0 < result["codebook_usage"] <= 1 and "ssim" in result
+    assert result["bits_per_pixel"] == pytest.approx(5 * 64 / 256) and result["peak_memory_gib"] > 0.1  # 32 codes
+    assert result["rfd"] > 0 and result["rfd_feature_extractor"] == "efficientnet-lite0"
+    assert Image.open(tmp_path / "e.png").size[0] > 500
+    config = ["--config", output_dir / "train_autoencoder.yaml", "--num_vq_embeddings", 256]
+    script("benchmark_autoencoder.py", *config, "--minutes", 0.05, "--turn", 1,
+           "--recipes", "stock", "simvq", "fsq", "--json", tmp_path / "b.json")  # fmt: skip
+    result = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert set(result) == {"stock", "simvq", "fsq"}
+    for figures in result.values():
+        assert figures["trained_images"] > 0 and figures["rfd"] > 0 and figures["time_per_image_over_stock_median"] > 0
+    assert Image.open(tmp_path / "b.png").size[0] > 500 and (tmp_path / "b-reconstructions.png").exists()
     script(
         "sample.py", output_dir / "pipeline", "--num_images", 4, "--num_inference_steps", 2, "--output_dir", tmp_path
     )

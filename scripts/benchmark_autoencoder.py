@@ -1,0 +1,271 @@
+"""Our autoencoder against the recipe assembled from stock parts: same widths, same data, same time, alternately.
+
+    python scripts/benchmark_autoencoder.py --minutes 10 --json docs/results/NAME.json --config configs/cifar10.yaml \\
+        --block_out_channels "[32,64,64]" --train_batch_size 32 --learning_rate 1e-3
+
+`--recipes` are `stock` (diffusers' VQModel, squared error plus its commitment loss, AdamW 1e-4) and the quantizers
+ema, simvq and fsq; the other options are the keys of train_autoencoder.py. Each recipe trains for `--minutes`, in
+turns of `--turn` seconds, so that whatever else the machine does meets all alike. Writes JSON, and a figure and a grid
+of reconstructions beside it.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from tqdm.auto import tqdm
+
+from latent_ddpm.config import AutoencoderConfig, parse_config
+from latent_ddpm.data import (
+    BadImages,
+    ExampleOrder,
+    eval_batches,
+    open_image_dataset,
+    to_float,
+    to_uint8,
+    train_batches,
+)
+from latent_ddpm.ema import EMA
+from latent_ddpm.evaluate import evaluate_autoencoder
+from latent_ddpm.export import quantize_indices
+from latent_ddpm.features import EXTRACTORS, frechet_distance
+from latent_ddpm.grids import reconstruction_grid, save_png
+from latent_ddpm.launch import run
+from latent_ddpm.losses import reconstruction_loss
+from latent_ddpm.models.vqvae import VQVAE
+from latent_ddpm.optim import make_optimizer, set_learning_rate
+from latent_ddpm.sources import open_sources
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FSQ_LEVELS = {256: [8, 8, 4], 512: [8, 8, 8], 1024: [8, 8, 4, 4], 4096: [8, 8, 8, 8], 16384: [16, 16, 8, 8]}
+
+
+class Stock:
+    """diffusers' VQModel, trained as its own example does without the networks that have to be downloaded."""
+
+    def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        levels = len(config.block_out_channels)
+        self.model = VQModel(
+            in_channels=config.image_channels,
+            out_channels=config.image_channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(config.block_out_channels),
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            num_vq_embeddings=config.num_vq_embeddings,
+            norm_num_groups=config.norm_num_groups,
+        ).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+
+    def step(self, images: torch.Tensor, progress: float) -> None:
+        output = self.model(images)
+        loss = F.mse_loss(output.sample, images) + output.commit_loss.mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = self.model.encode(images).latents
+        return self.model.decode(latents).sample, quantize_indices(self.model, latents)
+
+
+class Ours:
+    """The step of train_autoencoder.py without a discriminator; the learning rate falls with the time used."""
+
+    def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
+        self.config, self.steps = config, 0
+        torch.manual_seed(config.seed)
+        self.model = VQVAE(config).to(device)
+        self.optimizer = make_optimizer(self.model.parameters(), config, config.learning_rate)
+        self.ema = EMA(self.model, config.ema_decay)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+
+    def step(self, images: torch.Tensor, progress: float) -> None:
+        if self.steps == 0:
+            with torch.no_grad():
+                self.model.quantizer.initialize(self.model.encode(images))
+        rate = 0.5 * (1 + math.cos(math.pi * progress)) * min(1, (self.steps + 1) / self.config.lr_warmup_steps)
+        set_learning_rate(self.optimizer, rate * self.config.learning_rate)
+        output = self.model(images)
+        loss = reconstruction_loss(output.reconstruction, images, self.config.reconstruction_loss)
+        loss = loss + self.config.commitment_weight * output.quantized.commitment_loss + output.quantized.codebook_loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.model.quantizer.update(self.steps)
+        self.ema.update(self.model, self.steps)
+        self.steps += 1
+
+    def reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.ema.model(images)
+        return output.reconstruction, output.quantized.indices
+
+
+def make_recipe(name: str, config: AutoencoderConfig, device: torch.device) -> Stock | Ours:
+    if name == "stock":
+        return Stock(config, device)
+    levels = FSQ_LEVELS[config.num_vq_embeddings] if name == "fsq" else None
+    config = dataclasses.replace(config, quantizer=name, fsq_levels=levels)
+    config.validate()
+    return Ours(config, device)
+
+
+class Contestant:
+    """A recipe with its own passage through the data and its own clock."""
+
+    def __init__(self, name: str, recipe: Stock | Ours, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        self.name, self.recipe, self.batches = name, recipe, batches
+        self.seconds, self.images = 0.0, 0
+        self.rates: list[float] = []  # images/s of each turn
+        self.curve: list[dict[str, float]] = []
+
+    def take_turn(self, seconds: float, budget: float, device: torch.device) -> None:
+        begun, before = time.perf_counter(), self.images
+        while (used := time.perf_counter() - begun) < seconds:
+            images = to_float(next(self.batches)["image"].to(device))
+            self.recipe.step(images, min(1.0, (self.seconds + used) / budget))
+            self.images += len(images)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        self.seconds += used
+        self.rates.append((self.images - before) / used)
+
+
+def draw(contestants: list[Contestant], title: str, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    for axis, key, label in zip(axes, ("psnr", "codebook_usage"), ("PSNR (dB)", "codes in use"), strict=True):
+        for contestant in contestants:
+            minutes = [point["minutes"] for point in contestant.curve]
+            axis.plot(minutes, [point[key] for point in contestant.curve], marker=".", label=contestant.name)
+        axis.set_xlabel("minutes of training")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].set_ylim(0, 1.02)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
+def all_reconstructions(reconstruct: Callable, batches: list[dict[str, torch.Tensor]], device: torch.device) -> tuple:
+    """uint8 originals and reconstructions (N, C, R, R)."""
+    originals = torch.cat([batch["image"] for batch in batches])
+    made = torch.cat([reconstruct(to_float(batch["image"].to(device)))[0].cpu() for batch in batches])
+    return originals, to_uint8(made)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--turn", type=float, default=20)
+    parser.add_argument("--recipes", nargs="+", default=["stock", "ema"], choices=["stock", "ema", "simvq", "fsq"])
+    parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=[*EXTRACTORS, "none"])
+    parser.add_argument("--frechet_images", type=int, default=5000)
+    parser.add_argument("--json", type=Path, required=True)
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    options, rest = parser.parse_known_args(argv)
+    config = parse_config(AutoencoderConfig, rest)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    budget = options.minutes * 60
+
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = open_sources(config)
+        bad = BadImages(Path(scratch) / "bad_images.jsonl", sum(map(len, sources)), config.max_bad_image_share)
+        train_set, validation_set = (
+            open_image_dataset(
+                source, config, Path(scratch) / "cache", bad, train=train, is_main=True, wait=lambda: None
+            )
+            for source, train in zip(sources, (True, False), strict=True)
+        )
+        held_out = list(eval_batches(validation_set, 100))
+        contestants = [
+            Contestant(
+                name,
+                make_recipe(name, config, device),
+                train_batches(train_set, ExampleOrder(len(train_set), config.seed), 0, 10**9, config.train_batch_size),
+            )
+            for name in options.recipes
+        ]
+
+        def measure(contestant: Contestant, batches: list) -> dict[str, float]:
+            figures = evaluate_autoencoder(contestant.recipe.reconstruct, batches, config.num_vq_embeddings, device)
+            contestant.curve.append({"minutes": contestant.seconds / 60, **figures})
+            return figures
+
+        turns = math.ceil(budget / options.turn)
+        for turn in tqdm(range(turns), desc="turns", unit="turn"):
+            # the order turns round, so that none is always first
+            for contestant in contestants if turn % 2 == 0 else reversed(contestants):
+                contestant.take_turn(min(options.turn, budget - turn * options.turn), budget, device)
+            if turn % max(1, turns // 12) == 0:
+                for contestant in contestants:
+                    measure(contestant, held_out[:5])
+
+        results = {}
+        grids = []
+        stock = next((c for c in contestants if c.name == "stock"), None)
+        for contestant in contestants:
+            figures = measure(contestant, held_out)
+            if options.feature_extractor != "none":
+                share = held_out[: math.ceil(options.frechet_images / 100)]
+                originals, made = all_reconstructions(contestant.recipe.reconstruct, share, device)
+                figures["rfd"] = frechet_distance(originals, made, options.feature_extractor, device)
+                figures["rfd_images"] = len(made)
+            results[contestant.name] = figures | {
+                "trained_minutes": contestant.seconds / 60,
+                "trained_images": contestant.images,
+                "parameters": contestant.recipe.parameters,
+                "images_per_second_median": statistics.median(contestant.rates),
+                "images_per_second_range": [min(contestant.rates), max(contestant.rates)],
+                "curve": contestant.curve,
+            }
+            if stock is not None:
+                ratios = [a / b for a, b in zip(stock.rates, contestant.rates, strict=True)]
+                results[contestant.name]["time_per_image_over_stock_median"] = statistics.median(ratios)
+                results[contestant.name]["time_per_image_over_stock_quartiles"] = (
+                    statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2
+                )
+            shown = to_float(held_out[0]["image"][:16].to(device))
+            with torch.no_grad():
+                grids += [shown.cpu(), contestant.recipe.reconstruct(shown)[0].cpu()]
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "command": "python scripts/benchmark_autoencoder.py " + " ".join(argv),
+        "feature_extractor": options.feature_extractor,
+        "validation_images": len(validation_set),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "results": results,
+    }
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    title = f"{config.resolution} pixels, {config.num_vq_embeddings} codes, widths {config.block_out_channels}"
+    draw(contestants, title, options.json.with_suffix(".png"))
+    grid = reconstruction_grid(grids[0].repeat(len(contestants), 1, 1, 1), torch.cat(grids[1::2]), columns=16)
+    save_png(grid, options.json.with_name(options.json.stem + "-reconstructions.png"))
+    for name, figures in results.items():
+        print(name, json.dumps({key: value for key, value in figures.items() if key != "curve"}))
+    print(f"written to {options.json}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
