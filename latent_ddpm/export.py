@@ -5,6 +5,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, LDMPipeline, SchedulerMixin, UNet2DModel, VQModel
@@ -15,10 +16,10 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.models.vqvae import VQVAE
 
 
-def to_vqmodel(model: VQVAE, config: AutoencoderConfig) -> VQModel:
-    """The stock VQModel with the same weights: same latents, same codes, same images."""
+def new_vqmodel(config: AutoencoderConfig, **options: Any) -> VQModel:
+    """A stock VQModel of the config's shape with random weights; `options` are VQModel's other arguments."""
     levels = len(config.block_out_channels)
-    stock = VQModel(
+    return VQModel(
         in_channels=config.image_channels,
         out_channels=config.image_channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -29,9 +30,13 @@ def to_vqmodel(model: VQVAE, config: AutoencoderConfig) -> VQModel:
         sample_size=config.resolution,
         num_vq_embeddings=config.num_vq_embeddings,
         norm_num_groups=config.norm_num_groups,
-        mid_block_add_attention=config.mid_block_add_attention,
-        scaling_factor=1.0,
+        **options,
     )
+
+
+def to_vqmodel(model: VQVAE, config: AutoencoderConfig) -> VQModel:
+    """The stock VQModel with the same weights: same latents, same codes, same images."""
+    stock = new_vqmodel(config, mid_block_add_attention=config.mid_block_add_attention, scaling_factor=1.0)
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("quantizer.")}
     weights["quantize.embedding.weight"] = model.quantizer.table().detach()
     stock.load_state_dict(weights)

@@ -23,7 +23,6 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel
 from tqdm.auto import tqdm
 
 from latent_ddpm.config import AutoencoderConfig, parse_config
@@ -38,7 +37,7 @@ from latent_ddpm.data import (
 )
 from latent_ddpm.ema import EMA
 from latent_ddpm.evaluate import evaluate_autoencoder
-from latent_ddpm.export import quantize_indices
+from latent_ddpm.export import new_vqmodel, quantize_indices
 from latent_ddpm.features import EXTRACTORS, frechet_distance
 from latent_ddpm.grids import reconstruction_grid, save_png
 from latent_ddpm.launch import run
@@ -58,18 +57,7 @@ class Stock:
 
     def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
         torch.manual_seed(config.seed)
-        levels = len(config.block_out_channels)
-        self.model = VQModel(
-            in_channels=config.image_channels,
-            out_channels=config.image_channels,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(config.block_out_channels),
-            layers_per_block=config.layers_per_block,
-            latent_channels=config.latent_channels,
-            num_vq_embeddings=config.num_vq_embeddings,
-            norm_num_groups=config.norm_num_groups,
-        ).to(device)
+        self.model = new_vqmodel(config).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 

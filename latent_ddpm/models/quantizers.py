@@ -8,8 +8,9 @@ batch would.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ def rotation_trick(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 ESTIMATORS = {"straight_through": straight_through, "rotation": rotation_trick}
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """What the quantizers share: the nearest row of a table, gradients past it, and counts of use.
 
     `forward` only assigns and collects statistics; `update`, called once per optimizer step, moves the table.
@@ -136,9 +137,9 @@ class Quantizer(nn.Module):
         self.register_buffer("new_count", torch.zeros(num_embeddings), persistent=False)
         self._recent: torch.Tensor | None = None  # (N, D), the last encoder outputs: candidates for revival
 
+    @abstractmethod
     def table(self) -> torch.Tensor:
         """The codes, float32 (K, D)."""
-        raise NotImplementedError
 
     def forward(self, latents: torch.Tensor) -> Quantized:
         """Quantize encoder outputs (B, D, H, W); in training mode also collect statistics for `update`."""
@@ -180,28 +181,15 @@ class Quantizer(nn.Module):
     def _move(self, counts: torch.Tensor, step: int) -> None:
         pass
 
-    def _outputs_for(self, dead: torch.Tensor, seed: int, step: int) -> torch.Tensor:
-        """An encoder output (len(dead), D) for each dead code, the same in all processes.
 
-        Rows are picked from the joint batch; each process fills in its own and the sum completes them.
-        """
-        mine = len(self._recent)
-        picks = integers(seed, Stream.CODEBOOK, dead + self.num_embeddings * (step + 1), mine * process_count())
-        local = picks - mine * process_index()
-        here = (local >= 0) & (local < mine)
-        return all_reduce_sum(torch.where(here[:, None], self._recent[local.clamp(0, mine - 1)], 0.0))
-
-
-class EMACodebook(Quantizer):
-    """A codebook learned by moving averages, with k-means start and revival of dead codes.
-
-    van den Oord et al., arXiv 1711.00937, appendix A.1, and Razavi et al., arXiv 1906.00446.
+class RevivingQuantizer(Quantizer):
+    """A quantizer that sees which codes fell out of use and finds encoder outputs to put them on.
 
     Args:
         num_embeddings, embedding_dim, estimator: see Quantizer.
         decay: of the moving averages, per step.
-        revive_below: a code whose use falls below this share of the mean use is put on an encoder output.
-        seed: determines the k-means start and which encoder outputs revive codes.
+        revive_below: a code whose use falls below this share of the mean use is put on an encoder output; 0 never.
+        seed: determines the start and which encoder outputs revive codes.
     """
 
     def __init__(
@@ -215,8 +203,37 @@ class EMACodebook(Quantizer):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, estimator)
         self.decay, self.revive_below, self.seed = decay, revive_below, seed
-        self.register_buffer("codebook", torch.randn(num_embeddings, embedding_dim))
         self.register_buffer("mean_count", torch.ones(num_embeddings))  # moving average of uses per step
+
+    def _revived(self, counts: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in a step's counts; dead codes (M,), from now on of mean use, and an encoder output (M, D) for each.
+
+        Rows are picked from the joint batch; each process fills in its own and the sum completes them.
+        """
+        self.mean_count.lerp_(counts, 1 - self.decay)
+        mean = self.mean_count.mean()
+        dead = (self.mean_count < self.revive_below * mean).nonzero()[:, 0]
+        if len(dead) == 0 or self._recent is None:
+            return dead[:0], self.mean_count.new_zeros(0, self.embedding_dim)
+        self.mean_count[dead] = mean
+        mine = len(self._recent)
+        picks = integers(self.seed, Stream.CODEBOOK, dead + self.num_embeddings * (step + 1), mine * process_count())
+        local = picks - mine * process_index()
+        here = (local >= 0) & (local < mine)
+        return dead, all_reduce_sum(torch.where(here[:, None], self._recent[local.clamp(0, mine - 1)], 0.0))
+
+
+class EMACodebook(RevivingQuantizer):
+    """A codebook learned by moving averages, with k-means start and revival of dead codes.
+
+    van den Oord et al., arXiv 1711.00937, appendix A.1, and Razavi et al., arXiv 1906.00446.
+
+    Arguments as for RevivingQuantizer.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *options: Any, **named: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, *options, **named)
+        self.register_buffer("codebook", torch.randn(num_embeddings, embedding_dim))
         self.register_buffer("mean_sum", self.codebook.clone())  # moving average of summed encoder outputs
         self.register_buffer("new_sum", torch.zeros(num_embeddings, embedding_dim), persistent=False)
 
@@ -237,48 +254,30 @@ class EMACodebook(Quantizer):
         self.new_sum.index_add_(0, nearest, vectors)
 
     def _move(self, counts: torch.Tensor, step: int) -> None:
-        self.mean_count.lerp_(counts, 1 - self.decay)
         self.mean_sum.lerp_(all_reduce_sum(self.new_sum.clone()), 1 - self.decay)
         self.new_sum.zero_()
-        mean = self.mean_count.mean()
-        dead = (self.mean_count < self.revive_below * mean).nonzero()[:, 0]
-        if len(dead) and self._recent is not None:
-            self.mean_count[dead] = mean
-            self.mean_sum[dead] = self._outputs_for(dead, self.seed, step) * mean
+        dead, outputs = self._revived(counts, step)
+        self.mean_sum[dead] = outputs * self.mean_count[dead, None]
         self.codebook.copy_(self.mean_sum / self.mean_count.clamp_min(1e-8)[:, None])
 
 
-class SimVQ(Quantizer):
-    """One learned affine map of a frozen table: all codes move together (Zhu et al., arXiv 2411.02038, eq. 5).
+class SimVQ(RevivingQuantizer):
+    """One learned affine map of a frozen table: all codes move together (Zhu et al., arXiv 2411.02038).
 
-    The paper's map is linear and its codes are wide. At the widths of image latents (3 or 4) an affine image of a
+    The paper's map is linear. At the widths of image latents (3 or 4) an affine image of a
     Gaussian table does not cover what the encoder puts out, and codes outside it stay unused. So the map is started
     on the first batch's mean and covariance, and a dead code is put on an encoder output, as in EMACodebook, by
     changing its row of the otherwise frozen table.
 
-    Args:
-        num_embeddings, embedding_dim, estimator: see Quantizer.
-        decay: of the moving average of the counts of use, per step.
-        revive_below: a code whose use falls below this share of the mean use is put on an encoder output; 0 never.
-        seed: determines the table and which encoder outputs revive codes.
+    Arguments as for RevivingQuantizer.
     """
 
     learns_by_gradient = True
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        decay: float = 0.99,
-        revive_below: float = 0.05,
-        seed: int = 0,
-        estimator: str = "straight_through",
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, estimator)
-        self.decay, self.revive_below, self.seed = decay, revive_below, seed
+    def __init__(self, num_embeddings: int, embedding_dim: int, *options: Any, **named: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, *options, **named)
         rows = torch.arange(num_embeddings)
-        self.register_buffer("basis", normal(seed, Stream.CODEBOOK, rows, (embedding_dim,)))
-        self.register_buffer("mean_count", torch.ones(num_embeddings))
+        self.register_buffer("basis", normal(self.seed, Stream.CODEBOOK, rows, (embedding_dim,)))
         self.map = nn.Linear(embedding_dim, embedding_dim)
 
     def table(self) -> torch.Tensor:
@@ -297,14 +296,10 @@ class SimVQ(Quantizer):
         self.mean_count.fill_(len(vectors) / self.num_embeddings)
 
     def _move(self, counts: torch.Tensor, step: int) -> None:
-        self.mean_count.lerp_(counts, 1 - self.decay)
-        mean = self.mean_count.mean()
-        dead = (self.mean_count < self.revive_below * mean).nonzero()[:, 0]
-        if len(dead) and self._recent is not None:
-            self.mean_count[dead] = mean
-            wanted = self._outputs_for(dead, self.seed, step) - self.map.bias
-            inverse = torch.linalg.pinv(self.map.weight.double()).to(wanted)
-            self.basis[dead] = wanted @ inverse.T
+        dead, outputs = self._revived(counts, step)
+        if len(dead):
+            inverse = torch.linalg.pinv(self.map.weight.double()).to(outputs)
+            self.basis[dead] = (outputs - self.map.bias) @ inverse.T
 
 
 class FSQ(Quantizer):
