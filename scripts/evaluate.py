@@ -2,7 +2,7 @@
 
     python scripts/evaluate.py autoencoder --config configs/mnist.yaml
         <output_dir>/autoencoder on the whole validation split: PSNR, SSIM, rFD (Frechet distance of reconstructions
-        to originals; --feature_extractor efficientnet-lite0, inception, dinov2 or none), LPIPS (with --lpips_net),
+        to originals, with --feature_extractor efficientnet-lite0, inception or dinov2), LPIPS (with --lpips_net),
         codebook usage, perplexity, bits per pixel, images/s, peak memory; and a figure beside the JSON file.
         Takes the keys of train_unet.py; --autoencoder DIR measures another one.
 
@@ -30,7 +30,7 @@ from latent_ddpm.digits import digit_probabilities, digit_tensors, judge, train_
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr
 from latent_ddpm.export import check_autoencoder_fits, load_vqmodel, quantize_indices
-from latent_ddpm.features import EXTRACTORS, frechet_distance
+from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
 from latent_ddpm.grids import reconstruction_grid
 from latent_ddpm.launch import run
 from latent_ddpm.losses import TRUNKS, load_lpips
@@ -97,9 +97,11 @@ def draw_autoencoder(
 def measure_autoencoder(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=[*EXTRACTORS, "none"])
+    parser.add_argument("--feature_extractor", choices=EXTRACTORS)
     parser.add_argument("--lpips_net", choices=sorted(TRUNKS))
     options, rest = parser.parse_known_args(argv)
+    if options.feature_extractor:
+        check_installed(options.feature_extractor)
     config = parse_config(UNetConfig, rest)
     output_dir = Path(config.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,7 +132,7 @@ def measure_autoencoder(argv: list[str]) -> None:
     result["bits_per_pixel"] = math.log2(codes) * size**2 / config.resolution**2
     if lpips is not None:
         result |= {"lpips": float(torch.cat(distances).mean()), "lpips_net": options.lpips_net}
-    if options.feature_extractor != "none" and len(originals) > 1:
+    if options.feature_extractor and len(originals) > 1:
         distance = frechet_distance(originals, reconstructions, options.feature_extractor, device)
         result |= {"rfd": distance, "rfd_feature_extractor": options.feature_extractor}
     batch = to_float(originals[:64].to(device))

@@ -246,7 +246,8 @@ def test_the_other_commands(trained, tmp_path):
     written = meta.stat().st_mtime_ns
     assert "46 latents of 3x8x8" in script("cache_latents.py", *config).stderr
     assert meta.stat().st_mtime_ns == written
-    script("evaluate.py", "autoencoder", *config, "--json", tmp_path / "e.json")
+    script("evaluate.py", "autoencoder", *config, "--feature_extractor", "efficientnet-lite0",
+           "--json", tmp_path / "e.json")  # fmt: skip
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["images"] == 2 and result["psnr"] > 5 and 0 < result["codebook_usage"] <= 1 and "ssim" in result
     assert result["bits_per_pixel"] == pytest.approx(5 * 64 / 256) and result["peak_memory_gib"] > 0.1  # 32 codes
