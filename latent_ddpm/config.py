@@ -226,8 +226,6 @@ class UNetConfig(RunConfig):
         prediction_type: what the U-Net predicts (v_prediction: arXiv 2202.00512, appendix D).
         timestep_sampling: uniform, or logit_normal, which trains the middle of the schedule more often
             (arXiv 2403.03206, section 3.1).
-        logit_normal_mean: above 0 it favours noisy timesteps, below 0 clean ones.
-        logit_normal_std: width of logit_normal; 1.7 is about uniform.
         snr_gamma: min-SNR loss weighting (arXiv 2303.09556, eq. 5 and section 3.4); unset is uniform.
         num_inference_steps: sampling steps of the grids.
         num_validation_samples: images in a sample grid.
@@ -247,8 +245,6 @@ class UNetConfig(RunConfig):
     beta_end: float = 0.02
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    logit_normal_mean: float = 0.0
-    logit_normal_std: float = 1.0
     snr_gamma: float | None = 5.0
     num_inference_steps: int = 25
     num_validation_samples: int = 64
@@ -278,7 +274,6 @@ class UNetConfig(RunConfig):
         _require(0 <= self.unet_dropout < 1, "unet_dropout", self.unet_dropout, "at least 0 and below 1")
         _require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "greater than 0, or null")
         _require(0 < self.beta_start <= self.beta_end < 1, "beta_start", self.beta_start, "0 < beta_start <= beta_end")
-        _require(self.logit_normal_std > 0, "logit_normal_std", self.logit_normal_std, "greater than 0")
         if self.num_inference_steps > self.num_train_timesteps:
             raise UserError(
                 f"num_inference_steps {self.num_inference_steps} is more than "

@@ -84,12 +84,12 @@ def sample_timesteps(seed: int, numbers: torch.Tensor, config: UNetConfig) -> to
     A Weyl sequence with the golden ratio's fraction: any stretch of consecutive example numbers, so every batch of
     every process, covers (0, 1) evenly. (The aim of the low-discrepancy sampler of arXiv 2107.00630, appendix
     I.1, without a draw that the batch shares.) The quantile function of the distribution then takes it to times:
-    for logit_normal a normal variable through the logistic function (arXiv 2403.03206, section 3.1, eq. 19).
+    for logit_normal a standard normal variable through the logistic function (arXiv 2403.03206, section 3.1).
     """
     start = int(integers(seed, Stream.TIMESTEP, torch.zeros(1, dtype=torch.int64), 2**31 - 1)[0])
     fraction = (numbers * 0x9E3779B9 + 2 * start) & 0xFFFFFFFF  # of 2**32
     if config.timestep_sampling == "uniform":
         return (fraction * config.num_train_timesteps) >> 32
     quantile = torch.special.ndtri((fraction.double() + 0.5) / 2**32)
-    time = torch.sigmoid(config.logit_normal_mean + config.logit_normal_std * quantile)
+    time = torch.sigmoid(quantile)
     return (time * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1)

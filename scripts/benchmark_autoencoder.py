@@ -36,9 +36,10 @@ from latent_ddpm.data import (
     train_batches,
 )
 from latent_ddpm.ema import EMA
+from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder
 from latent_ddpm.export import new_vqmodel, quantize_indices
-from latent_ddpm.features import EXTRACTORS, frechet_distance
+from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
 from latent_ddpm.grids import reconstruction_grid, save_png
 from latent_ddpm.launch import run
 from latent_ddpm.losses import reconstruction_loss
@@ -109,6 +110,8 @@ class Ours:
 def make_recipe(name: str, config: AutoencoderConfig, device: torch.device) -> Stock | Ours:
     if name == "stock":
         return Stock(config, device)
+    if name == "fsq" and config.num_vq_embeddings not in FSQ_LEVELS:
+        raise UserError(f"num_vq_embeddings is {config.num_vq_embeddings}; with fsq it has to be in {[*FSQ_LEVELS]}.")
     levels = FSQ_LEVELS[config.num_vq_embeddings] if name == "fsq" else None
     config = dataclasses.replace(config, quantizer=name, fsq_levels=levels)
     config.validate()
@@ -165,12 +168,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--turn", type=float, default=20)
     parser.add_argument("--recipes", nargs="+", default=["stock", "ema"], choices=["stock", "ema", "simvq", "fsq"])
     parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=[*EXTRACTORS, "none"])
-    parser.add_argument("--frechet_images", type=int, default=5000)
+    parser.add_argument("--frechet_images", type=int, default=1000)
     parser.add_argument("--json", type=Path, required=True)
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
     options, rest = parser.parse_known_args(argv)
+    if options.feature_extractor != "none":
+        check_installed(options.feature_extractor)
     config = parse_config(AutoencoderConfig, rest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     budget = options.minutes * 60

@@ -93,7 +93,6 @@ def test_mistakes_are_named(words, message):
         (["--unet_attention_levels", "[3]"], "unet_attention_levels is 3"),
         (["--unet_attention_head_dim", "24"], "unet_attention_head_dim 24 does not divide"),
         (["--timestep_sampling", "lognormal"], "timestep_sampling has to be .*logit_normal"),
-        (["--logit_normal_std", "0"], "logit_normal_std is 0"),
         (["--num_inference_steps", "2000"], "num_inference_steps 2000 is more than"),
         (["--block_out_channels", "[8]"], "Unknown option --block_out_channels"),
     ],
