@@ -36,7 +36,6 @@ from latent_ddpm.data import (
     train_batches,
 )
 from latent_ddpm.ema import EMA
-from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder
 from latent_ddpm.export import new_vqmodel, quantize_indices
 from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
@@ -49,8 +48,6 @@ from latent_ddpm.sources import open_sources
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-FSQ_LEVELS = {256: [8, 8, 4], 512: [8, 8, 8], 1024: [8, 8, 4, 4], 4096: [8, 8, 8, 8], 16384: [16, 16, 8, 8]}
 
 
 class Stock:
@@ -110,9 +107,10 @@ class Ours:
 def make_recipe(name: str, config: AutoencoderConfig, device: torch.device) -> Stock | Ours:
     if name == "stock":
         return Stock(config, device)
-    if name == "fsq" and config.num_vq_embeddings not in FSQ_LEVELS:
-        raise UserError(f"num_vq_embeddings is {config.num_vq_embeddings}; with fsq it has to be in {[*FSQ_LEVELS]}.")
-    levels = FSQ_LEVELS[config.num_vq_embeddings] if name == "fsq" else None
+    levels = None
+    if name == "fsq":  # powers of two, as even as they go: 1,024 codes of 4 channels are 8 * 8 * 4 * 4
+        bits, width = config.num_vq_embeddings.bit_length() - 1, config.latent_channels
+        levels = [2 ** (bits // width + (i < bits % width)) for i in range(width)]
     config = dataclasses.replace(config, quantizer=name, fsq_levels=levels)
     config.validate()
     return Ours(config, device)
@@ -200,9 +198,7 @@ def main(argv: list[str]) -> int:
         ]
 
         def measure(contestant: Contestant, batches: list) -> dict[str, float]:
-            figures = evaluate_autoencoder(contestant.recipe.reconstruct, batches, config.num_vq_embeddings, device)
-            contestant.curve.append({"minutes": contestant.seconds / 60, **figures})
-            return figures
+            return evaluate_autoencoder(contestant.recipe.reconstruct, batches, config.num_vq_embeddings, device)
 
         turns = math.ceil(budget / options.turn)
         for turn in tqdm(range(turns), desc="turns", unit="turn"):
@@ -211,19 +207,15 @@ def main(argv: list[str]) -> int:
                 contestant.take_turn(min(options.turn, budget - turn * options.turn), budget, device)
             if turn % max(1, turns // 12) == 0:
                 for contestant in contestants:
-                    measure(contestant, held_out[:5])
+                    point = {"minutes": contestant.seconds / 60, **measure(contestant, held_out[:5])}
+                    contestant.curve.append(point)
 
-        results = {}
-        grids = []
+        results: dict[str, dict] = {}
+        shown = to_float(held_out[0]["image"][:16].to(device))
+        reconstructions = []
         stock = next((c for c in contestants if c.name == "stock"), None)
         for contestant in contestants:
-            figures = measure(contestant, held_out)
-            if options.feature_extractor != "none":
-                share = held_out[: math.ceil(options.frechet_images / 100)]
-                originals, made = all_reconstructions(contestant.recipe.reconstruct, share, device)
-                figures["rfd"] = frechet_distance(originals, made, options.feature_extractor, device)
-                figures["rfd_images"] = len(made)
-            results[contestant.name] = figures | {
+            results[contestant.name] = measure(contestant, held_out) | {
                 "trained_minutes": contestant.seconds / 60,
                 "trained_images": contestant.images,
                 "parameters": contestant.recipe.parameters,
@@ -237,23 +229,35 @@ def main(argv: list[str]) -> int:
                 results[contestant.name]["time_per_image_over_stock_quartiles"] = (
                     statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2
                 )
-            shown = to_float(held_out[0]["image"][:16].to(device))
             with torch.no_grad():
-                grids += [shown.cpu(), contestant.recipe.reconstruct(shown)[0].cpu()]
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "command": "python scripts/benchmark_autoencoder.py " + " ".join(argv),
-        "feature_extractor": options.feature_extractor,
-        "validation_images": len(validation_set),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "results": results,
-    }
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
-    title = f"{config.resolution} pixels, {config.num_vq_embeddings} codes, widths {config.block_out_channels}"
-    draw(contestants, title, options.json.with_suffix(".png"))
-    grid = reconstruction_grid(grids[0].repeat(len(contestants), 1, 1, 1), torch.cat(grids[1::2]), columns=16)
-    save_png(grid, options.json.with_name(options.json.stem + "-reconstructions.png"))
+                reconstructions.append(contestant.recipe.reconstruct(shown)[0])
+
+        def write() -> None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            threads = f"cpu, {torch.get_num_threads()} threads"
+            result = {
+                "command": "python scripts/benchmark_autoencoder.py " + " ".join(argv),
+                "feature_extractor": options.feature_extractor,
+                "validation_images": len(validation_set),
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else threads,
+                "torch": torch.__version__,
+                "results": results,
+            }
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+        write()  # the distances below take minutes on a CPU
+        title = f"{config.resolution} pixels, {config.num_vq_embeddings} codes, widths {config.block_out_channels}"
+        draw(contestants, title, options.json.with_suffix(".png"))
+        originals = shown.repeat(len(contestants), 1, 1, 1)
+        grid = reconstruction_grid(originals, torch.cat(reconstructions), columns=len(shown))
+        save_png(grid, options.json.with_name(options.json.stem + "-reconstructions.png"))
+        if options.feature_extractor != "none":
+            share = held_out[: math.ceil(options.frechet_images / 100)]
+            for contestant in tqdm(contestants, desc="Frechet distances", unit="recipe"):
+                originals, made = all_reconstructions(contestant.recipe.reconstruct, share, device)
+                distance = frechet_distance(originals, made, options.feature_extractor, device)
+                results[contestant.name] |= {"rfd": distance, "rfd_images": len(made)}
+                write()
     for name, figures in results.items():
         print(name, json.dumps({key: value for key, value in figures.items() if key != "curve"}))
     print(f"written to {options.json}", file=sys.stderr)
