@@ -27,24 +27,28 @@ from latent_ddpm.data import (
 )
 from latent_ddpm.distributed import StopSignal
 from latent_ddpm.ema import EMA
-from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder
 from latent_ddpm.export import fold_normalization, replace_folder, to_vqmodel
 from latent_ddpm.grids import reconstruction_grid
+from latent_ddpm.health import SkippedSteps, Watch, check_images
 from latent_ddpm.latents import Moments, overall_std
 from latent_ddpm.launch import check_before_loading, make_accelerator, run
 from latent_ddpm.losses import (
+    MAX_ADAPTIVE_WEIGHT,
     adaptive_weight,
+    adversarial_ramp,
+    discriminator_loss,
     generator_loss,
-    hinge_discriminator_loss,
     input_gradient,
+    lecam_penalty,
     load_lpips,
+    r1_penalty,
     reconstruction_loss,
 )
 from latent_ddpm.models.discriminator import PatchDiscriminator
 from latent_ddpm.models.quantizers import perplexity
 from latent_ddpm.models.vqvae import VQVAE
-from latent_ddpm.optim import learning_rate_factor, make_optimizer, set_learning_rate
+from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.sources import open_sources
 from latent_ddpm.tracking import Tracker
 
@@ -60,7 +64,7 @@ def main(argv: list[str]) -> int:
     checkpoints = CheckpointFolder(output_dir / "checkpoints", "autoencoder", config.checkpoints_total_limit)
     state = checkpoints.resume(config.resume_from_checkpoint)
     first_step = state["step"] if state else 0
-    lpips = load_lpips(config.lpips_net) if config.lpips_weight > 0 else None
+    lpips = load_lpips(config.lpips_net, config.lpips_weights) if config.lpips_weight > 0 else None
 
     # ------------------------------------------------------------------------------------------------- data
     train_source, validation_source = open_sources(config)
@@ -102,7 +106,9 @@ def main(argv: list[str]) -> int:
     discriminator = disc_optimizer = None
     disc_learning_rate = config.disc_learning_rate or config.learning_rate
     if config.disc_weight > 0:
-        discriminator = PatchDiscriminator(config.image_channels, config.disc_channels, config.disc_layers)
+        discriminator = PatchDiscriminator(
+            config.image_channels, config.disc_channels, config.disc_layers, config.disc_norm
+        )
         disc_optimizer = make_optimizer(discriminator.parameters(), config, disc_learning_rate)
     epoch_counts = torch.zeros(config.num_vq_embeddings)  # uses of each code since the epoch began
     ema = EMA(model, config.ema_decay)
@@ -126,6 +132,8 @@ def main(argv: list[str]) -> int:
     ema.model.to(device)
     epoch_counts = epoch_counts.to(device)
     lpips = lpips.to(device) if lpips is not None else None
+    skipped = SkippedSteps(state["skipped"] if state else None, device)
+    disc_skipped = SkippedSteps(state["disc_skipped"] if state else None, device)
 
     if accelerator.is_main_process:
         save_config(config, saved_config)
@@ -149,6 +157,14 @@ def main(argv: list[str]) -> int:
         images_per_step,
     )
 
+    watch = Watch(
+        tracker.say,
+        config.num_vq_embeddings,
+        len(validation_set) * (config.resolution // 2 ** (len(config.block_out_channels) - 1)) ** 2,
+        config.disc_loss,
+        MAX_ADAPTIVE_WEIGHT,
+    )
+
     # ------------------------------------------------------------------------------------------- the chapters
     def save(step: int) -> None:
         if accelerator.is_main_process:
@@ -163,6 +179,8 @@ def main(argv: list[str]) -> int:
                     "discriminator": patch_gan.state_dict() if patch_gan is not None else None,
                     "disc_optimizer": disc_optimizer.optimizer.state_dict() if disc_optimizer is not None else None,
                     "epoch_counts": epoch_counts,
+                    "skipped": skipped.counts,
+                    "disc_skipped": disc_skipped.counts,
                     "scaler": scaler.state_dict() if scaler is not None else {},
                 },
             )
@@ -185,10 +203,11 @@ def main(argv: list[str]) -> int:
             with torch.no_grad():
                 reconstructions = reconstruct(originals)[0]
             tracker.image(reconstruction_grid(originals.cpu(), reconstructions.cpu()))
-            tracker.bar.write(
-                f"autoencoder step {tracker.step}: validation PSNR {measured['psnr']:.2f} dB, "
-                f"{measured['codebook_usage']:.1%} of codes in use, perplexity {measured['perplexity']:.0f}"
+            tracker.say(
+                f"validation PSNR {measured['psnr']:.2f} dB, {measured['codebook_usage']:.1%} of codes in use, "
+                f"perplexity {measured['perplexity']:.0f}"
             )
+            watch.validation(measured, tracker.step / config.max_train_steps)
         accelerator.wait_for_everyone()
         tracker.pause()
 
@@ -211,8 +230,11 @@ def main(argv: list[str]) -> int:
         for batch in itertools.islice(batches, config.gradient_accumulation_steps):
             images = to_float(batch["image"].to(device, non_blocking=True))
             if step == 0 and not losses:
+                check_images(images, len(train_set), tracker.say)
                 with torch.no_grad(), accelerator.autocast():
                     vqvae.quantizer.initialize(vqvae.encode(images))
+            if adversarial and step == config.disc_start and not losses:
+                patch_gan.initialize(images)
             with accelerator.accumulate(*networks):
                 output = model(images)
                 reconstruction = output.reconstruction
@@ -229,12 +251,11 @@ def main(argv: list[str]) -> int:
                 gradient = input_gradient(pixel_loss, pixels)
                 if adversarial:
                     with accelerator.autocast():
-                        adversarial_loss = generator_loss(patch_gan(pixels))
+                        adversarial_loss = generator_loss(patch_gan(pixels).float(), config.disc_loss)
                     adversarial_gradient = input_gradient(adversarial_loss, pixels)
-                    weight = config.disc_weight * adaptive_weight(
-                        output.features, vqvae.decoder.conv_out, gradient, adversarial_gradient
-                    )
-                    gradient = gradient + weight * adversarial_gradient
+                    weight = adaptive_weight(output.features, vqvae.decoder.conv_out, gradient, adversarial_gradient)
+                    ramp = adversarial_ramp(step, config.disc_start, config.disc_ramp_steps)
+                    gradient = gradient + config.disc_weight * ramp * weight * adversarial_gradient.nan_to_num()
                     note("generator_loss", adversarial_loss)
                     note("adaptive_weight", weight)
                 commitment_loss, codebook_loss = output.quantized.commitment_loss, output.quantized.codebook_loss
@@ -245,26 +266,40 @@ def main(argv: list[str]) -> int:
                 accelerator.backward((reconstruction * gradient).sum() + quantizer_loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
-                    note("grad_norm", torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                         * config.gradient_accumulation_steps)  # fmt: skip
+                    norm, kept = clip_gradients(optimizer.optimizer, model.parameters(), config.max_grad_norm)
+                    note("grad_norm", norm * config.gradient_accumulation_steps)
+                    skipped.add(kept)
                 optimizer.step()
                 optimizer.zero_grad()
                 if adversarial:
                     # Real and fake in one pass: each parameter's gradient is then ready, and reduced, once.
+                    real = images.requires_grad_(config.disc_r1_weight > 0)
                     with accelerator.autocast():
-                        logits = discriminator(torch.cat((images, reconstruction.detach())))
-                        real_logits, fake_logits = logits.float().chunk(2)
-                        disc_loss = hinge_discriminator_loss(real_logits, fake_logits)
-                    accelerator.backward(disc_loss)
-                    if accelerator.sync_gradients:
-                        accelerator.unscale_gradients(disc_optimizer)
-                        torch.nn.utils.clip_grad_norm_(discriminator.parameters(), config.max_grad_norm)
-                    disc_optimizer.step()
-                    disc_optimizer.zero_grad()
+                        logits = discriminator(torch.cat((real, reconstruction.detach())))
+                    real_logits, fake_logits = logits.float().chunk(2)
+                    disc_loss = discriminator_loss(real_logits, fake_logits, config.disc_loss)
                     note("discriminator_loss", disc_loss)
                     note("logits_real", real_logits.mean())
                     note("logits_fake", fake_logits.mean())
-        epoch_counts += vqvae.quantizer.update(step)
+                    if config.disc_r1_weight > 0:
+                        penalty = r1_penalty(real_logits, real)
+                        disc_loss = disc_loss + config.disc_r1_weight * penalty
+                        note("r1_penalty", penalty)
+                    if config.disc_lecam_weight > 0:
+                        penalty = lecam_penalty(real_logits, fake_logits, patch_gan.logit_means.clone())
+                        disc_loss = disc_loss + config.disc_lecam_weight * penalty
+                        note("lecam_penalty", penalty)
+                    accelerator.backward(disc_loss)
+                    if accelerator.sync_gradients:
+                        accelerator.unscale_gradients(disc_optimizer)
+                        _, disc_kept = clip_gradients(
+                            disc_optimizer.optimizer, discriminator.parameters(), config.max_grad_norm
+                        )
+                        disc_skipped.add(disc_kept)
+                        patch_gan.track(real_logits.detach(), fake_logits.detach(), disc_kept)
+                    disc_optimizer.step()
+                    disc_optimizer.zero_grad()
+        epoch_counts += vqvae.quantizer.update(step, kept)
         ema.update(vqvae, step)
         tracker.advance()
         ended_at = step + 1
@@ -274,11 +309,9 @@ def main(argv: list[str]) -> int:
             names = sorted(losses)
             values = accelerator.reduce(torch.stack([losses[name].reshape(()) for name in names]), "mean").tolist()
             measured = dict(zip(names, values, strict=True))
-            if not math.isfinite(measured["loss"]):
-                raise UserError(
-                    f"The loss is {measured['loss']} at step {ended_at}. Go on from the newest checkpoint in "
-                    f"{checkpoints.folder} with a lower --learning_rate."
-                )
+            watch.skipped("autoencoder", skipped.read("autoencoder"))
+            watch.skipped("discriminator", disc_skipped.read("discriminator"))
+            watch.training(measured)
             measured["codebook_usage"] = float((epoch_counts > 0).float().mean())
             measured["perplexity"] = perplexity(epoch_counts)
             tracker.log(**measured, learning_rate=rate * config.learning_rate)
@@ -304,8 +337,12 @@ def main(argv: list[str]) -> int:
             if len(batch["image"]) and moments.images * accelerator.num_processes >= NORMALIZATION_IMAGES:
                 break
     mean, variance = moments.result(device)
+    std = overall_std(variance)
+    if not std > 1e-6:
+        tracker.say("The latents do not vary, so they are exported as they are, without a scale of their own.")
+        std = 1.0
     if accelerator.is_main_process:
-        stock = fold_normalization(to_vqmodel(ema.model.cpu(), config), mean, overall_std(variance))
+        stock = fold_normalization(to_vqmodel(ema.model.cpu(), config), mean, std)
         replace_folder(output_dir / "autoencoder", lambda aside: stock.save_pretrained(aside, safe_serialization=True))
         logger.info("the autoencoder is in %s", output_dir / "autoencoder")
     accelerator.wait_for_everyone()

@@ -139,8 +139,14 @@ class AutoencoderConfig(RunConfig):
         reconstruction_loss: l1 or l2 between pixels in -1..1.
         lpips_weight: weight of the perceptual loss (arXiv 1801.03924); 0 switches it off.
         lpips_net: trunk of the perceptual loss.
+        lpips_weights: a file of the trunk's ImageNet weights (torchvision's .pth); unset takes torch's cache.
         disc_weight: factor on the adaptive weight of the adversarial loss; 0 switches the discriminator off.
         disc_start: step at which the discriminator enters.
+        disc_ramp_steps: steps over which the adversarial weight then rises from 0.
+        disc_loss: hinge (arXiv 1705.02894) or non_saturating (arXiv 1406.2661).
+        disc_norm: spectral (arXiv 1802.05957), actnorm (arXiv 1807.03039) or none.
+        disc_r1_weight: weight of the R1 gradient penalty (arXiv 1801.04406); about doubles the discriminator's time.
+        disc_lecam_weight: weight of LeCam regularization (arXiv 2104.03310).
         disc_channels: channels of the discriminator's first layer.
         disc_layers: stride-2 layers of the PatchGAN discriminator.
         disc_learning_rate: learning rate of the discriminator; unset takes learning_rate.
@@ -161,8 +167,14 @@ class AutoencoderConfig(RunConfig):
     reconstruction_loss: Literal["l1", "l2"] = "l1"
     lpips_weight: float = 0.0
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    lpips_weights: str | None = None
     disc_weight: float = 0.0
     disc_start: int = 0
+    disc_ramp_steps: int = 0
+    disc_loss: Literal["hinge", "non_saturating"] = "hinge"
+    disc_norm: Literal["spectral", "actnorm", "none"] = "spectral"
+    disc_r1_weight: float = 0.0
+    disc_lecam_weight: float = 0.0
     disc_channels: int = 64
     disc_layers: int = 3
     disc_learning_rate: float | None = None
@@ -174,7 +186,8 @@ class AutoencoderConfig(RunConfig):
         for key in ("layers_per_block", "norm_num_groups", "latent_channels", "disc_channels", "disc_layers"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
         _require(self.num_vq_embeddings > 1, "num_vq_embeddings", self.num_vq_embeddings, "greater than 1")
-        for key in ("lpips_weight", "disc_weight", "disc_start", "commitment_weight", "codebook_revive_below"):
+        nonnegative = ("lpips_weight", "commitment_weight", "codebook_revive_below", "disc_weight", "disc_start")
+        for key in (*nonnegative, "disc_ramp_steps", "disc_r1_weight", "disc_lecam_weight"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         _require(0 <= self.codebook_decay < 1, "codebook_decay", self.codebook_decay, "at least 0 and below 1")
         factor = 2 ** (len(self.block_out_channels) - 1)
@@ -410,7 +423,7 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 FREE_KEYS = {
     *("output_dir", "max_train_steps", "resume_from_checkpoint", "report_to", "autoencoder", "latents_dir"),
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
-    *("dataloader_num_workers", "image_cache_gib", "max_bad_image_share"),
+    *("dataloader_num_workers", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples"),
 }
 

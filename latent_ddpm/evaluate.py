@@ -45,22 +45,31 @@ def evaluate_autoencoder(
         with_ssim: also measure SSIM, on the CPU.
 
     Returns:
-        psnr (dB, mean over images), codebook_usage (share of codes used at least once), perplexity, images,
-        and ssim if asked for.
+        psnr (dB, mean over images), explained_variance (1 - squared error / variance of all pixel values; 0 where those
+        are all the same), codebook_usage (share of codes used at least once), perplexity, images; ssim if asked for.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(7, dtype=torch.float64, device=device)
     counts = torch.zeros(num_codes, dtype=torch.float64, device=device)
     for batch in batches:
         images = to_float(batch["image"].to(device))
         reconstruction, indices = reconstruct(images)
         structure = ssim(reconstruction, images).sum() if with_ssim else 0.0
-        sums += torch.tensor([len(images), float(psnr(reconstruction, images).double().sum()), structure]).to(sums)
+        pixels, error = images.double(), (reconstruction - images).double()
+        sums += torch.cat(
+            [
+                torch.tensor([len(images), images.numel(), structure]).to(sums),
+                torch.stack([psnr(reconstruction, images).double().sum(), error.pow(2).sum()]),
+                torch.stack([pixels.sum(), pixels.pow(2).sum()]),
+            ]
+        )
         counts += torch.bincount(indices.flatten(), minlength=num_codes)
     all_reduce_sum(sums)
     all_reduce_sum(counts)
-    number, total_psnr, total_ssim = sums.tolist()
+    number, pixels, total_ssim, total_psnr, squared_error, total, squares = sums.tolist()
+    variance = squares - total**2 / pixels
     result = {
         "psnr": total_psnr / number,
+        "explained_variance": 1 - squared_error / variance if variance > 1e-9 * squares else 0.0,
         "codebook_usage": float((counts > 0).double().mean()),
         "perplexity": perplexity(counts),
         "images": int(number),

@@ -1,14 +1,18 @@
 """Stage 1's losses: reconstruction, perceptual, adversarial, and the weight that balances the last."""
 
+import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from latent_ddpm.distributed import all_reduce_sum, process_count
 from latent_ddpm.errors import UserError
 
+MAX_ADAPTIVE_WEIGHT = 1e4  # as in VQGAN
 TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 
 
@@ -17,35 +21,101 @@ def reconstruction_loss(reconstruction: torch.Tensor, images: torch.Tensor, kind
     return {"l1": F.l1_loss, "l2": F.mse_loss}[kind](reconstruction, images)
 
 
-def load_lpips(net: str) -> nn.Module:
+def load_lpips(net: str, weights: str | None = None) -> nn.Module:
     """The LPIPS distance (Zhang et al., arXiv 1801.03924) from the package `lpips`, frozen.
 
     The result maps two batches (B, 3 or 1, H, W) in [-1, 1] to distances (B, 1, 1, 1).
 
+    Args:
+        net: the trunk: vgg, alex or squeeze.
+        weights: a file of torchvision's ImageNet weights of that trunk (.pth or .safetensors); unset takes torch's
+            cache, or downloads them.
+
     Raises:
-        UserError: the trunk's ImageNet weights are neither in torch's cache nor to be downloaded.
+        UserError: the trunk's weights are neither at hand nor to be downloaded, or `weights` is another network's.
     """
     import lpips
 
+    if weights is not None:
+        return _with_trunk(lpips.LPIPS(net=net, pnet_rand=True, verbose=False), net, Path(weights))
     try:
         distance = lpips.LPIPS(net=net, verbose=False)
     except OSError as error:  # URLError is one
         cache = Path(torch.hub.get_dir()) / "checkpoints" / TRUNKS[net]
         raise UserError(
             f"LPIPS ({net}) needs torchvision's ImageNet weights {TRUNKS[net]}, which could not be downloaded "
-            f"({getattr(error, 'reason', error)}). Put that file at {cache}, or train without: --lpips_weight 0."
+            f"({getattr(error, 'reason', error)}). Put that file at {cache} (or name it: --lpips_weights FILE), "
+            f"or train without: --lpips_weight 0."
         ) from error
     return distance.eval().requires_grad_(False)
 
 
-def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """Hinge loss of the discriminator (Lim and Ye, arXiv 1705.02894, eq. 10 and 11), halved as in VQGAN; scalar."""
-    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+def _with_trunk(distance: nn.Module, net: str, path: Path) -> nn.Module:
+    """`lpips` cuts the trunk's torchvision layers `features.N` into slices, keeping the numbers N."""
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        trunk = {}
+        for name in distance.net.state_dict():
+            _, number, rest = name.split(".", 2)
+            trunk[name] = tensors[f"features.{number}.{rest}"]
+        distance.net.load_state_dict(trunk)
+    except OSError as error:
+        raise UserError(f"lpips_weights: cannot read {path} ({error.strerror or error}).") from error
+    except (KeyError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(f"lpips_weights: {path} does not hold torchvision's {TRUNKS[net]} ({error}).") from error
+    return distance.eval().requires_grad_(False)
 
 
-def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """What the decoder minimizes under the hinge loss; scalar."""
-    return -fake_logits.mean()
+def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, kind: str) -> torch.Tensor:
+    """What the discriminator minimizes, halved as in VQGAN; scalar.
+
+    Args:
+        real_logits, fake_logits: of any equal shape.
+        kind: "hinge" (Lim and Ye, arXiv 1705.02894, eq. 10 and 11) or "non_saturating", the cross-entropy of
+            Goodfellow et al. (arXiv 1406.2661, eq. 1).
+    """
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+    return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
+
+
+def generator_loss(fake_logits: torch.Tensor, kind: str) -> torch.Tensor:
+    """What the decoder minimizes: -D under the hinge loss, -log sigmoid(D) under the non-saturating one; scalar."""
+    return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
+
+
+def r1_penalty(real_logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Half the squared slope of the discriminator at real images (Mescheder et al., arXiv 1801.04406, eq. 9); scalar.
+
+    The slope is that of an image's mean logit, so that the penalty does not depend on the number of patches.
+
+    Args:
+        real_logits: (B, 1, H, W), computed from `images`.
+        images: (B, C, R, R), a leaf that requires a gradient.
+    """
+    means = real_logits.flatten(1).mean(1)
+    slope = torch.autograd.grad(means.sum(), images, create_graph=True)[0]
+    return 0.5 * slope.float().pow(2).flatten(1).sum(1).mean()
+
+
+def lecam_penalty(real_logits: torch.Tensor, fake_logits: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """LeCam regularization, for little data (Tseng et al., arXiv 2104.03310, eq. 5); scalar.
+
+    Real logits are held near the running mean of fake ones and the other way round, on the side where they part.
+
+    Args:
+        real_logits, fake_logits: of any shape.
+        means: (2,), running means of real and fake logits.
+    """
+    return F.relu(real_logits - means[1]).pow(2).mean() + F.relu(means[0] - fake_logits).pow(2).mean()
+
+
+def adversarial_ramp(step: int, start: int, ramp_steps: int) -> float:
+    """Share of the adversarial weight at a step: 0 before `start`, then rising to 1 over `ramp_steps` steps."""
+    return 0.0 if step < start else min(1.0, (step - start + 1) / max(1, ramp_steps))
 
 
 def input_gradient(loss: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -75,7 +145,7 @@ def adaptive_weight(
         delta: keeps the division finite.
 
     Returns:
-        scalar in [0, 1e4], the same in every process.
+        scalar in [0, MAX_ADAPTIVE_WEIGHT], the same in every process; 0 where the adversarial gradient is not finite.
     """
     features = features.detach().float()
     with torch.autocast(features.device.type, enabled=False):
@@ -88,4 +158,5 @@ def adaptive_weight(
     # Each process has the gradient of its own batch's mean; their mean is that of the joint batch.
     all_reduce_sum(weight_gradients).div_(process_count())
     norms = weight_gradients.flatten(1).norm(dim=1)
-    return (norms[0] / (norms[1] + delta)).clamp(0, 1e4)
+    weight = (norms[0] / (norms[1] + delta)).clamp(0, MAX_ADAPTIVE_WEIGHT)
+    return torch.where(norms[1].isfinite(), weight, 0.0)

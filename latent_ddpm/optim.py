@@ -22,6 +22,22 @@ def make_optimizer(
     )
 
 
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], max_norm: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip the gradients to a joint norm; have the optimizer's next step do nothing if that norm is not finite.
+
+    A fused AdamW reads the flag on its own device, so that no GPU waits for the answer.
+
+    Returns:
+        The norm before clipping, and whether the step counts (bool), both scalars.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    kept = norm.isfinite()
+    optimizer.found_inf = (~kept).float()
+    return norm, kept
+
+
 def learning_rate_factor(step: int, config: RunConfig) -> float:
     """The share of the peak learning rate at a step: a rise over lr_warmup_steps, then what lr_scheduler says.
 

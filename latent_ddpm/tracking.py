@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -89,7 +90,10 @@ class Tracker:
         self.bar.update(1)
 
     def log(self, **metrics: float) -> None:
-        """Record metrics at the current step, with the images seen per second since the last call with a loss."""
+        """Record metrics at the current step, with the images seen per second since the last call with a loss.
+
+        A value that is not finite is left out: JSON has no word for it.
+        """
         if not self.main:
             return
         if "loss" in metrics:
@@ -98,12 +102,18 @@ class Tracker:
             self._mark = (self.step, now)
             shown = {k: f"{metrics[k]:.4g}" for k in ("loss", "psnr", "codebook_usage") if k in metrics}
             self.bar.set_postfix({**shown, "images/s": f"{metrics['images_per_second']:.0f}"}, refresh=False)
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         images = self.step * self.images_per_step
         record = {"stage": self.stage, "step": self.step, "images": images, "time": round(time.time(), 3)}
         record |= {key: float(f"{value:.6g}") for key, value in metrics.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self.accelerator.log({f"{self.stage}/{key}": value for key, value in metrics.items()}, step=self.step)
+
+    def say(self, sentence: str) -> None:
+        """A line above the bar, from the main process."""
+        if self.main:
+            self.bar.write(f"{self.stage} step {self.step}: {sentence}")
 
     def pause(self) -> None:
         """Restart the clock of images per second: what went before was not training."""

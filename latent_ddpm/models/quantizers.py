@@ -164,21 +164,28 @@ class Quantizer(nn.Module, ABC):
         """Fit the table to encoder outputs (B, D, H, W) of all processes, before the first step."""
 
     @torch.no_grad()
-    def update(self, step: int) -> torch.Tensor:
+    def update(self, step: int, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Move the table by what `forward` collected since the last call, in all processes.
+
+        Args:
+            step: counted from 0; with the seed it determines which encoder outputs revive codes.
+            kept: a bool scalar; where it is false, what was collected is dropped and nothing moves.
 
         Returns:
             float (K,): how often each code was used since the last call, summed over the processes.
         """
         counts = all_reduce_sum(self.new_count.clone())
         self.new_count.zero_()
-        self._move(counts, step)
+        if kept is None:
+            kept = torch.ones((), dtype=torch.bool, device=counts.device)
+        counts = torch.where(kept, counts, 0.0)
+        self._move(counts, step, kept)
         return counts
 
     def _collect(self, vectors: torch.Tensor, nearest: torch.Tensor) -> None:
         pass
 
-    def _move(self, counts: torch.Tensor, step: int) -> None:
+    def _move(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> None:
         pass
 
 
@@ -205,14 +212,14 @@ class RevivingQuantizer(Quantizer):
         self.decay, self.revive_below, self.seed = decay, revive_below, seed
         self.register_buffer("mean_count", torch.ones(num_embeddings))  # moving average of uses per step
 
-    def _revived(self, counts: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _revived(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Take in a step's counts; dead codes (M,), from now on of mean use, and an encoder output (M, D) for each.
 
         Rows are picked from the joint batch; each process fills in its own and the sum completes them.
         """
-        self.mean_count.lerp_(counts, 1 - self.decay)
+        self.mean_count.lerp_(counts, (1 - self.decay) * kept)
         mean = self.mean_count.mean()
-        dead = (self.mean_count < self.revive_below * mean).nonzero()[:, 0]
+        dead = (kept & (self.mean_count < self.revive_below * mean)).nonzero()[:, 0]
         if len(dead) == 0 or self._recent is None:
             return dead[:0], self.mean_count.new_zeros(0, self.embedding_dim)
         self.mean_count[dead] = mean
@@ -253,10 +260,11 @@ class EMACodebook(RevivingQuantizer):
     def _collect(self, vectors: torch.Tensor, nearest: torch.Tensor) -> None:
         self.new_sum.index_add_(0, nearest, vectors)
 
-    def _move(self, counts: torch.Tensor, step: int) -> None:
-        self.mean_sum.lerp_(all_reduce_sum(self.new_sum.clone()), 1 - self.decay)
+    def _move(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> None:
+        sums = torch.where(kept, all_reduce_sum(self.new_sum.clone()), 0.0)
+        self.mean_sum.lerp_(sums, (1 - self.decay) * kept)
         self.new_sum.zero_()
-        dead, outputs = self._revived(counts, step)
+        dead, outputs = self._revived(counts, step, kept)
         self.mean_sum[dead] = outputs * self.mean_count[dead, None]
         self.codebook.copy_(self.mean_sum / self.mean_count.clamp_min(1e-8)[:, None])
 
@@ -295,8 +303,8 @@ class SimVQ(RevivingQuantizer):
         self.map.bias.copy_(mean)
         self.mean_count.fill_(len(vectors) / self.num_embeddings)
 
-    def _move(self, counts: torch.Tensor, step: int) -> None:
-        dead, outputs = self._revived(counts, step)
+    def _move(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> None:
+        dead, outputs = self._revived(counts, step, kept)
         if len(dead):
             inverse = torch.linalg.pinv(self.map.weight.double()).to(outputs)
             self.basis[dead] = (outputs - self.map.bias) @ inverse.T

@@ -1,0 +1,160 @@
+"""Stage 1's ailments: seen in the figures that are logged, and said in words with what helps."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from latent_ddpm.errors import UserError
+
+PATIENCE = 10  # lines of metrics in a row that have to show the same thing
+SKIPPED_IN_A_ROW = 25  # steps
+
+
+class SkippedSteps:
+    """Counts steps that were left out because a gradient was not finite, without waiting for the device.
+
+    Attributes:
+        counts: int64 (2,), all skipped steps, and those since the last good one; part of the checkpoint.
+    """
+
+    def __init__(self, counts: torch.Tensor | None, device: torch.device) -> None:
+        self.counts = (torch.zeros(2, dtype=torch.int64) if counts is None else counts).to(device)
+
+    def add(self, kept: torch.Tensor) -> None:
+        """Take in whether a step counted, a bool scalar on the device."""
+        skipped = (~kept).long()
+        self.counts.copy_(torch.stack((self.counts[0] + skipped, (self.counts[1] + 1) * skipped)))
+
+    def read(self, network: str) -> int:
+        """How many were skipped so far.
+
+        Raises:
+            UserError: the last SKIPPED_IN_A_ROW steps all were: training cannot get out of this by itself.
+        """
+        total, streak = self.counts.tolist()
+        if streak >= SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"The gradients of the {network} were not finite in the last {streak} steps, which were skipped. "
+                f"Go on from an earlier checkpoint (--resume_from_checkpoint DIR) with a lower learning rate."
+            )
+        return total
+
+
+class Watch:
+    """Says what is wrong, each thing once until it has been well again.
+
+    Args:
+        say: called with a sentence.
+        num_codes: size of the codebook.
+        validation_positions: latent positions in the validation split.
+        disc_loss: "hinge" or "non_saturating".
+        max_adaptive_weight: where the adaptive weight of the adversarial loss is cut off.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        num_codes: int,
+        validation_positions: int,
+        disc_loss: str,
+        max_adaptive_weight: float,
+    ) -> None:
+        self.say = say
+        self.num_codes, self.validation_positions = num_codes, validation_positions
+        self.winning_loss = 0.02 if disc_loss == "hinge" else 0.05
+        self.max_adaptive_weight = max_adaptive_weight
+        self._streaks: dict[str, int] = {}
+        self._losses: deque[float] = deque(maxlen=PATIENCE)
+        self._lowest = math.inf
+        self._skipped: dict[str, int] = {}
+
+    def _see(self, ailment: str, present: bool, sentence: str, patience: int = PATIENCE) -> None:
+        self._streaks[ailment] = self._streaks.get(ailment, 0) + 1 if present else 0
+        if self._streaks[ailment] == patience:
+            self.say(sentence)
+
+    def skipped(self, network: str, total: int) -> None:
+        """Take in how many steps of a network were skipped so far."""
+        if total >= max(1, 2 * self._skipped.get(network, 0)):  # said at 1, 2, 4, ...
+            self._skipped[network] = total
+            self.say(
+                f"Steps skipped: {total} so far, since the gradients of the {network} were not finite. If this goes "
+                f"on, lower the learning rate."
+            )
+
+    def training(self, measured: dict[str, float]) -> None:
+        """Take in a line of training metrics, by the names that metrics.jsonl has."""
+        loss = measured["loss"]
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        if len(self._losses) == PATIENCE:
+            mean = sum(self._losses) / PATIENCE
+            self._lowest = min(self._lowest, mean)
+            self._see(
+                "loss",
+                mean > 2 * self._lowest,
+                f"The loss has risen to {mean:.3g}; it was {self._lowest:.3g}. Lower learning_rate, or lengthen "
+                f"lr_warmup_steps.",
+            )
+        if "discriminator_loss" not in measured:
+            return
+        disc_loss, weight = measured["discriminator_loss"], measured["adaptive_weight"]
+        logit = max(abs(measured["logits_real"]), abs(measured["logits_fake"]))
+        self._see(
+            "starved",
+            disc_loss < self.winning_loss,
+            f"The discriminator tells every patch apart (loss {disc_loss:.2g}), so the decoder learns little from it. "
+            f"Lower disc_learning_rate, set disc_lecam_weight or disc_r1_weight, or start it later (disc_start).",
+        )
+        self._see(
+            "diverged",
+            not logit < 100,
+            f"The discriminator's logits have grown to {logit:.3g}: it diverges. Lower disc_learning_rate, or bound it "
+            f"with disc_norm: spectral or disc_r1_weight.",
+        )
+        self._see(
+            "vanished",
+            weight > 0.9 * self.max_adaptive_weight,
+            "The discriminator passes no gradient to the decoder (the adaptive weight is at its limit). "
+            "It may have diverged: lower disc_learning_rate.",
+        )
+
+    def validation(self, measured: dict[str, float], progress: float) -> None:
+        """Take in what validation measured; `progress` is the share of the run that is done."""
+        explained = measured["explained_variance"]  # 0 as well where all images are the same
+        self._see(
+            "grey",
+            progress >= 0.2 and not explained > 0.3 and not measured["psnr"] > 30,
+            f"Reconstructions are little better than one grey image ({max(explained, 0):.0%} of the variance). "
+            f"Train longer or with another learning_rate, and look at the pictures in samples/.",
+            patience=1,
+        )
+        usage = measured.get("codebook_usage")
+        if usage is not None and self.validation_positions >= 8 * self.num_codes:
+            self._see(
+                "asleep",
+                progress >= 0.2 and usage < 0.5,
+                f"Only {usage:.0%} of the {self.num_codes} codes are in use. Raise codebook_revive_below, or make do "
+                f"with fewer codes (num_vq_embeddings).",
+                patience=1,
+            )
+
+
+def check_images(images: torch.Tensor, training_images: int, say: Callable[[str], None]) -> None:
+    """Say what is odd about the data, seen on the first batch.
+
+    Args:
+        images: (B, C, R, R) in [-1, 1].
+        training_images: how many there are.
+        say: called with a sentence.
+    """
+    if training_images < 100:
+        say(f"There are only {training_images} training images: expect them to be learned by heart.")
+    spatial = float(images.flatten(2).var(dim=2, correction=0).mean())
+    between = float(images.var(dim=0, correction=0).mean())
+    if spatial < 1e-4:
+        say("The images of the first batch are of one colour each: there is nothing in them to compress.")
+    elif between < 1e-4 and len(images) > 1:
+        say("The images of the first batch are all alike. Is the right column or folder read?")
