@@ -110,6 +110,8 @@ def main(argv: list[str]) -> int:
             config.image_channels, config.disc_channels, config.disc_layers, config.disc_norm
         )
         disc_optimizer = make_optimizer(discriminator.parameters(), config, disc_learning_rate)
+    # A run that had no discriminator can be continued with one, which then begins where it enters.
+    disc_begins = max(config.disc_start, first_step)
     epoch_counts = torch.zeros(config.num_vq_embeddings)  # uses of each code since the epoch began
     ema = EMA(model, config.ema_decay)
     if state:
@@ -117,9 +119,10 @@ def main(argv: list[str]) -> int:
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         epoch_counts = state["epoch_counts"]
-        if discriminator is not None:
+        if discriminator is not None and state["discriminator"] is not None:
             discriminator.load_state_dict(state["discriminator"])
             disc_optimizer.load_state_dict(state["disc_optimizer"])
+            disc_begins = config.disc_start
     model, optimizer = accelerator.prepare(model, optimizer)
     if discriminator is not None:
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
@@ -233,7 +236,7 @@ def main(argv: list[str]) -> int:
                 check_images(images, len(train_set), tracker.say)
                 with torch.no_grad(), accelerator.autocast():
                     vqvae.quantizer.initialize(vqvae.encode(images))
-            if adversarial and step == config.disc_start and not losses:
+            if adversarial and step == disc_begins and not losses:
                 patch_gan.initialize(images)
             with accelerator.accumulate(*networks):
                 output = model(images)

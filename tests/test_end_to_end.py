@@ -24,6 +24,8 @@ from diffusers import DiffusionPipeline, VQModel
 from PIL import Image
 
 GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_channels": 8, "disc_layers": 1}
+OTHER_GAN = {**GAN, "disc_loss": "non_saturating", "disc_norm": "actnorm", "disc_ramp_steps": 8, "disc_r1_weight": 1.0,
+             "disc_lecam_weight": 0.1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +152,12 @@ def test_accelerates_processes_save_and_leave(trained, tmp_path, processes, sign
     assert sorted(losses(tmp_path, "unet")) == list(range(1, step + 3))
 
 
-def test_two_processes_see_what_one_with_the_joint_batch_sees(photos, tmp_path):
+@pytest.mark.parametrize("gan", [GAN, OTHER_GAN], ids=["hinge, spectral", "non-saturating, actnorm, R1, LeCam"])
+def test_two_processes_see_what_one_with_the_joint_batch_sees(photos, tmp_path, gan):
     """Same codebook, same curves, with the discriminator in play and accumulation on."""
     flags = {"train_data_dir": photos, "resolution": 16, "random_flip": "true", "max_train_steps": 20}
     for name, processes, batch in (("one", None, 8), ("two", 2, 4)):
-        launch("train_autoencoder.py", tmp_path / name, processes=processes, train_batch_size=batch, **flags, **GAN)
+        launch("train_autoencoder.py", tmp_path / name, processes=processes, train_batch_size=batch, **flags, **gan)
     one, two = (losses(tmp_path / name, "autoencoder") for name in ("one", "two"))
     assert len(one) == 20
     assert max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-4

@@ -26,6 +26,15 @@ def test_distance_is_zero_to_itself_and_grows_with_damage():
     assert 0 < near < far
 
 
+def test_the_cache_changes_nothing_and_is_that_of_the_images(tmp_path):
+    sets = photos(20, 0), photos(20, 1)
+    plain = frechet_distance(*sets, "efficientnet-lite0")
+    cached = [frechet_distance(*sets, "efficientnet-lite0", first_cache=tmp_path) for _ in range(2)]
+    assert cached == [plain, plain] and any(tmp_path.iterdir())
+    other = frechet_distance(photos(20, 2), sets[1], "efficientnet-lite0", first_cache=tmp_path)
+    assert other == frechet_distance(photos(20, 2), sets[1], "efficientnet-lite0") != plain
+
+
 def test_distance_is_the_formula_on_efficientnets_features():
     from scipy.linalg import sqrtm
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
