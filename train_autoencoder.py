@@ -1,10 +1,11 @@
-"""Stage 1: train a VQ-VAE from scratch on anybody's images.
+"""Stage 1: train a VQ-VAE or KL-VAE from scratch on anybody's images.
 
     accelerate launch train_autoencoder.py --config configs/mnist.yaml
 
-Leaves <output_dir>/autoencoder/, a stock diffusers VQModel whose latents have zero mean and unit variance;
-checkpoints, metrics.jsonl and grids of originals over reconstructions lie beside it. Any key of the config can
-be overridden (--learning_rate 2e-4), and --resume_from_checkpoint latest goes on where the run was stopped.
+Leaves <output_dir>/autoencoder/, a stock diffusers VQModel (AutoencoderKL for quantizer kl) whose latents have zero
+mean and unit variance; checkpoints, metrics.jsonl and grids of originals over reconstructions lie beside it. Any key
+of the config can be overridden (--learning_rate 2e-4), and --resume_from_checkpoint latest goes on where the run was
+stopped.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from latent_ddpm.data import (
 from latent_ddpm.distributed import StopSignal
 from latent_ddpm.ema import EMA
 from latent_ddpm.evaluate import evaluate_autoencoder
-from latent_ddpm.export import fold_normalization, replace_folder, to_vqmodel
+from latent_ddpm.export import fold_normalization, replace_folder, to_stock
 from latent_ddpm.grids import reconstruction_grid
 from latent_ddpm.health import SkippedSteps, Watch, check_images
 from latent_ddpm.latents import Moments, overall_std
@@ -47,7 +48,7 @@ from latent_ddpm.losses import (
 )
 from latent_ddpm.models.discriminator import PatchDiscriminator
 from latent_ddpm.models.quantizers import perplexity
-from latent_ddpm.models.vqvae import VQVAE
+from latent_ddpm.models.vqvae import Autoencoder
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.sources import open_sources
 from latent_ddpm.tracking import Tracker
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
 
     # --------------------------------------------------------------------------------- models and optimizers
     torch.manual_seed(config.seed)
-    model = VQVAE(config)
+    model = Autoencoder(config)
     optimizer = make_optimizer(model.parameters(), config, config.learning_rate)
     discriminator = disc_optimizer = None
     disc_learning_rate = config.disc_learning_rate or config.learning_rate
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
         disc_optimizer = make_optimizer(discriminator.parameters(), config, disc_learning_rate)
     # A run that had no discriminator can be continued with one, which then begins where it enters.
     disc_begins = max(config.disc_start, first_step)
-    epoch_counts = torch.zeros(config.num_vq_embeddings)  # uses of each code since the epoch began
+    epoch_counts = torch.zeros(model.quantizer.num_embeddings)  # uses of each code since the epoch began; kl: none
     ema = EMA(model, config.ema_decay)
     if state:
         model.load_state_dict(state["model"])
@@ -190,14 +191,14 @@ def main(argv: list[str]) -> int:
         accelerator.wait_for_everyone()
 
     def validate() -> None:
-        def reconstruct(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def reconstruct(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             output = ema.model(images)
             return output.reconstruction, output.quantized.indices
 
         shares = eval_batches(
             validation_set, config.train_batch_size, accelerator.process_index, accelerator.num_processes
         )
-        measured = evaluate_autoencoder(reconstruct, shares, config.num_vq_embeddings, device)
+        measured = evaluate_autoencoder(reconstruct, shares, len(epoch_counts), device)
         tracker.log(**{f"validation_{key}": value for key, value in measured.items() if key != "images"})
         if accelerator.is_main_process:
             # spread over the split, which may be sorted by class
@@ -206,10 +207,10 @@ def main(argv: list[str]) -> int:
             with torch.no_grad():
                 reconstructions = reconstruct(originals)[0]
             tracker.image(reconstruction_grid(originals.cpu(), reconstructions.cpu()))
-            tracker.say(
-                f"validation PSNR {measured['psnr']:.2f} dB, {measured['codebook_usage']:.1%} of codes in use, "
-                f"perplexity {measured['perplexity']:.0f}"
-            )
+            said = f"validation PSNR {measured['psnr']:.2f} dB"
+            if len(epoch_counts):
+                said += f", {measured['codebook_usage']:.1%} of codes in use, perplexity {measured['perplexity']:.0f}"
+            tracker.say(said)
             watch.validation(measured, tracker.step / config.max_train_steps)
         accelerator.wait_for_everyone()
         tracker.pause()
@@ -239,7 +240,7 @@ def main(argv: list[str]) -> int:
             if adversarial and step == disc_begins and not losses:
                 patch_gan.initialize(images)
             with accelerator.accumulate(*networks):
-                output = model(images)
+                output = model(images, batch["example"].to(device, non_blocking=True))
                 reconstruction = output.reconstruction
                 # Each loss on pixels is differentiated down to the reconstruction only. Their gradients are then
                 # balanced and go through decoder and encoder together, in one pass, and no graph is kept.
@@ -261,9 +262,9 @@ def main(argv: list[str]) -> int:
                     gradient = gradient + config.disc_weight * ramp * weight * adversarial_gradient.nan_to_num()
                     note("generator_loss", adversarial_loss)
                     note("adaptive_weight", weight)
-                commitment_loss, codebook_loss = output.quantized.commitment_loss, output.quantized.codebook_loss
-                note("commitment_loss", commitment_loss)
-                quantizer_loss = config.commitment_weight * commitment_loss + codebook_loss
+                for name, value in output.quantized.figures().items():
+                    note(name, value)
+                quantizer_loss = output.quantized.loss(config)
                 note("loss", pixel_loss.detach() + quantizer_loss.detach())
                 # The derivative of this scalar by the reconstruction is `gradient`.
                 accelerator.backward((reconstruction * gradient).sum() + quantizer_loss)
@@ -302,7 +303,9 @@ def main(argv: list[str]) -> int:
                         patch_gan.track(real_logits.detach(), fake_logits.detach(), disc_kept)
                     disc_optimizer.step()
                     disc_optimizer.zero_grad()
-        epoch_counts += vqvae.quantizer.update(step, kept)
+        counts = vqvae.quantizer.update(step, kept)
+        if counts is not None:
+            epoch_counts += counts
         ema.update(vqvae, step)
         tracker.advance()
         ended_at = step + 1
@@ -315,8 +318,9 @@ def main(argv: list[str]) -> int:
             watch.skipped("autoencoder", skipped.read("autoencoder"))
             watch.skipped("discriminator", disc_skipped.read("discriminator"))
             watch.training(measured)
-            measured["codebook_usage"] = float((epoch_counts > 0).float().mean())
-            measured["perplexity"] = perplexity(epoch_counts)
+            if len(epoch_counts):
+                measured["codebook_usage"] = float((epoch_counts > 0).float().mean())
+                measured["perplexity"] = perplexity(epoch_counts)
             tracker.log(**measured, learning_rate=rate * config.learning_rate)
             bad_images.check()
         if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
@@ -345,7 +349,7 @@ def main(argv: list[str]) -> int:
         tracker.say("The latents do not vary, so they are exported as they are, without a scale of their own.")
         std = 1.0
     if accelerator.is_main_process:
-        stock = fold_normalization(to_vqmodel(ema.model.cpu(), config), mean, std)
+        stock = fold_normalization(to_stock(ema.model.cpu(), config), mean, std)
         replace_folder(output_dir / "autoencoder", lambda aside: stock.save_pretrained(aside, safe_serialization=True))
         logger.info("the autoencoder is in %s", output_dir / "autoencoder")
     accelerator.wait_for_everyone()

@@ -27,7 +27,7 @@ from latent_ddpm.export import (
     check_autoencoder_fits,
     export_pipeline,
     fold_normalization,
-    load_vqmodel,
+    load_autoencoder,
     sampling_scheduler,
 )
 from latent_ddpm.grids import make_grid
@@ -49,17 +49,17 @@ def main(argv: list[str]) -> int:
     checkpoints = CheckpointFolder(output_dir / "checkpoints", "unet", config.checkpoints_total_limit)
     state = checkpoints.resume(config.resume_from_checkpoint)
     first_step = state["step"] if state else 0
-    vqvae = load_vqmodel(config.autoencoder_dir)
-    latent_size = check_autoencoder_fits(vqvae, config)
+    autoencoder = load_autoencoder(config.autoencoder_dir)
+    latent_size = check_autoencoder_fits(autoencoder, config)
     torch.manual_seed(config.seed)
-    unet = make_unet(config, vqvae.config.latent_channels, latent_size)
+    unet = make_unet(config, autoencoder.config.latent_channels, latent_size)
 
     # ---------------------------------------------------------------------------------------------- latents
     accelerator = make_accelerator(config)
     device = accelerator.device
-    vqvae.to(device)
-    latents = latents_for_run(config, vqvae, device, accelerator.is_main_process, accelerator.wait_for_everyone)
-    fold_normalization(vqvae, latents.mean, latents.std)
+    autoencoder.to(device)
+    latents = latents_for_run(config, autoencoder, device, accelerator.is_main_process, accelerator.wait_for_everyone)
+    fold_normalization(autoencoder, latents.mean, latents.std)
 
     # -------------------------------------------------------------------------------------- model and optimizer
     scheduler = make_noise_scheduler(config)
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
 
     def sample_grid() -> None:
         if accelerator.is_main_process:
-            pipeline = LatentDDPMPipeline(vqvae=vqvae, unet=ema.model, scheduler=sampling_scheduler(scheduler))
+            pipeline = LatentDDPMPipeline(vqvae=autoencoder, unet=ema.model, scheduler=sampling_scheduler(scheduler))
             pipeline.set_progress_bar_config(disable=True)
             numbers = torch.arange(config.num_validation_samples, device=device)
             with accelerator.autocast():
@@ -196,7 +196,7 @@ def main(argv: list[str]) -> int:
     if accelerator.is_main_process:
         export_pipeline(
             output_dir / "pipeline",
-            vqvae.cpu(),
+            autoencoder.cpu(),
             ema.model.cpu(),
             sampling_scheduler(scheduler),
             config.num_inference_steps,

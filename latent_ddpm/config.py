@@ -120,21 +120,23 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class AutoencoderConfig(RunConfig):
-    """Stage 1: the VQ-VAE, its losses and its discriminator.
+    """Stage 1: the autoencoder, its losses and its discriminator.
 
     Args:
         block_out_channels: channels per resolution; each level but the last halves the resolution.
         layers_per_block: residual blocks per level of the encoder (the decoder has one more, as in stock VQModel).
         norm_num_groups: groups of each group norm.
         latent_channels: channels of the latents, which are also the width of a code.
-        num_vq_embeddings: codes in the codebook.
+        num_vq_embeddings: codes in the codebook (not kl).
         mid_block_add_attention: attention at the lowest resolution; its cost grows with the square of the pixels.
         quantizer: ema (codes are moving averages, arXiv 1711.00937), simvq (one learned map of a frozen table,
-            arXiv 2411.02038) or fsq (a fixed grid, arXiv 2309.15505).
+            arXiv 2411.02038), fsq (a fixed grid, arXiv 2309.15505) or kl (no codes but a Gaussian posterior, LDM's
+            KL-VAE, arXiv 2112.10752).
         fsq_levels: values per latent channel of fsq's grid; their product is num_vq_embeddings.
         gradient_estimator: how gradients pass the choice of a code: straight_through, or rotation (arXiv 2410.06424).
+        kl_weight: weight of kl's divergence from the standard normal, on the scale of LDM's own 1e-6.
         codebook_decay: decay of the codebook's moving averages (arXiv 1711.00937, appendix A.1).
-        codebook_revive_below: a code used less than this share of the mean is put on an encoder output (not fsq).
+        codebook_revive_below: a code used less than this share of the mean is put on an encoder output (ema, simvq).
         commitment_weight: weight of the commitment loss (arXiv 1711.00937, eq. 3).
         reconstruction_loss: l1 or l2 between pixels in -1..1.
         lpips_weight: weight of the perceptual loss (arXiv 1801.03924); 0 switches it off.
@@ -158,9 +160,10 @@ class AutoencoderConfig(RunConfig):
     latent_channels: int = 3
     num_vq_embeddings: int = 1024
     mid_block_add_attention: bool = False
-    quantizer: Literal["ema", "simvq", "fsq"] = "ema"
+    quantizer: Literal["ema", "simvq", "fsq", "kl"] = "ema"
     fsq_levels: list[int] | None = None
     gradient_estimator: Literal["straight_through", "rotation"] = "straight_through"
+    kl_weight: float = 1e-6
     codebook_decay: float = 0.99
     codebook_revive_below: float = 0.05
     commitment_weight: float = 0.25
@@ -189,6 +192,7 @@ class AutoencoderConfig(RunConfig):
         nonnegative = ("lpips_weight", "commitment_weight", "codebook_revive_below", "disc_weight", "disc_start")
         for key in (*nonnegative, "disc_ramp_steps", "disc_r1_weight", "disc_lecam_weight"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        _require(self.kl_weight >= 0, "kl_weight", self.kl_weight, "0 or more")
         _require(0 <= self.codebook_decay < 1, "codebook_decay", self.codebook_decay, "at least 0 and below 1")
         factor = 2 ** (len(self.block_out_channels) - 1)
         if self.resolution % factor:
@@ -197,16 +201,19 @@ class AutoencoderConfig(RunConfig):
                 f"of block_out_channels {self.block_out_channels} halve it {len(self.block_out_channels) - 1} times."
             )
         _check_groups(self.block_out_channels, self.norm_num_groups)
-        self._check_fsq()
+        self._check_quantizer()
         if self.disc_weight > 0 and self.resolution < 2 ** (self.disc_layers + 2):
             raise UserError(
                 f"disc_layers {self.disc_layers} leaves no patch of a {self.resolution}-pixel image; "
                 f"use fewer layers (or disc_weight 0)."
             )
 
-    def _check_fsq(self) -> None:
+    def _check_quantizer(self) -> None:
         if self.quantizer != "fsq":
             _require(self.fsq_levels is None, "fsq_levels", self.fsq_levels, "unset unless quantizer is fsq")
+            usual = self.gradient_estimator == "straight_through"
+            want = "unset when quantizer is kl, which has no codes"
+            _require(usual or self.quantizer != "kl", "gradient_estimator", self.gradient_estimator, want)
             return
         levels = self.fsq_levels or []
         fits = len(levels) == self.latent_channels and math.prod(levels) == self.num_vq_embeddings

@@ -29,7 +29,7 @@ def ssim(reconstruction: torch.Tensor, images: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate_autoencoder(
-    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    reconstruct: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
     batches: Iterable[dict[str, torch.Tensor]],
     num_codes: int,
     device: torch.device,
@@ -38,15 +38,17 @@ def evaluate_autoencoder(
     """Measure an autoencoder on this process's share of a dataset; the result is joint over the processes.
 
     Args:
-        reconstruct: images (B, C, R, R) in [-1, 1] -> reconstruction (same shape) and indices (B, h, w).
+        reconstruct: images (B, C, R, R) in [-1, 1] -> reconstruction (same shape) and indices (B, h, w),
+            or None where there are no codes.
         batches: dicts with "image", uint8 (B, C, R, R).
-        num_codes: size of the codebook.
+        num_codes: size of the codebook; 0 where there is none.
         device: where `reconstruct` works.
         with_ssim: also measure SSIM, on the CPU.
 
     Returns:
         psnr (dB, mean over images), explained_variance (1 - squared error / variance of all pixel values; 0 where those
-        are all the same), codebook_usage (share of codes used at least once), perplexity, images; ssim if asked for.
+        are all the same), images, ssim if asked for, and where there is a codebook codebook_usage (share of codes used
+        at least once) and perplexity.
     """
     sums = torch.zeros(7, dtype=torch.float64, device=device)
     counts = torch.zeros(num_codes, dtype=torch.float64, device=device)
@@ -62,7 +64,8 @@ def evaluate_autoencoder(
                 torch.stack([pixels.sum(), pixels.pow(2).sum()]),
             ]
         )
-        counts += torch.bincount(indices.flatten(), minlength=num_codes)
+        if num_codes:
+            counts += torch.bincount(indices.flatten(), minlength=num_codes)
     all_reduce_sum(sums)
     all_reduce_sum(counts)
     number, pixels, total_ssim, total_psnr, squared_error, total, squares = sums.tolist()
@@ -70,8 +73,8 @@ def evaluate_autoencoder(
     result = {
         "psnr": total_psnr / number,
         "explained_variance": 1 - squared_error / variance if variance > 1e-9 * squares else 0.0,
-        "codebook_usage": float((counts > 0).double().mean()),
-        "perplexity": perplexity(counts),
         "images": int(number),
     }
+    if num_codes:
+        result |= {"codebook_usage": float((counts > 0).double().mean()), "perplexity": perplexity(counts)}
     return result | ({"ssim": total_ssim / number} if with_ssim else {})

@@ -1,4 +1,4 @@
-"""From what we train to what stock diffusers loads: VQModel, UNet2DModel, LDMPipeline."""
+"""From what we train to what stock diffusers loads: VQModel or AutoencoderKL, UNet2DModel, LDMPipeline."""
 
 import os
 import shutil
@@ -8,89 +8,118 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, LDMPipeline, SchedulerMixin, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LDMPipeline, SchedulerMixin, UNet2DModel, VQModel
 
 import pipeline_latent_ddpm
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
 from latent_ddpm.errors import UserError
-from latent_ddpm.models.vqvae import VQVAE
+from latent_ddpm.models.vqvae import Autoencoder
+
+StockAutoencoder = VQModel | AutoencoderKL
+
+
+def _shape(config: AutoencoderConfig) -> dict[str, Any]:
+    """The arguments that VQModel and AutoencoderKL share."""
+    levels = len(config.block_out_channels)
+    return {
+        "in_channels": config.image_channels,
+        "out_channels": config.image_channels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": tuple(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "sample_size": config.resolution,
+        "norm_num_groups": config.norm_num_groups,
+    }
 
 
 def new_vqmodel(config: AutoencoderConfig, **options: Any) -> VQModel:
     """A stock VQModel of the config's shape with random weights; `options` are VQModel's other arguments."""
-    levels = len(config.block_out_channels)
-    return VQModel(
-        in_channels=config.image_channels,
-        out_channels=config.image_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        sample_size=config.resolution,
-        num_vq_embeddings=config.num_vq_embeddings,
-        norm_num_groups=config.norm_num_groups,
-        **options,
-    )
+    return VQModel(**_shape(config), num_vq_embeddings=config.num_vq_embeddings, **options)
 
 
-def to_vqmodel(model: VQVAE, config: AutoencoderConfig) -> VQModel:
-    """The stock VQModel with the same weights: same latents, same codes, same images."""
-    stock = new_vqmodel(config, mid_block_add_attention=config.mid_block_add_attention, scaling_factor=1.0)
+def to_stock(model: Autoencoder, config: AutoencoderConfig) -> StockAutoencoder:
+    """The stock VQModel, or for `quantizer: kl` AutoencoderKL, with the same weights: same latents, same images."""
+    options = {"mid_block_add_attention": config.mid_block_add_attention, "scaling_factor": 1.0}
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("quantizer.")}
-    weights["quantize.embedding.weight"] = model.quantizer.table().detach()
+    if config.quantizer == "kl":
+        stock = AutoencoderKL(**_shape(config), **options)
+    else:
+        stock = new_vqmodel(config, **options)
+        weights["quantize.embedding.weight"] = model.quantizer.table().detach()
     stock.load_state_dict(weights)
     return stock.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def fold_normalization(vqvae: VQModel, mean: torch.Tensor, std: float) -> VQModel:
-    """Shift and scale a VQModel's latent space, in place, without changing one image.
+def _complete_convolutions(vae: AutoencoderKL) -> None:
+    """Put identities in the place of 1x1 convolutions that a VAE lacks (those of SD3 and FLUX have none)."""
+    width = vae.config.latent_channels
+    for name, channels in (("quant_conv", 2 * width), ("post_quant_conv", width)):
+        if getattr(vae, name) is None:
+            conv = torch.nn.Conv2d(channels, channels, 1).to(vae.device, vae.dtype).requires_grad_(False)
+            torch.nn.init.dirac_(conv.weight)
+            torch.nn.init.zeros_(conv.bias)
+            setattr(vae, name, conv)
+            vae.register_to_config(**{f"use_{name}": True})
 
-    Afterwards `encode(x).latents * config.scaling_factor` has zero mean per channel and unit variance over all.
-    The mean goes into the biases of the two 1x1 convolutions and the table of codes; the standard deviation is
+
+@torch.no_grad()
+def fold_normalization(autoencoder: StockAutoencoder, mean: torch.Tensor, std: float) -> StockAutoencoder:
+    """Shift and scale a stock autoencoder's latent space, in place, without changing one image.
+
+    Afterwards `latents_of(x) * config.scaling_factor` has zero mean per channel and unit variance over all.
+    The mean goes into the biases of the two 1x1 convolutions and a VQModel's table of codes; the standard deviation is
     one number for all channels, so that nearest codes stay nearest, and becomes `scaling_factor`.
 
     Args:
-        vqvae: a stock VQModel.
-        mean: (D,) of `encode(x).latents` over the training set.
+        autoencoder: a stock VQModel or AutoencoderKL.
+        mean: (D,) of `latents_of` over the training set.
         std: its standard deviation over all channels, around the channels' means.
     """
-    mean = mean.to(vqvae.quant_conv.bias)
-    vqvae.quant_conv.bias -= mean
-    vqvae.quantize.embedding.weight -= mean
-    vqvae.post_quant_conv.bias += vqvae.post_quant_conv.weight[:, :, 0, 0] @ mean
-    vqvae.register_to_config(scaling_factor=1.0 / std)
-    return vqvae
+    if isinstance(autoencoder, VQModel):
+        autoencoder.quantize.embedding.weight -= mean.to(autoencoder.quantize.embedding.weight)
+    else:
+        _complete_convolutions(autoencoder)
+        autoencoder.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)  # of other conventions
+    mean = mean.to(autoencoder.quant_conv.bias)
+    autoencoder.quant_conv.bias[: len(mean)] -= mean  # a KL-VAE's logarithms of variances follow after its means
+    autoencoder.post_quant_conv.bias += autoencoder.post_quant_conv.weight[:, :, 0, 0] @ mean
+    autoencoder.register_to_config(scaling_factor=1.0 / std)
+    return autoencoder
 
 
-def load_vqmodel(folder: Path) -> VQModel:
-    """Stage 1's result, or any stock VQModel folder.
+def load_autoencoder(folder: Path) -> StockAutoencoder:
+    """Stage 1's result, or any stock VQModel or AutoencoderKL folder.
 
     Raises:
-        UserError: the folder is missing or is not a VQModel.
+        UserError: the folder is missing or is neither.
     """
     if not (folder / "config.json").exists():
         raise UserError(
             f"There is no autoencoder in {folder}. Run train_autoencoder.py with the same --output_dir first, "
             f"or name the folder of another run's autoencoder with --autoencoder."
         )
+    classes = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
     try:
-        return VQModel.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
+        name = VQModel.load_config(folder).get("_class_name")
+        if name not in classes:
+            raise ValueError(f"its config.json names the class {name}, not {' or '.join(classes)}.")
+        return classes[name].from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder} is not an autoencoder that can be loaded: {error}") from error
 
 
-def check_autoencoder_fits(vqvae: VQModel, config: UNetConfig) -> int:
+def check_autoencoder_fits(autoencoder: StockAutoencoder, config: UNetConfig) -> int:
     """The side of the latents of images of `config.resolution`.
 
     Raises:
         UserError: the autoencoder is for other channels, or does not divide the resolution.
     """
-    factor = 2 ** (len(vqvae.config.block_out_channels) - 1)
-    if vqvae.config.in_channels != config.image_channels:
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    if autoencoder.config.in_channels != config.image_channels:
         raise UserError(
-            f"The autoencoder in {config.autoencoder_dir} is for images of {vqvae.config.in_channels} channels, "
+            f"The autoencoder in {config.autoencoder_dir} is for images of {autoencoder.config.in_channels} channels, "
             f"image_channels is {config.image_channels}."
         )
     if config.resolution % factor:
@@ -99,6 +128,20 @@ def check_autoencoder_fits(vqvae: VQModel, config: UNetConfig) -> int:
             f"{config.autoencoder_dir}."
         )
     return config.resolution // factor
+
+
+def latents_of(autoencoder: StockAutoencoder, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, R, R) in [-1, 1] -> latents (B, D, h, w), not scaled.
+
+    Of a VQModel before quantization, of an AutoencoderKL the posterior's means.
+    """
+    encoded = autoencoder.encode(images)
+    return encoded.latents if isinstance(autoencoder, VQModel) else encoded.latent_dist.mode()
+
+
+def code_count(autoencoder: StockAutoencoder) -> int:
+    """Codes in a VQModel's table; 0 of an AutoencoderKL."""
+    return autoencoder.config.num_vq_embeddings if isinstance(autoencoder, VQModel) else 0
 
 
 def quantize_indices(vqvae: VQModel, latents: torch.Tensor) -> torch.Tensor:
@@ -135,7 +178,7 @@ tags:
 
 # {name}
 
-A latent diffusion model trained from scratch with latent-ddpm: a VQ-VAE with {codes} codes (latents
+A latent diffusion model trained from scratch with latent-ddpm: {autoencoder} (latents
 {channels}x{size}x{size}) and a UNet2DModel of {parameters:.1f} million parameters, {prediction}.
 
 ```python
@@ -148,16 +191,24 @@ pipeline(batch_size=16, num_inference_steps={steps}).images[0].save("sample.png"
 `pipeline.py` is a richer pipeline (given latents, every scheduler, callbacks, all output types):
 `DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)`.
 """
+KL_NOTE = """
+The first way logs that `vqvae` is an AutoencoderKL where a VQModel was expected: LDMPipeline names only that class, and
+works with both.
+"""
 
 
 def export_pipeline(
-    folder: Path, vqvae: VQModel, unet: UNet2DModel, scheduler: SchedulerMixin, num_inference_steps: int
+    folder: Path,
+    autoencoder: StockAutoencoder,
+    unet: UNet2DModel,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
 ) -> None:
     """Write a folder that `DiffusionPipeline.from_pretrained` of an untouched diffusers loads.
 
     Args:
         folder: replaced as a whole.
-        vqvae: with the normalization folded in.
+        autoencoder: with the normalization folded in.
         unet: in model space.
         scheduler: that the pipeline samples with.
         num_inference_steps: stands in the card's example.
@@ -166,17 +217,19 @@ def export_pipeline(
     def write(aside: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            LDMPipeline(vqvae=vqvae, unet=unet, scheduler=scheduler).save_pretrained(aside, safe_serialization=True)
+            pipeline = LDMPipeline(vqvae=autoencoder, unet=unet, scheduler=scheduler)
+            pipeline.save_pretrained(aside, safe_serialization=True)
         shutil.copyfile(pipeline_latent_ddpm.__file__, aside / "pipeline.py")
+        codes = code_count(autoencoder)
         card = CARD.format(
             name=folder.resolve().parent.name,
-            codes=vqvae.config.num_vq_embeddings,
+            autoencoder=f"a VQ-VAE with {codes} codes" if codes else "a KL-VAE",
             channels=unet.config.in_channels,
             size=unet.config.sample_size,
             parameters=unet.num_parameters() / 1e6,
             prediction=scheduler.config.prediction_type.replace("_", "-"),
             steps=num_inference_steps,
         )
-        (aside / "README.md").write_text(card)
+        (aside / "README.md").write_text(card if codes else card + KL_NOTE)
 
     replace_folder(folder, write)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import VQModel
 from tqdm.auto import tqdm
 
 from latent_ddpm.checkpoint import fsync_path
@@ -24,6 +23,7 @@ from latent_ddpm.config import UNetConfig
 from latent_ddpm.data import BadImages, ImageDataset, open_image_dataset, range_batches, to_float
 from latent_ddpm.distributed import all_reduce_sum, process_count, process_index
 from latent_ddpm.errors import UserError
+from latent_ddpm.export import StockAutoencoder, latents_of
 from latent_ddpm.sources import open_sources
 
 SHARD_IMAGES = 1024
@@ -237,13 +237,17 @@ def build_cache(
 
 
 def latents_for_run(
-    config: UNetConfig, vqvae: VQModel, device: torch.device, is_main: bool, wait: Callable[[], None]
+    config: UNetConfig,
+    autoencoder: StockAutoencoder,
+    device: torch.device,
+    is_main: bool,
+    wait: Callable[[], None],
 ) -> LatentCache:
     """The latent cache of a run's training set, made if it is missing; call it in every process.
 
     Args:
         config: names the data, the transform and the folders.
-        vqvae: the autoencoder of `config.autoencoder_dir`, on `device`, without a normalization folded in.
+        autoencoder: that of `config.autoencoder_dir`, on `device`, without a normalization folded in.
         device: where it works.
         is_main: whether this process prepares what only one may.
         wait: a barrier over the processes.
@@ -260,7 +264,7 @@ def latents_for_run(
         train_source, config, output_dir / "cache", bad_images, train=False, is_main=is_main, wait=wait
     )
     cache = build_cache(
-        lambda batch: vqvae.encode(batch).latents,
+        lambda batch: latents_of(autoencoder, batch),
         images,
         Path(config.latents_dir) if config.latents_dir else output_dir / "latents",
         cache_key(config.autoencoder_dir, images, config.resolution, config.image_channels, config.random_flip),

@@ -29,6 +29,7 @@ class Stream(enum.IntEnum):
     SAMPLE = 6
     ORDER = 7
     STEP = 8
+    POSTERIOR = 9
 
 
 def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:

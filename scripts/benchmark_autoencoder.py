@@ -44,7 +44,7 @@ from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
 from latent_ddpm.grids import reconstruction_grid, save_png
 from latent_ddpm.launch import run
 from latent_ddpm.losses import reconstruction_loss
-from latent_ddpm.models.vqvae import VQVAE
+from latent_ddpm.models.vqvae import Autoencoder
 from latent_ddpm.optim import make_optimizer, set_learning_rate
 from latent_ddpm.sources import open_sources
 
@@ -81,7 +81,7 @@ class Ours:
     def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
         self.config, self.steps = config, 0
         torch.manual_seed(config.seed)
-        self.model = VQVAE(config).to(device)
+        self.model = Autoencoder(config).to(device)
         self.optimizer = make_optimizer(self.model.parameters(), config, config.learning_rate)
         self.ema = EMA(self.model, config.ema_decay)
         self.parameters = sum(p.numel() for p in self.model.parameters())
@@ -94,7 +94,7 @@ class Ours:
         set_learning_rate(self.optimizer, rate * self.config.learning_rate)
         output = self.model(images)
         loss = reconstruction_loss(output.reconstruction, images, self.config.reconstruction_loss)
-        loss = loss + self.config.commitment_weight * output.quantized.commitment_loss + output.quantized.codebook_loss
+        loss = loss + output.quantized.loss(self.config)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)

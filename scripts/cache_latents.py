@@ -9,7 +9,7 @@ that train. Takes the keys of train_unet.py. A finished cache is left as it is, 
 import logging
 
 from latent_ddpm.config import UNetConfig, parse_config
-from latent_ddpm.export import check_autoencoder_fits, load_vqmodel
+from latent_ddpm.export import check_autoencoder_fits, load_autoencoder
 from latent_ddpm.latents import latents_for_run
 from latent_ddpm.launch import check_before_loading, make_accelerator, run
 
@@ -19,12 +19,12 @@ logger = logging.getLogger("cache_latents")
 def main(argv: list[str]) -> int:
     config = parse_config(UNetConfig, argv)
     check_before_loading(config, "unet")
-    vqvae = load_vqmodel(config.autoencoder_dir)
-    check_autoencoder_fits(vqvae, config)
+    autoencoder = load_autoencoder(config.autoencoder_dir)
+    check_autoencoder_fits(autoencoder, config)
     accelerator = make_accelerator(config)
-    vqvae.to(accelerator.device)
+    autoencoder.to(accelerator.device)
     cache = latents_for_run(
-        config, vqvae, accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
+        config, autoencoder, accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
     )
     logger.info("%d latents of %s in %s", len(cache), "x".join(map(str, cache.shape)), cache.folder)
     return 0

@@ -3,7 +3,8 @@
     python scripts/evaluate.py autoencoder --config configs/mnist.yaml
         <output_dir>/autoencoder on the whole validation split: PSNR, SSIM, rFD (Frechet distance of reconstructions
         to originals, with --feature_extractor efficientnet-lite0, inception or dinov2), LPIPS (with --lpips_net),
-        codebook usage, perplexity, bits per pixel, images/s, peak memory; and a figure beside the JSON file.
+        images/s, peak memory; of a VQModel also codebook usage, perplexity, bits per pixel; and a figure beside the
+        JSON file.
         Takes the keys of train_unet.py; --autoencoder DIR measures another one.
 
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 25
@@ -29,7 +30,7 @@ from latent_ddpm.data import BadImages, eval_batches, open_image_dataset, to_flo
 from latent_ddpm.digits import digit_probabilities, digit_tensors, judge, train_digit_classifier
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr
-from latent_ddpm.export import check_autoencoder_fits, load_vqmodel, quantize_indices
+from latent_ddpm.export import check_autoencoder_fits, code_count, latents_of, load_autoencoder, quantize_indices
 from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
 from latent_ddpm.grids import reconstruction_grid
 from latent_ddpm.launch import run
@@ -72,20 +73,22 @@ def peak_memory(device: torch.device) -> float:
 def draw_autoencoder(
     path: Path, counts: torch.Tensor, errors: torch.Tensor, originals: torch.Tensor, made: torch.Tensor
 ) -> None:
-    """Usage of the codes, most used first; the best and the worst reconstructions under their originals."""
+    """Usage of the codes (K,), if any, most used first; the best and worst reconstructions under their originals."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    share = counts.sort(descending=True).values / counts.sum()
-    axes[0].bar(range(len(share)), share.numpy(), width=1.0)
-    axes[0].axhline(1 / len(share), color="black", linewidth=0.8)
-    axes[0].set_xlabel("codes, most used first (line: all alike)")
-    axes[0].set_ylabel("share of positions")
+    panels = 3 if len(counts) else 2
+    figure, axes = plt.subplots(1, panels, figsize=(13 / 3 * panels, 3.6), constrained_layout=True)
+    if len(counts):
+        share = counts.sort(descending=True).values / counts.sum()
+        axes[0].bar(range(len(share)), share.numpy(), width=1.0)
+        axes[0].axhline(1 / len(share), color="black", linewidth=0.8)
+        axes[0].set_xlabel("codes, most used first (line: all alike)")
+        axes[0].set_ylabel("share of positions")
     order = errors.argsort(descending=True)
-    for axis, chosen, title in ((axes[1], order[:16], "best"), (axes[2], order[-16:].flip(0), "worst")):
+    for axis, chosen, title in ((axes[-2], order[:16], "best"), (axes[-1], order[-16:].flip(0), "worst")):
         grid = reconstruction_grid(to_float(originals[chosen]), to_float(made[chosen]))
         axis.imshow(grid, cmap="gray", interpolation="nearest")
         axis.set_title(f"{title}: {errors[chosen].min():.1f} to {errors[chosen].max():.1f} dB")
@@ -105,21 +108,23 @@ def measure_autoencoder(argv: list[str]) -> None:
     config = parse_config(UNetConfig, rest)
     output_dir = Path(config.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vqvae = load_vqmodel(config.autoencoder_dir).to(device)
-    size = check_autoencoder_fits(vqvae, config)
+    autoencoder = load_autoencoder(config.autoencoder_dir).to(device)
+    size = check_autoencoder_fits(autoencoder, config)
     lpips = load_lpips(options.lpips_net).to(device) if options.lpips_net else None
     _, source = open_sources(config)
     bad_images = BadImages(output_dir / "bad_images.jsonl", len(source), config.max_bad_image_share)
     images = open_image_dataset(
         source, config, output_dir / "cache", bad_images, train=False, is_main=True, wait=lambda: None
     )
-    codes = vqvae.config.num_vq_embeddings
+    codes = code_count(autoencoder)
     counts, distances, errors, seen, made = torch.zeros(codes), [], [], [], []
 
-    def reconstruct(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        latents = vqvae.encode(batch).latents
-        reconstruction, indices = vqvae.decode(latents).sample, quantize_indices(vqvae, latents)
-        counts.add_(torch.bincount(indices.flatten().cpu(), minlength=codes))
+    def reconstruct(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        latents = latents_of(autoencoder, batch)
+        reconstruction, indices = autoencoder.decode(latents).sample, None
+        if codes:
+            indices = quantize_indices(autoencoder, latents)
+            counts.add_(torch.bincount(indices.flatten().cpu(), minlength=codes))
         errors.append(psnr(reconstruction, batch).cpu())
         seen.append(to_uint8(batch))
         made.append(to_uint8(reconstruction))
@@ -129,7 +134,8 @@ def measure_autoencoder(argv: list[str]) -> None:
 
     result = evaluate_autoencoder(reconstruct, eval_batches(images, 64, 0, 1), codes, device, with_ssim=True)
     originals, reconstructions = torch.cat(seen), torch.cat(made)
-    result["bits_per_pixel"] = math.log2(codes) * size**2 / config.resolution**2
+    if codes:
+        result["bits_per_pixel"] = math.log2(codes) * size**2 / config.resolution**2
     if lpips is not None:
         result |= {"lpips": float(torch.cat(distances).mean()), "lpips_net": options.lpips_net}
     if options.feature_extractor and len(originals) > 1:
@@ -137,9 +143,9 @@ def measure_autoencoder(argv: list[str]) -> None:
         result |= {"rfd": distance, "rfd_feature_extractor": options.feature_extractor}
     batch = to_float(originals[:64].to(device))
     with torch.no_grad():
-        latents = vqvae.encode(batch).latents
-        result["encode_images_per_second"] = images_per_second(lambda: vqvae.encode(batch), len(batch), device)
-        result["decode_images_per_second"] = images_per_second(lambda: vqvae.decode(latents), len(batch), device)
+        latents = latents_of(autoencoder, batch)
+        result["encode_images_per_second"] = images_per_second(lambda: autoencoder.encode(batch), len(batch), device)
+        result["decode_images_per_second"] = images_per_second(lambda: autoencoder.decode(latents), len(batch), device)
     result["peak_memory_gib"] = peak_memory(device)
     result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     path = options.json or output_dir / "evaluation-autoencoder.json"

@@ -15,15 +15,15 @@ from latent_ddpm.export import (
     check_autoencoder_fits,
     export_pipeline,
     fold_normalization,
-    load_vqmodel,
+    load_autoencoder,
     quantize_indices,
     replace_folder,
     sampling_scheduler,
-    to_vqmodel,
+    to_stock,
 )
 from latent_ddpm.latents import Moments, overall_std
 from latent_ddpm.models.unet import make_unet
-from latent_ddpm.models.vqvae import VQVAE
+from latent_ddpm.models.vqvae import Autoencoder
 
 
 def make(channels=3, attention=False, levels=(8, 16, 16), **quantizer):
@@ -39,7 +39,7 @@ def make(channels=3, attention=False, levels=(8, 16, 16), **quantizer):
         **quantizer,
     )
     torch.manual_seed(0)
-    model = VQVAE(config).eval()
+    model = Autoencoder(config).eval()
     images = torch.rand(4, channels, 16, 16) * 2 - 1
     model.quantizer.initialize(model.encode(images).detach())
     return config, model, images
@@ -52,8 +52,8 @@ def make(channels=3, attention=False, levels=(8, 16, 16), **quantizer):
 def test_stock_vqmodel_equals_the_trained_one(channels, attention, levels, tmp_path):
     config, model, images = make(channels, attention, levels)
     ours = model(images)
-    to_vqmodel(model, config).save_pretrained(tmp_path)
-    stock = load_vqmodel(tmp_path)
+    to_stock(model, config).save_pretrained(tmp_path)
+    stock = load_autoencoder(tmp_path)
     latents = stock.encode(images).latents
     assert torch.allclose(latents, model.encode(images), atol=1e-5)
     assert torch.equal(quantize_indices(stock, latents), ours.quantized.indices)
@@ -65,7 +65,7 @@ def test_stock_vqmodel_equals_the_trained_one(channels, attention, levels, tmp_p
 def test_stock_vqmodel_equals_the_trained_one_with_every_quantizer(quantizer):
     config, model, images = make(**quantizer)
     ours = model(images)
-    stock = to_vqmodel(model, config)
+    stock = to_stock(model, config)
     latents = stock.encode(images).latents
     assert torch.equal(quantize_indices(stock, latents), ours.quantized.indices)
     assert torch.allclose(stock.decode(latents).sample, ours.reconstruction, atol=1e-5)
@@ -74,7 +74,7 @@ def test_stock_vqmodel_equals_the_trained_one_with_every_quantizer(quantizer):
 @torch.no_grad()
 def test_folded_normalization_changes_no_image():
     config, model, images = make()
-    stock = to_vqmodel(model, config)
+    stock = to_stock(model, config)
     moments = Moments(3)
     for half in images.split(2):
         moments.add(stock.encode(half).latents)
@@ -95,12 +95,12 @@ def test_folded_normalization_changes_no_image():
 
 def test_refusals(tmp_path):
     with pytest.raises(UserError, match="There is no autoencoder"):
-        load_vqmodel(tmp_path)
+        load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="not an autoencoder"):
-        load_vqmodel(tmp_path)
+        load_autoencoder(tmp_path)
     config, model, _ = make()
-    stock = to_vqmodel(model, config)
+    stock = to_stock(model, config)
     assert check_autoencoder_fits(stock, UNetConfig(dataset_name="x", resolution=32)) == 8
     with pytest.raises(UserError, match="images of 3 channels, image_channels is 1"):
         check_autoencoder_fits(stock, UNetConfig(dataset_name="x", resolution=32, image_channels=1))
@@ -150,7 +150,7 @@ def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path):
     for parameter in unet.parameters():  # a new one predicts 0
         parameter.normal_(std=0.1)
     scheduler = sampling_scheduler(make_noise_scheduler(unet_config))
-    stock = fold_normalization(to_vqmodel(model, config), mean, std)
+    stock = fold_normalization(to_stock(model, config), mean, std)
     export_pipeline(tmp_path / "pipeline", stock, unet, scheduler, 5)
     assert {"model_index.json", "pipeline.py", "README.md"} <= {p.name for p in (tmp_path / "pipeline").iterdir()}
     assert not list((tmp_path / "pipeline").rglob("*.bin"))

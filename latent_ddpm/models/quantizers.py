@@ -38,6 +38,14 @@ class Quantized(NamedTuple):
     commitment_loss: torch.Tensor
     codebook_loss: torch.Tensor
 
+    def loss(self, config: AutoencoderConfig) -> torch.Tensor:
+        """What is minimized of it; scalar."""
+        return config.commitment_weight * self.commitment_loss + self.codebook_loss
+
+    def figures(self) -> dict[str, torch.Tensor]:
+        """What the log shows of it; scalars."""
+        return {"commitment_loss": self.commitment_loss}
+
 
 def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index of the nearest code, by Euclidean distance.
@@ -141,8 +149,11 @@ class Quantizer(nn.Module, ABC):
     def table(self) -> torch.Tensor:
         """The codes, float32 (K, D)."""
 
-    def forward(self, latents: torch.Tensor) -> Quantized:
-        """Quantize encoder outputs (B, D, H, W); in training mode also collect statistics for `update`."""
+    def forward(self, latents: torch.Tensor, numbers: torch.Tensor | None = None) -> Quantized:
+        """Quantize encoder outputs (B, D, H, W); in training mode also collect statistics for `update`.
+
+        The example numbers (B,) are for KLPosterior's noise; they change nothing here.
+        """
         with torch.autocast(latents.device.type, enabled=False):  # bf16 distances would pick wrong codes
             batch, _, height, width = latents.shape
             vectors = latents.float().permute(0, 2, 3, 1).reshape(-1, self.embedding_dim)  # (N, D)

@@ -1,7 +1,8 @@
-"""The VQ-VAE: convolutional encoder and decoder around a quantizer.
+"""The autoencoder: convolutional encoder and decoder around a quantizer (VQ-VAE) or a posterior (KL-VAE).
 
-Parameter names are those of diffusers' VQModel, so that the export is a copy of tensors and not a translation
-(latent_ddpm/export.py). The architecture is VQGAN's (arXiv 2012.09841, table 7) with attention off by default.
+Parameter names are those of diffusers' VQModel and AutoencoderKL, so that the export is a copy of tensors and not a
+translation (latent_ddpm/export.py). The architecture is VQGAN's (arXiv 2012.09841, table 7) with attention off by
+default.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from latent_ddpm.config import AutoencoderConfig
+from latent_ddpm.models.posterior import KLPosterior, Posterior
 from latent_ddpm.models.quantizers import Quantized, make_quantizer
 
 _EPS = 1e-6  # of the group norms, as in VQModel
@@ -110,7 +112,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, image_channels, R, R) -> (B, latent_channels, R/f, R/f) with f = 2 ** (levels - 1)."""
+    """(B, image_channels, R, R) -> (B, out_channels, R/f, R/f) with f = 2 ** (levels - 1)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, channels: Sequence[int], layers: int, groups: int, attention: bool
@@ -161,16 +163,16 @@ class Decoder(nn.Module):
         return self.conv_out(self.features(x))
 
 
-class VQVAEOutput(NamedTuple):
+class AutoencoderOutput(NamedTuple):
     """reconstruction (B, C, R, R) in about [-1, 1]; quantized; features, the input of the decoder's last layer."""
 
     reconstruction: torch.Tensor
-    quantized: Quantized
+    quantized: Quantized | Posterior
     features: torch.Tensor
 
 
-class VQVAE(nn.Module):
-    """The custom VQ-VAE of stage 1.
+class Autoencoder(nn.Module):
+    """The custom autoencoder of stage 1: a VQ-VAE, or with `quantizer: kl` a KL-VAE.
 
     Args:
         config: see AutoencoderConfig for the keys that shape it.
@@ -180,22 +182,32 @@ class VQVAE(nn.Module):
         super().__init__()
         widths, width = config.block_out_channels, config.latent_channels
         shape = (widths, config.layers_per_block, config.norm_num_groups, config.mid_block_add_attention)
-        self.encoder = Encoder(config.image_channels, width, *shape)
-        self.quant_conv = nn.Conv2d(width, width, 1)
-        self.quantizer = make_quantizer(config)
+        is_kl = config.quantizer == "kl"
+        outputs = 2 * width if is_kl else width  # a mean and the logarithm of a variance for each latent
+        self.latent_channels = width
+        self.encoder = Encoder(config.image_channels, outputs, *shape)
+        self.quant_conv = nn.Conv2d(outputs, outputs, 1)
+        values_per_position = config.image_channels * 4 ** (len(widths) - 1)
+        self.quantizer = KLPosterior(values_per_position, config.seed) if is_kl else make_quantizer(config)
         self.post_quant_conv = nn.Conv2d(width, width, 1)
         self.decoder = Decoder(width, config.image_channels, *shape)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, R, R) in [-1, 1] -> encoder outputs before quantization (B, D, R/f, R/f)."""
-        return self.quant_conv(self.encoder(images))
+        """Images (B, C, R, R) in [-1, 1] -> latents (B, D, R/f, R/f).
+
+        These are the encoder's outputs before quantization; of a KL-VAE, the posterior's means.
+        """
+        return self.quant_conv(self.encoder(images))[:, : self.latent_channels]
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        """Codes (B, D, R/f, R/f) -> images (B, C, R, R) in about [-1, 1]."""
+        """Codes, or a KL-VAE's latents, (B, D, R/f, R/f) -> images (B, C, R, R) in about [-1, 1]."""
         return self.decoder(self.post_quant_conv(quantized))
 
-    def forward(self, images: torch.Tensor) -> VQVAEOutput:
-        """Images (B, C, R, R) in [-1, 1] through encoder, quantizer and decoder."""
-        quantized = self.quantizer(self.encode(images))
+    def forward(self, images: torch.Tensor, numbers: torch.Tensor | None = None) -> AutoencoderOutput:
+        """Images (B, C, R, R) in [-1, 1] through encoder, quantizer and decoder.
+
+        The example numbers, int64 (B,), determine a KL-VAE's noise and are needed by it in training mode.
+        """
+        quantized = self.quantizer(self.quant_conv(self.encoder(images)), numbers)
         features = self.decoder.features(self.post_quant_conv(quantized.latents))
-        return VQVAEOutput(self.decoder.conv_out(features).float(), quantized, features)
+        return AutoencoderOutput(self.decoder.conv_out(features).float(), quantized, features)
