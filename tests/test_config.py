@@ -79,6 +79,9 @@ def test_sections_override_common_keys_and_flags_override_both(config_file):
         (["--quantizer", "fsq", "--fsq_levels", "[8,8,8]"], "fsq_levels is .*whose product is 1024"),
         (["--quantizer", "fsq", "--fsq_levels", "[1,32,32]"], "fsq_levels is .*above 1"),
         (["--fsq_levels", "[8,8,16]"], "fsq_levels is .*unset unless quantizer is fsq"),
+        (["--quantizer", "kl", "--fsq_levels", "[8,8,16]"], "fsq_levels is .*unset unless quantizer is fsq"),
+        (["--quantizer", "kl", "--gradient_estimator", "rotation"], "gradient_estimator is rotation.*quantizer is kl"),
+        (["--quantizer", "kl", "--kl_weight=-0.5"], "kl_weight is -0.5; it has to be 0 or more"),
     ],
 )
 def test_mistakes_are_named(words, message):

@@ -20,12 +20,21 @@ from conftest import (
     losses,
     read_metrics,
 )
-from diffusers import DiffusionPipeline, VQModel
+from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 from PIL import Image
 
 GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_channels": 8, "disc_layers": 1}
 OTHER_GAN = {**GAN, "disc_loss": "non_saturating", "disc_norm": "actnorm", "disc_ramp_steps": 8, "disc_r1_weight": 1.0,
              "disc_lecam_weight": 0.1}  # fmt: skip
+
+
+def script(name, *words):
+    done = subprocess.run(
+        [sys.executable, f"scripts/{name}", *map(str, words)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +121,83 @@ def test_other_quantizers_train_resume_and_export(photos, tmp_path, quantizer):
     assert_same_tensors(whole, killed)
     table = VQModel.from_pretrained(tmp_path / "whole" / "autoencoder").quantize.embedding.weight
     assert table.shape == (quantizer.get("num_vq_embeddings", 32), 3) and table.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def trained_kl(photos, tmp_path_factory):
+    """Both stages with a KL-VAE, uninterrupted, the discriminator in play and accumulation on."""
+    output_dir = tmp_path_factory.mktemp("kl") / "out"
+    flags = {"train_data_dir": photos, "resolution": 16, "gradient_accumulation_steps": 2, "train_batch_size": 4}
+    kl = {"quantizer": "kl", "max_train_steps": 8, "checkpointing_steps": 2, "validation_steps": 4, **flags, **GAN}
+    launch("train_autoencoder.py", output_dir, **kl)
+    launch("train_unet.py", output_dir, max_train_steps=3, **flags)
+    return output_dir, flags, kl
+
+
+def test_kl_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained_kl, tmp_path):
+    output_dir, _, kl = trained_kl
+    launch_and_stop("train_autoencoder.py", tmp_path, 5, **kl)
+    launch("train_autoencoder.py", tmp_path, resume_from_checkpoint="latest", **kl)
+    whole, killed = (checkpoint_tensors(folder, "autoencoder", 8) for folder in (output_dir, tmp_path))
+    assert_same_tensors(whole, killed)
+    for key in ("loss", "kl_loss", "posterior_std"):
+        assert losses(output_dir, "autoencoder", key) == losses(tmp_path, "autoencoder", key)
+    weights = "autoencoder/diffusion_pytorch_model.safetensors"
+    assert (output_dir / weights).read_bytes() == (tmp_path / weights).read_bytes()
+
+
+def test_two_processes_train_the_kl_vae_of_one(trained_kl, tmp_path):
+    output_dir, _, kl = trained_kl
+    launch("train_autoencoder.py", tmp_path, processes=2, **{**kl, "train_batch_size": 2})
+    for key in ("loss", "kl_loss", "posterior_std"):
+        one, two = (losses(folder, "autoencoder", key) for folder in (output_dir, tmp_path))
+        assert len(one) == 8 and max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-4
+
+
+def test_kl_leaves_what_it_promises(trained_kl, tmp_path):
+    output_dir, _, _ = trained_kl
+    seen = set().union(*(r for r in read_metrics(output_dir / "metrics.jsonl") if r["stage"] == "autoencoder"))
+    assert {"kl_loss", "posterior_std", "validation_psnr"} <= seen
+    assert not [key for key in seen if any(word in key for word in ("codebook", "perplexity", "commitment"))]
+    vae = AutoencoderKL.from_pretrained(output_dir / "autoencoder")
+    (meta,) = (output_dir / "latents").glob("*/meta.json")
+    assert json.loads(meta.read_text())["std"] * vae.config.scaling_factor == pytest.approx(1, abs=0.05)
+    pipeline = DiffusionPipeline.from_pretrained(output_dir / "pipeline")
+    assert type(pipeline).__name__ == "LDMPipeline" and isinstance(pipeline.vqvae, AutoencoderKL)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
+    config = ["--config", output_dir / "train_unet.yaml"]
+    assert "46 latents of 3x8x8" in script("cache_latents.py", *config).stderr
+    script("evaluate.py", "autoencoder", *config, "--json", tmp_path / "e.json")
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["psnr"] > 3 and "ssim" in result
+    assert not {"codebook_usage", "perplexity", "bits_per_pixel"} & set(result)
+    assert Image.open(tmp_path / "e.png").size[0] > 500
+    words = ["--num_images", 2, "--num_inference_steps", 2, "--output_dir", tmp_path]
+    script("sample.py", output_dir / "pipeline", *words)
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_stage_2_on_somebodys_stock_autoencoder_kl(photos, tmp_path):
+    """The shape of sd-vae-ft-mse, in small, with its scaling_factor."""
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+    ).save_pretrained(tmp_path / "vae")
+    assert json.loads((tmp_path / "vae" / "config.json").read_text())["scaling_factor"] == 0.18215
+    flags = {"train_data_dir": photos, "resolution": 16, "max_train_steps": 2, "autoencoder": tmp_path / "vae"}
+    launch("train_unet.py", tmp_path / "out", **flags)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    (meta,) = (tmp_path / "out" / "latents").glob("*/meta.json")
+    assert pipeline.vqvae.config.scaling_factor == pytest.approx(1 / json.loads(meta.read_text())["std"])
+    assert pipeline.unet.config.in_channels == 4
+    assert pipeline(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 16, 16, 3)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -236,15 +322,6 @@ def test_a_folder_that_holds_another_run_is_refused(trained):
 def test_the_other_commands(trained, tmp_path):
     output_dir, flags, _ = trained
     config = ["--config", str(output_dir / "train_unet.yaml")]
-
-    def script(name, *words):
-        done = subprocess.run(
-            [sys.executable, f"scripts/{name}", *map(str, words)],
-            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
-
     (meta,) = (output_dir / "latents").glob("*/meta.json")
     written = meta.stat().st_mtime_ns
     assert "46 latents of 3x8x8" in script("cache_latents.py", *config).stderr

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
 from latent_ddpm.diffusion import make_noise_scheduler
@@ -15,6 +15,7 @@ from latent_ddpm.export import (
     check_autoencoder_fits,
     export_pipeline,
     fold_normalization,
+    latents_of,
     load_autoencoder,
     quantize_indices,
     replace_folder,
@@ -71,6 +72,58 @@ def test_stock_vqmodel_equals_the_trained_one_with_every_quantizer(quantizer):
     assert torch.allclose(stock.decode(latents).sample, ours.reconstruction, atol=1e-5)
 
 
+@pytest.mark.parametrize(("channels", "attention", "levels"), [(1, False, (8, 16, 16)), (3, True, (8, 16))])
+@torch.no_grad()
+def test_stock_autoencoder_kl_equals_the_trained_one(channels, attention, levels, tmp_path):
+    config, model, images = make(channels, attention, levels, quantizer="kl")
+    ours = model(images)
+    to_stock(model, config).save_pretrained(tmp_path)
+    assert list(tmp_path.glob("*.safetensors"))
+    stock = load_autoencoder(tmp_path)
+    assert isinstance(stock, AutoencoderKL)
+    posterior = stock.encode(images).latent_dist
+    assert torch.allclose(latents_of(stock, images), model.encode(images), atol=1e-5)
+    assert torch.allclose(posterior.std.mean(), ours.quantized.std, atol=1e-5)
+    per_value = posterior.kl().mean() / images[0].numel()
+    assert torch.allclose(per_value, ours.quantized.kl_loss, rtol=1e-4)
+    assert torch.allclose(stock.decode(posterior.mode()).sample, ours.reconstruction, atol=1e-5)
+
+
+def assert_folding_changes_no_image(stock, images):
+    """Normalized latents, the same pictures, and a posterior as wide as before."""
+    direct = latents_of(stock, images)
+    before, spread = stock.decode(direct).sample, stock.encode(images).latent_dist.std
+    mean, variance = direct.mean((0, 2, 3)), direct.var((0, 2, 3), correction=0)
+    fold_normalization(stock, mean, overall_std(variance))
+    latents = latents_of(stock, images)
+    model_space = latents * stock.config.scaling_factor
+    assert model_space.mean((0, 2, 3)).abs().max() < 1e-4
+    assert model_space.var((0, 2, 3), correction=0).mean() == pytest.approx(1, abs=1e-4)
+    assert torch.allclose(stock.decode(latents).sample, before, atol=1e-5)
+    assert torch.allclose(stock.encode(images).latent_dist.std, spread, atol=1e-6)
+
+
+@torch.no_grad()
+def test_folded_normalization_changes_no_image_of_autoencoder_kl():
+    config, model, images = make(quantizer="kl")
+    assert_folding_changes_no_image(to_stock(model, config), images)
+
+
+@torch.no_grad()
+def test_folding_into_a_vae_without_the_two_convolutions(tmp_path):
+    """As those of SD3 and FLUX are, with a shift of their own."""
+    torch.manual_seed(0)
+    shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 5, "shift_factor": 0.3}
+    shape |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    stock = AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False, **shape).eval().requires_grad_(False)
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    assert_folding_changes_no_image(stock, images)
+    assert stock.config.shift_factor is None
+    stock.save_pretrained(tmp_path)
+    again = load_autoencoder(tmp_path)
+    assert torch.equal(latents_of(again, images), latents_of(stock, images))
+
+
 @torch.no_grad()
 def test_folded_normalization_changes_no_image():
     config, model, images = make()
@@ -97,6 +150,12 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="There is no autoencoder"):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="not an autoencoder"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+    with pytest.raises(UserError, match="names the class AutoencoderTiny, not VQModel or AutoencoderKL"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "config.json").write_text("{not JSON")
     with pytest.raises(UserError, match="not an autoencoder"):
         load_autoencoder(tmp_path)
     config, model, _ = make()
@@ -138,9 +197,10 @@ print(type(pipeline).__name__, type(pipeline.vqvae).__module__.split(".")[0],
 """
 
 
+@pytest.mark.parametrize("quantizer", ["ema", "kl"])
 @torch.no_grad()
-def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path):
-    config, model, images = make(channels=1)
+def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path, quantizer):
+    config, model, images = make(channels=1, quantizer=quantizer)
     mean, variance = torch.tensor([0.3, -0.2, 0.1]), torch.tensor([0.5, 0.4, 0.6])
     std = overall_std(variance)
     unet_config = UNetConfig(
@@ -158,6 +218,11 @@ def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path):
     words = [sys.executable, "-c", STRANGER, str(tmp_path / "pipeline"), str(tmp_path / "images.npy")]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.split() == ["LDMPipeline", "diffusers", "[]"]
+    card = (tmp_path / "pipeline" / "README.md").read_text()
+    assert ("a VQ-VAE with 32 codes" in card) == (quantizer == "ema")
+    # the one line that the card of a KL-VAE's pipeline announces; should diffusers drop it, the note can go
+    announced = "logs that `vqvae` is an AutoencoderKL" in card
+    assert announced == ("Expected types for vqvae" in done.stderr) == (quantizer == "kl")
     theirs = np.load(tmp_path / "images.npy")
 
     # the training-time model: our own decoder and quantizer, on latents denormalized by hand
@@ -165,7 +230,9 @@ def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path):
     scheduler.set_timesteps(5)
     for t in scheduler.timesteps:
         latents = scheduler.step(unet(latents, t).sample, t, latents).prev_sample
-    codes = model.quantizer(latents * std + mean.view(-1, 1, 1)).latents
+    codes = latents * std + mean.view(-1, 1, 1)
+    if quantizer != "kl":
+        codes = model.quantizer(codes).latents
     ours = (model.decode(codes) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert np.abs(ours - theirs).max() < 1e-5
 

@@ -116,6 +116,8 @@ def test_evaluate_autoencoder_counts_codes():
     assert result["codebook_usage"] == 0.5  # codes 0 and 1 of 4
     assert result["perplexity"] == pytest.approx(np.exp(-(1 / 3) * np.log(1 / 3) - (2 / 3) * np.log(2 / 3)))
     json.dumps(result)
+    result = evaluate_autoencoder(lambda images: (images, None), batches, 0, torch.device("cpu"))
+    assert result == {"psnr": 100, "images": 6}  # no codebook, no figures of one
 
 
 @torch.no_grad()
