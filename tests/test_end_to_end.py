@@ -14,6 +14,7 @@ from conftest import (
     ROOT,
     assert_same_tensors,
     checkpoint_tensors,
+    command,
     environment,
     launch,
     launch_and_stop,
@@ -144,6 +145,28 @@ def test_kl_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained_kl, 
         assert losses(output_dir, "autoencoder", key) == losses(tmp_path, "autoencoder", key)
     weights = "autoencoder/diffusion_pytorch_model.safetensors"
     assert (output_dir / weights).read_bytes() == (tmp_path / weights).read_bytes()
+
+
+NUMBERS = """
+import json, sys
+import train_autoencoder
+from latent_ddpm.models import posterior
+seen, normal = [], posterior.normal
+def noting(seed, stream, numbers, shape):
+    seen.extend(numbers.tolist())
+    return normal(seed, stream, numbers, shape)
+posterior.normal = noting
+train_autoencoder.main(sys.argv[1:])
+print(json.dumps(seen))
+"""
+
+
+def test_every_example_of_kl_has_noise_of_its_own(trained_kl, tmp_path):
+    """Also over the end of an epoch, where the images come again."""
+    _, _, kl = trained_kl
+    words = [sys.executable, "-c", NUMBERS, *command("train_autoencoder.py", tmp_path, **kl)[2:]]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert json.loads(done.stdout.splitlines()[-1]) == list(range(64))  # 8 steps of 2 micro-batches of 4; 46 images
 
 
 def test_two_processes_train_the_kl_vae_of_one(trained_kl, tmp_path):
