@@ -101,7 +101,9 @@ def measure_autoencoder(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--feature_extractor", choices=EXTRACTORS)
+    parser.add_argument("--feature_cache", type=Path)
     parser.add_argument("--lpips_net", choices=sorted(TRUNKS))
+    parser.add_argument("--lpips_weights")
     options, rest = parser.parse_known_args(argv)
     if options.feature_extractor:
         check_installed(options.feature_extractor)
@@ -110,7 +112,7 @@ def measure_autoencoder(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = load_autoencoder(config.autoencoder_dir).to(device)
     size = check_autoencoder_fits(autoencoder, config)
-    lpips = load_lpips(options.lpips_net).to(device) if options.lpips_net else None
+    lpips = load_lpips(options.lpips_net, options.lpips_weights).to(device) if options.lpips_net else None
     _, source = open_sources(config)
     bad_images = BadImages(output_dir / "bad_images.jsonl", len(source), config.max_bad_image_share)
     images = open_image_dataset(
@@ -139,7 +141,9 @@ def measure_autoencoder(argv: list[str]) -> None:
     if lpips is not None:
         result |= {"lpips": float(torch.cat(distances).mean()), "lpips_net": options.lpips_net}
     if options.feature_extractor and len(originals) > 1:
-        distance = frechet_distance(originals, reconstructions, options.feature_extractor, device)
+        distance = frechet_distance(
+            originals, reconstructions, options.feature_extractor, device, first_cache=options.feature_cache
+        )
         result |= {"rfd": distance, "rfd_feature_extractor": options.feature_extractor}
     batch = to_float(originals[:64].to(device))
     with torch.no_grad():

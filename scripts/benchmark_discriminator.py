@@ -1,0 +1,136 @@
+"""What a discriminator that enters late does to reconstructions: the same runs with and without one.
+
+    python scripts/benchmark_discriminator.py --seeds 0 1 2 --work_dir outputs/discriminator \\
+        --json docs/results/NAME.json --config configs/cifar10.yaml --max_train_steps 4000 --disc_start 2000 \\
+        --disc_weight 0.5
+
+For each seed train_autoencoder.py runs to the end without a discriminator, and once more from its checkpoint at
+`--disc_start` with one; both see the same examples. scripts/evaluate.py measures both. The other options are the keys
+of train_autoencoder.py. Writes JSON, and a figure beside it. A second call goes on where the first was stopped.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from latent_ddpm.config import AutoencoderConfig, parse_config
+from latent_ddpm.data import BadImages, open_image_dataset, to_float
+from latent_ddpm.errors import UserError
+from latent_ddpm.export import latents_of, load_autoencoder
+from latent_ddpm.features import EXTRACTORS
+from latent_ddpm.grids import reconstruction_grid
+from latent_ddpm.launch import run
+from latent_ddpm.sources import open_sources
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA_KEYS = ("train_data_dir", "dataset_name", "dataset_config_name", "image_column", "resolution", "image_channels")
+DATA_KEYS += ("center_crop", "validation_fraction", "max_validation_images")
+VARIANTS = ("without", "with")
+
+
+def train(folder: Path, words: list[str]) -> None:
+    """Run train_autoencoder.py to its end, from where it was."""
+    if (folder / "autoencoder").exists():
+        return
+    if (folder / "checkpoints").exists():
+        at = words.index("--resume_from_checkpoint") if "--resume_from_checkpoint" in words else len(words)
+        words = [*words[:at], "--resume_from_checkpoint", "latest", *words[at + 2 :]]
+    command = [sys.executable, str(ROOT / "train_autoencoder.py"), *words, "--output_dir", str(folder)]
+    if subprocess.run(command).returncode:
+        raise UserError(f"This run did not end well: {' '.join(command)}")
+
+
+def measure(folder: Path, config: AutoencoderConfig, extractor: str, work_dir: Path) -> dict:
+    """The figures of scripts/evaluate.py for a finished run."""
+    path = folder / "evaluation.json"
+    if not path.exists():
+        keys = {key: getattr(config, key) for key in DATA_KEYS if getattr(config, key) is not None}
+        words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+        words += ["--output_dir", str(folder), "--json", str(path), "--feature_extractor", extractor]
+        words += ["--feature_cache", str(work_dir / "features")]
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "evaluate.py"), "autoencoder", *words], check=True)
+    return json.loads(path.read_text())
+
+
+def draw(path: Path, results: list[dict], work_dir: Path, config: AutoencoderConfig) -> None:
+    """PSNR and rFD of each seed as arrows from without to with; reconstructions of the first seed below."""
+    _, source = open_sources(config)
+    bad = BadImages(work_dir / "bad_images.jsonl", len(source), config.max_bad_image_share)
+    images = open_image_dataset(source, config, work_dir / "cache", bad, train=False, is_main=True, wait=lambda: None)
+    originals = to_float(torch.stack([images.get(i) for i in range(min(16, len(images)))]))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 3.4), constrained_layout=True, width_ratios=(1, 2.4))
+    for result in results:
+        x, y = ([result[name][key] for name in VARIANTS] for key in ("psnr", "rfd"))
+        axes[0].annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={"arrowstyle": "->"})
+        axes[0].scatter(x, y, s=12)
+    axes[0].set_xlabel("PSNR (dB)")
+    axes[0].set_ylabel("rFD")
+    axes[0].set_ylim(bottom=0)
+    made = []
+    with torch.no_grad():
+        for name in VARIANTS:
+            autoencoder = load_autoencoder(work_dir / f"seed-{results[0]['seed']}" / name / "autoencoder")
+            made.append(autoencoder.decode(latents_of(autoencoder, originals)).sample)
+    grid = reconstruction_grid(originals.repeat(2, 1, 1, 1), torch.cat(made), columns=len(originals))
+    axes[1].imshow(grid, cmap="gray", interpolation="nearest")
+    axes[1].set_title("originals over reconstructions: without, with")
+    axes[1].axis("off")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=EXTRACTORS)
+    parser.add_argument("--json", type=Path, required=True)
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    options, rest = parser.parse_known_args(argv)
+    config = parse_config(AutoencoderConfig, rest)
+    if not (config.disc_weight > 0 and 0 < config.disc_start < config.max_train_steps):
+        raise UserError("Set disc_weight above 0 and disc_start between 0 and max_train_steps.")
+    if config.disc_start % config.checkpointing_steps:
+        raise UserError("disc_start has to be a multiple of checkpointing_steps: both runs part at a checkpoint.")
+    results = []
+    for seed in options.seeds:
+        folder = options.work_dir / f"seed-{seed}"
+        words = [*rest, "--seed", str(seed), "--checkpoints_total_limit", "1000"]
+        train(folder / "without", [*words, "--disc_weight", "0"])
+        parting = folder / "without" / "checkpoints" / f"autoencoder-{config.disc_start:08d}"
+        train(folder / "with", [*words, "--resume_from_checkpoint", str(parting)])
+        results.append(
+            {"seed": seed}
+            | {name: measure(folder / name, config, options.feature_extractor, options.work_dir) for name in VARIANTS}
+        )
+        ratios = [result["with"]["rfd"] / result["without"]["rfd"] for result in results]
+        losses = [result["without"]["psnr"] - result["with"]["psnr"] for result in results]
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        summary = {
+            "command": "python scripts/benchmark_discriminator.py " + " ".join(argv),
+            "feature_extractor": options.feature_extractor,
+            "torch": torch.__version__,
+            "rfd_with_over_without": ratios,
+            "rfd_with_over_without_median": statistics.median(ratios),
+            "psnr_lost": losses,
+            "results": results,
+        }
+        options.json.write_text(json.dumps(summary, indent=1) + "\n")
+        draw(options.json.with_suffix(".png"), results, options.work_dir, config)
+        print(f"seed {seed}: rFD {ratios[-1]:.3f} of that without, PSNR {losses[-1]:.2f} dB less", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
