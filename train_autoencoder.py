@@ -47,6 +47,7 @@ from latent_ddpm.losses import (
     reconstruction_loss,
 )
 from latent_ddpm.models.discriminator import PatchDiscriminator
+from latent_ddpm.models.equivariance import transform_of
 from latent_ddpm.models.quantizers import perplexity
 from latent_ddpm.models.vqvae import Autoencoder
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
@@ -221,7 +222,10 @@ def main(argv: list[str]) -> int:
     for step in range(first_step, config.max_train_steps):
         rate = learning_rate_factor(step, config)
         set_learning_rate(optimizer, rate * config.learning_rate)
-        adversarial = discriminator is not None and step >= config.disc_start
+        transform = transform_of(config.seed, step, config.equivariance_share)
+        # The discriminator learns what whole, upright images look like.
+        entered = discriminator is not None and step >= config.disc_start
+        adversarial = entered and transform is None
         if adversarial:
             set_learning_rate(disc_optimizer, rate * disc_learning_rate)
         if step % steps_per_epoch == 0:
@@ -237,11 +241,12 @@ def main(argv: list[str]) -> int:
                 check_images(images, len(train_set), tracker.say)
                 with torch.no_grad(), accelerator.autocast():
                     vqvae.quantizer.initialize(vqvae.encode(images))
-            if adversarial and step == disc_begins and not losses:
+            if entered and step == disc_begins and not losses:
                 patch_gan.initialize(images)
             with accelerator.accumulate(*networks):
-                output = model(images, batch["example"].to(device, non_blocking=True))
+                output = model(images, batch["example"].to(device, non_blocking=True), transform)
                 reconstruction = output.reconstruction
+                images = images if transform is None else transform.apply(images)
                 # Each loss on pixels is differentiated down to the reconstruction only. Their gradients are then
                 # balanced and go through decoder and encoder together, in one pass, and no graph is kept.
                 pixels = reconstruction.detach().requires_grad_()

@@ -138,6 +138,7 @@ class AutoencoderConfig(RunConfig):
         codebook_decay: decay of the codebook's moving averages (arXiv 1711.00937, appendix A.1).
         codebook_revive_below: a code used less than this share of the mean is put on an encoder output (ema, simvq).
         commitment_weight: weight of the commitment loss (arXiv 1711.00937, eq. 3).
+        equivariance_share: share of the steps that train on turned or halved latents (arXiv 2502.09509).
         reconstruction_loss: l1 or l2 between pixels in -1..1.
         lpips_weight: weight of the perceptual loss (arXiv 1801.03924); 0 switches it off.
         lpips_net: trunk of the perceptual loss.
@@ -167,6 +168,7 @@ class AutoencoderConfig(RunConfig):
     codebook_decay: float = 0.99
     codebook_revive_below: float = 0.05
     commitment_weight: float = 0.25
+    equivariance_share: float = 0.0
     reconstruction_loss: Literal["l1", "l2"] = "l1"
     lpips_weight: float = 0.0
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
@@ -194,7 +196,13 @@ class AutoencoderConfig(RunConfig):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         _require(self.kl_weight >= 0, "kl_weight", self.kl_weight, "0 or more")
         _require(0 <= self.codebook_decay < 1, "codebook_decay", self.codebook_decay, "at least 0 and below 1")
+        _require(0 <= self.equivariance_share <= 1, "equivariance_share", self.equivariance_share, "in 0 to 1")
         factor = 2 ** (len(self.block_out_channels) - 1)
+        if self.equivariance_share > 0 and self.resolution % (2 * factor):
+            raise UserError(
+                f"equivariance_share needs latents of even sides; those of {self.resolution}-pixel images have "
+                f"{self.resolution / factor:g}."
+            )
         if self.resolution % factor:
             raise UserError(
                 f"resolution {self.resolution} is not divisible by {factor}: the {len(self.block_out_channels)} levels "

@@ -30,6 +30,7 @@ class Stream(enum.IntEnum):
     ORDER = 7
     STEP = 8
     POSTERIOR = 9
+    EQUIVARIANCE = 10
 
 
 def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from latent_ddpm.config import AutoencoderConfig
+from latent_ddpm.models.equivariance import Transform
 from latent_ddpm.models.posterior import KLPosterior, Posterior
 from latent_ddpm.models.quantizers import Quantized, make_quantizer
 
@@ -203,11 +204,15 @@ class Autoencoder(nn.Module):
         """Codes, or a KL-VAE's latents, (B, D, R/f, R/f) -> images (B, C, R, R) in about [-1, 1]."""
         return self.decoder(self.post_quant_conv(quantized))
 
-    def forward(self, images: torch.Tensor, numbers: torch.Tensor | None = None) -> AutoencoderOutput:
+    def forward(
+        self, images: torch.Tensor, numbers: torch.Tensor | None = None, transform: Transform | None = None
+    ) -> AutoencoderOutput:
         """Images (B, C, R, R) in [-1, 1] through encoder, quantizer and decoder.
 
-        The example numbers, int64 (B,), determine a KL-VAE's noise and are needed by it in training mode.
+        The example numbers, int64 (B,), determine a KL-VAE's noise and are needed by it in training mode. The
+        transform is done to what the decoder sees.
         """
         quantized = self.quantizer(self.quant_conv(self.encoder(images)), numbers)
-        features = self.decoder.features(self.post_quant_conv(quantized.latents))
+        latents = quantized.latents if transform is None else transform.apply(quantized.latents)
+        features = self.decoder.features(self.post_quant_conv(latents))
         return AutoencoderOutput(self.decoder.conv_out(features).float(), quantized, features)

@@ -1,0 +1,70 @@
+"""latent_ddpm.models.equivariance: transforms commute with what they should, and are a function of (seed, step)."""
+
+import pytest
+import torch
+from conftest import assert_same_tensors, checkpoint_tensors, launch, launch_and_stop, losses
+
+from latent_ddpm.config import AutoencoderConfig
+from latent_ddpm.errors import UserError
+from latent_ddpm.models.equivariance import Transform, transform_of
+from latent_ddpm.models.vqvae import Autoencoder
+
+ALL = [Transform(turns, halved) for turns in range(4) for halved in (False, True)]
+
+
+@pytest.mark.parametrize("transform", ALL)
+def test_it_commutes_with_averaging_over_patches(transform):
+    """What makes it a fair demand on an encoder: the mean colours of patches, the simplest latents, obey it."""
+    images = torch.randn(2, 3, 16, 16)
+    encode = torch.nn.AvgPool2d(4)
+    assert torch.allclose(transform.apply(encode(images)), encode(transform.apply(images)), atol=1e-6)
+
+
+def test_turns_are_counterclockwise_and_four_are_none():
+    x = torch.arange(4.0).view(1, 1, 2, 2)
+    assert Transform(1, False).apply(x).flatten().tolist() == [1, 3, 0, 2]
+    assert torch.equal(Transform(3, False).apply(Transform(1, False).apply(x)), x)
+
+
+def test_the_choice_follows_from_seed_and_step_and_has_the_share_asked_for():
+    chosen = [transform_of(3, step, 0.4) for step in range(3000)]
+    assert chosen == [transform_of(3, step, 0.4) for step in range(3000)]
+    assert chosen[:100] != [transform_of(4, step, 0.4) for step in range(100)]
+    kinds = [t for t in chosen if t is not None]
+    assert 0.36 < len(kinds) / 3000 < 0.44
+    assert set(kinds) == set(ALL) - {Transform(0, False)}  # the identity is no transform
+    assert min(kinds.count(kind) for kind in set(kinds)) > 0.7 * len(kinds) / 7
+    assert all(transform_of(0, step, 0.0) is None for step in range(100))
+
+
+def test_the_model_decodes_transformed_latents():
+    torch.manual_seed(0)
+    config = AutoencoderConfig(dataset_name="x", resolution=16, block_out_channels=[8, 16], norm_num_groups=4)
+    model = Autoencoder(config).eval()
+    images = torch.rand(2, 3, 16, 16)
+    output = model(images, transform=Transform(1, True))
+    codes = model.quantizer(model.encode(images)).latents
+    assert output.reconstruction.shape == (2, 3, 8, 8)
+    expected = model.decode(torch.rot90(torch.nn.functional.avg_pool2d(codes, 2), 1, (2, 3)))
+    assert torch.allclose(output.reconstruction, expected, atol=1e-6)
+
+
+def test_odd_latents_are_refused():
+    config = AutoencoderConfig(dataset_name="x", resolution=12, block_out_channels=[16, 16, 16], equivariance_share=0.5)
+    with pytest.raises(UserError, match="equivariance_share needs latents of even sides; .*12-pixel images have 3"):
+        config.validate()
+
+
+def test_training_with_it_learns_and_resumes_bit_for_bit(photos, tmp_path):
+    flags = {"train_data_dir": photos, "resolution": 16, "equivariance_share": 0.5, "learning_rate": 3e-3,
+             "max_train_steps": 40, "checkpointing_steps": 5, "disc_weight": 0.5, "disc_start": 10, "disc_channels": 8,
+             "disc_layers": 1, "disc_norm": "actnorm"}  # fmt: skip
+    launch("train_autoencoder.py", tmp_path / "whole", **flags)
+    launch_and_stop("train_autoencoder.py", tmp_path / "killed", 23, **flags)
+    launch("train_autoencoder.py", tmp_path / "killed", resume_from_checkpoint="latest", **flags)
+    assert_same_tensors(*(checkpoint_tensors(tmp_path / name, "autoencoder", 40) for name in ("whole", "killed")))
+    assert losses(tmp_path / "whole", "autoencoder") == losses(tmp_path / "killed", "autoencoder")
+    curve = list(losses(tmp_path / "whole", "autoencoder").values())
+    assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
+    adversarial = losses(tmp_path / "whole", "autoencoder", "discriminator_loss")
+    assert 5 < len(adversarial) < 25 and min(adversarial) > 10  # only where nothing is transformed
