@@ -4,7 +4,7 @@
         --block_out_channels "[32,64,64]" --train_batch_size 32 --learning_rate 1e-3
 
 `--recipes` are `stock` (diffusers' VQModel, squared error plus its commitment loss, AdamW 1e-4) and the quantizers
-ema, simvq and fsq; the other options are the keys of train_autoencoder.py. A recipe can have keys of its own, in
+ema, simvq, fsq and kl; the other options are the keys of train_autoencoder.py. A recipe can have keys of its own, in
 quotes: `--recipes ema "ema --block_out_channels [16,32,64]"`. Each trains for `--minutes`, in turns of `--turn`
 seconds, so that whatever else the machine does meets all alike. Writes JSON, and a figure and a grid of
 reconstructions beside it.
@@ -51,7 +51,7 @@ from latent_ddpm.sources import open_sources
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RECIPES = ("stock", "ema", "simvq", "fsq")
+RECIPES = ("stock", "ema", "simvq", "fsq", "kl")
 
 
 class Stock:
@@ -63,7 +63,7 @@ class Stock:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
-    def step(self, images: torch.Tensor, progress: float) -> None:
+    def step(self, images: torch.Tensor, numbers: torch.Tensor, progress: float) -> None:
         output = self.model(images)
         loss = F.mse_loss(output.sample, images) + output.commit_loss.mean()
         self.optimizer.zero_grad()
@@ -86,20 +86,20 @@ class Ours:
         self.ema = EMA(self.model, config.ema_decay)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
-    def step(self, images: torch.Tensor, progress: float) -> None:
+    def step(self, images: torch.Tensor, numbers: torch.Tensor, progress: float) -> None:
         if self.steps == 0:
             with torch.no_grad():
                 self.model.quantizer.initialize(self.model.encode(images))
         rate = 0.5 * (1 + math.cos(math.pi * progress)) * min(1, (self.steps + 1) / self.config.lr_warmup_steps)
         set_learning_rate(self.optimizer, rate * self.config.learning_rate)
-        output = self.model(images)
+        output = self.model(images, numbers)
         loss = reconstruction_loss(output.reconstruction, images, self.config.reconstruction_loss)
         loss = loss + output.quantized.loss(self.config)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        _, kept = clip_gradients(self.optimizer, self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
-        self.model.quantizer.update(self.steps)
+        self.model.quantizer.update(self.steps, kept)
         self.ema.update(self.model, self.steps)
         self.steps += 1
 
@@ -139,8 +139,9 @@ class Contestant:
     def take_turn(self, seconds: float, budget: float, device: torch.device) -> None:
         begun, before = time.perf_counter(), self.images
         while (used := time.perf_counter() - begun) < seconds:
-            images = to_float(next(self.batches)["image"].to(device))
-            self.recipe.step(images, min(1.0, (self.seconds + used) / budget))
+            batch = next(self.batches)
+            images, numbers = to_float(batch["image"].to(device)), batch["example"].to(device)
+            self.recipe.step(images, numbers, min(1.0, (self.seconds + used) / budget))
             self.images += len(images)
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -153,7 +154,8 @@ def draw(contestants: list[Contestant], title: str, path: Path) -> None:
     for axis, key, label in zip(axes, ("psnr", "codebook_usage"), ("PSNR (dB)", "codes in use"), strict=True):
         for contestant in contestants:
             minutes = [point["minutes"] for point in contestant.curve]
-            axis.plot(minutes, [point[key] for point in contestant.curve], marker=".", label=contestant.name)
+            if key in contestant.curve[0]:  # kl has no codes
+                axis.plot(minutes, [point[key] for point in contestant.curve], marker=".", label=contestant.name)
         axis.set_xlabel("minutes of training")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
@@ -202,9 +204,9 @@ def main(argv: list[str]) -> int:
         for name in options.recipes:
             recipe, own = make_recipe(shlex.split(name), rest, device)
             order = ExampleOrder(len(train_set), own.seed)
-            contestants.append(
-                Contestant(name, recipe, train_batches(train_set, order, 0, 10**9, own.train_batch_size))
-            )
+            batches = train_batches(train_set, order, 0, 10**9, own.train_batch_size)
+            codes = 0 if own.quantizer == "kl" else own.num_vq_embeddings
+            contestants.append(Contestant(name, recipe, batches, codes))
 
         def measure(contestant: Contestant, batches: list) -> dict[str, float]:
             return evaluate_autoencoder(contestant.recipe.reconstruct, batches, contestant.num_codes, device)

@@ -1,0 +1,78 @@
+"""The benchmark scripts run, measure what they say, and go on where they were stopped."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment
+from PIL import Image
+
+TINY = ["--resolution", "16", "--block_out_channels", "[8,16]", "--norm_num_groups", "4", "--num_vq_embeddings", "32"]
+TINY += ["--train_batch_size", "8", "--lr_warmup_steps", "2", "--dataloader_num_workers", "0"]
+
+
+def script(name, *words, expect=0):
+    command = [sys.executable, f"scripts/{name}", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_benchmark_autoencoder(photos, tmp_path):
+    recipes = ["stock", "ema", "simvq", "fsq", "kl --kl_weight 1e-4 --block_out_channels [4,8]"]
+    script("benchmark_autoencoder.py", "--minutes", 0.04, "--turn", 0.6, "--json", tmp_path / "r.json", "--recipes",
+           *recipes, "--frechet_images", 20, "--train_data_dir", photos, *TINY)  # fmt: skip
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert list(result["results"]) == recipes and "--recipes stock ema" in result["command"]
+    for name, figures in result["results"].items():
+        assert figures["psnr"] > 5 and figures["rfd"] > 0 and figures["rfd_images"] == 2
+        assert 0.03 < figures["trained_minutes"] < 0.1 and figures["trained_images"] > 8
+        assert ("codebook_usage" in figures) == (not name.startswith("kl"))
+        assert ("time_per_image_over_stock" in figures) == (name != "stock")
+    parameters = {name.split()[0]: figures["parameters"] for name, figures in result["results"].items()}
+    assert parameters["kl"] < 0.5 * parameters["ema"]
+    assert Image.open(tmp_path / "r.png").size[0] > 100
+    assert Image.open(tmp_path / "r-reconstructions.png").size[1] >= 5 * 2 * 16
+
+
+def test_benchmark_autoencoder_knows_its_recipes(photos, tmp_path):
+    words = ["--json", tmp_path / "r.json", "--recipes", "vq", "--train_data_dir", photos, *TINY]
+    assert "There is no recipe vq" in script("benchmark_autoencoder.py", *words, expect=2)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_benchmark_discriminator(photos, tmp_path, interrupted):
+    words = ["--seeds", 1, 2, "--work_dir", tmp_path / "work", "--json", tmp_path / "r.json", "--train_data_dir",
+             photos, *TINY, "--max_train_steps", 8, "--disc_start", 4, "--checkpointing_steps", 2, "--disc_weight", 0.5,
+             "--disc_channels", 8, "--disc_layers", 1, "--validation_fraction", 0.2]  # fmt: skip
+    if interrupted:  # in the middle of the second run, as a kill would leave it
+        script("benchmark_discriminator.py", *words)
+        whole = json.loads((tmp_path / "r.json").read_text())
+        with_it = tmp_path / "work" / "seed-1" / "with"
+        for path in [*with_it.glob("autoencoder/*"), with_it / "evaluation.json", tmp_path / "r.json"]:
+            path.unlink()
+        (with_it / "autoencoder").rmdir()
+        for path in (with_it / "checkpoints" / "autoencoder-00000008").iterdir():
+            path.unlink()
+        (with_it / "checkpoints" / "autoencoder-00000008").rmdir()
+    script("benchmark_discriminator.py", *words)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [r["seed"] for r in result["results"]] == [1, 2]
+    first = result["results"][0]
+    assert first["with"]["psnr"] != first["without"]["psnr"]
+    assert result["psnr_lost"][0] == first["without"]["psnr"] - first["with"]["psnr"]
+    assert result["rfd_with_over_without"][0] == first["with"]["rfd"] / first["without"]["rfd"]
+    assert Image.open(tmp_path / "r.png").size[0] > 100
+    if interrupted:
+        assert result["rfd_with_over_without"] == whole["rfd_with_over_without"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("--disc_weight", 0, "disc_weight above 0"), ("--disc_start", 3, "multiple of checkpointing_steps")],
+)
+def test_benchmark_discriminator_refuses_what_it_cannot_compare(photos, tmp_path, key, value, words):
+    base = ["--work_dir", tmp_path / "work", "--json", tmp_path / "r.json", "--train_data_dir", photos, *TINY,
+            "--max_train_steps", 8, "--disc_start", 4, "--checkpointing_steps", 2, "--disc_weight", 0.5]  # fmt: skip
+    assert words in script("benchmark_discriminator.py", *base, key, value, expect=2)
