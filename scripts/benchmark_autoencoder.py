@@ -45,7 +45,7 @@ from latent_ddpm.grids import reconstruction_grid, save_png
 from latent_ddpm.launch import run
 from latent_ddpm.losses import reconstruction_loss
 from latent_ddpm.models.vqvae import Autoencoder
-from latent_ddpm.optim import make_optimizer, set_learning_rate
+from latent_ddpm.optim import clip_gradients, make_optimizer, set_learning_rate
 from latent_ddpm.sources import open_sources
 
 matplotlib.use("Agg")
