@@ -28,6 +28,7 @@ from latent_ddpm.data import (
 )
 from latent_ddpm.distributed import StopSignal
 from latent_ddpm.ema import EMA
+from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder
 from latent_ddpm.export import fold_normalization, replace_folder, to_stock
 from latent_ddpm.grids import reconstruction_grid
@@ -35,7 +36,6 @@ from latent_ddpm.health import SkippedSteps, Watch, check_images
 from latent_ddpm.latents import Moments, overall_std
 from latent_ddpm.launch import check_before_loading, make_accelerator, run
 from latent_ddpm.losses import (
-    MAX_ADAPTIVE_WEIGHT,
     adaptive_weight,
     adversarial_ramp,
     discriminator_loss,
@@ -106,13 +106,14 @@ def main(argv: list[str]) -> int:
     model = Autoencoder(config)
     optimizer = make_optimizer(model.parameters(), config, config.learning_rate)
     discriminator = disc_optimizer = None
-    disc_learning_rate = config.disc_learning_rate or config.learning_rate
+    disc_learning_rate = config.learning_rate if config.disc_learning_rate is None else config.disc_learning_rate
     if config.disc_weight > 0:
         discriminator = PatchDiscriminator(
             config.image_channels, config.disc_channels, config.disc_layers, config.disc_norm
         )
         disc_optimizer = make_optimizer(discriminator.parameters(), config, disc_learning_rate)
-    # A run that had no discriminator can be continued with one, which then begins where it enters.
+    # A run that had no discriminator can be continued with one, which then begins where it enters. Until then it is
+    # as the seed made it, and not saved.
     disc_begins = max(config.disc_start, first_step)
     epoch_counts = torch.zeros(model.quantizer.num_embeddings)  # uses of each code since the epoch began; kl: none
     ema = EMA(model, config.ema_decay)
@@ -122,14 +123,25 @@ def main(argv: list[str]) -> int:
         optimizer.load_state_dict(state["optimizer"])
         epoch_counts = state["epoch_counts"]
         if discriminator is not None and state["discriminator"] is not None:
-            discriminator.load_state_dict(state["discriminator"])
+            disc_begins = state["disc_begins"]
+            try:
+                discriminator.load_state_dict(state["discriminator"])
+            except RuntimeError as error:
+                raise UserError(
+                    "The checkpoint's discriminator is another one (disc_norm, disc_channels, disc_layers). Go on from "
+                    "a checkpoint before it entered, and with another --output_dir."
+                ) from error
             disc_optimizer.load_state_dict(state["disc_optimizer"])
-            disc_begins = config.disc_start
     model, optimizer = accelerator.prepare(model, optimizer)
     if discriminator is not None:
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
     if state and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
+    if accelerator.scaler is not None and discriminator is not None and config.gradient_accumulation_steps > 1:
+        raise UserError(  # both networks share one scale, which may change between their last backward passes
+            "mixed_precision fp16 with a discriminator cannot accumulate gradients: use bf16, or "
+            "gradient_accumulation_steps 1."
+        )
     device = accelerator.device
     vqvae = accelerator.unwrap_model(model)
     patch_gan = accelerator.unwrap_model(discriminator) if discriminator is not None else None
@@ -137,8 +149,8 @@ def main(argv: list[str]) -> int:
     ema.model.to(device)
     epoch_counts = epoch_counts.to(device)
     lpips = lpips.to(device) if lpips is not None else None
-    skipped = SkippedSteps(state["skipped"] if state else None, device)
-    disc_skipped = SkippedSteps(state["disc_skipped"] if state else None, device)
+    skipped = SkippedSteps(state.get("skipped") if state else None, device)
+    disc_skipped = SkippedSteps(state.get("disc_skipped") if state else None, device)
 
     if accelerator.is_main_process:
         save_config(config, saved_config)
@@ -164,16 +176,16 @@ def main(argv: list[str]) -> int:
 
     watch = Watch(
         tracker.say,
-        config.num_vq_embeddings,
         len(validation_set) * (config.resolution // 2 ** (len(config.block_out_channels) - 1)) ** 2,
-        config.disc_loss,
-        MAX_ADAPTIVE_WEIGHT,
+        config,
+        scaled=accelerator.scaler is not None,
     )
 
     # ------------------------------------------------------------------------------------------- the chapters
     def save(step: int) -> None:
         if accelerator.is_main_process:
             scaler = accelerator.scaler
+            has_entered = patch_gan is not None and step > disc_begins
             checkpoints.save(
                 step,
                 {
@@ -181,8 +193,9 @@ def main(argv: list[str]) -> int:
                     "model": vqvae.state_dict(),
                     "ema": ema.model.state_dict(),
                     "optimizer": optimizer.optimizer.state_dict(),
-                    "discriminator": patch_gan.state_dict() if patch_gan is not None else None,
-                    "disc_optimizer": disc_optimizer.optimizer.state_dict() if disc_optimizer is not None else None,
+                    "disc_begins": disc_begins,
+                    "discriminator": patch_gan.state_dict() if has_entered else None,
+                    "disc_optimizer": disc_optimizer.optimizer.state_dict() if has_entered else None,
                     "epoch_counts": epoch_counts,
                     "skipped": skipped.counts,
                     "disc_skipped": disc_skipped.counts,
@@ -224,7 +237,7 @@ def main(argv: list[str]) -> int:
         set_learning_rate(optimizer, rate * config.learning_rate)
         transform = transform_of(config.seed, step, config.equivariance_share)
         # The discriminator learns what whole, upright images look like.
-        entered = discriminator is not None and step >= config.disc_start
+        entered = discriminator is not None and step >= disc_begins
         adversarial = entered and transform is None
         if adversarial:
             set_learning_rate(disc_optimizer, rate * disc_learning_rate)
@@ -239,8 +252,8 @@ def main(argv: list[str]) -> int:
             images = to_float(batch["image"].to(device, non_blocking=True))
             if step == 0 and not losses:
                 check_images(images, len(train_set), tracker.say)
-                with torch.no_grad(), accelerator.autocast():
-                    vqvae.quantizer.initialize(vqvae.encode(images))
+                with accelerator.autocast():
+                    vqvae.initialize(images)
             if entered and step == disc_begins and not losses:
                 patch_gan.initialize(images)
             with accelerator.accumulate(*networks):
@@ -263,7 +276,7 @@ def main(argv: list[str]) -> int:
                         adversarial_loss = generator_loss(patch_gan(pixels).float(), config.disc_loss)
                     adversarial_gradient = input_gradient(adversarial_loss, pixels)
                     weight = adaptive_weight(output.features, vqvae.decoder.conv_out, gradient, adversarial_gradient)
-                    ramp = adversarial_ramp(step, config.disc_start, config.disc_ramp_steps)
+                    ramp = adversarial_ramp(step, disc_begins, config.disc_ramp_steps)
                     gradient = gradient + config.disc_weight * ramp * weight * adversarial_gradient.nan_to_num()
                     note("generator_loss", adversarial_loss)
                     note("adaptive_weight", weight)
@@ -305,7 +318,7 @@ def main(argv: list[str]) -> int:
                             disc_optimizer.optimizer, discriminator.parameters(), config.max_grad_norm
                         )
                         disc_skipped.add(disc_kept)
-                        patch_gan.track(real_logits.detach(), fake_logits.detach(), disc_kept)
+                        patch_gan.track(losses["logits_real"], losses["logits_fake"], disc_kept)
                     disc_optimizer.step()
                     disc_optimizer.zero_grad()
         counts = vqvae.quantizer.update(step, kept)

@@ -20,6 +20,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from latent_ddpm.errors import UserError
 
+LPIPS_MIN_PIXELS = {"vgg": 16, "alex": 31, "squeeze": 17}  # below, a pooling layer of the trunk has no output
+
 SECTIONS = ("train_autoencoder", "train_unet")
 
 
@@ -133,6 +135,7 @@ class AutoencoderConfig(RunConfig):
             arXiv 2411.02038), fsq (a fixed grid, arXiv 2309.15505) or kl (no codes but a Gaussian posterior, LDM's
             KL-VAE, arXiv 2112.10752).
         fsq_levels: values per latent channel of fsq's grid; their product is num_vq_embeddings.
+        fsq_balance_weight: weight of the loss that moves encoder outputs to codes of fsq's grid that lie idle.
         gradient_estimator: how gradients pass the choice of a code: straight_through, or rotation (arXiv 2410.06424).
         kl_weight: weight of kl's divergence from the standard normal, on the scale of LDM's own 1e-6.
         codebook_decay: decay of the codebook's moving averages (arXiv 1711.00937, appendix A.1).
@@ -163,6 +166,7 @@ class AutoencoderConfig(RunConfig):
     mid_block_add_attention: bool = False
     quantizer: Literal["ema", "simvq", "fsq", "kl"] = "ema"
     fsq_levels: list[int] | None = None
+    fsq_balance_weight: float = 0.01
     gradient_estimator: Literal["straight_through", "rotation"] = "straight_through"
     kl_weight: float = 1e-6
     codebook_decay: float = 0.99
@@ -194,9 +198,22 @@ class AutoencoderConfig(RunConfig):
         nonnegative = ("lpips_weight", "commitment_weight", "codebook_revive_below", "disc_weight", "disc_start")
         for key in (*nonnegative, "disc_ramp_steps", "disc_r1_weight", "disc_lecam_weight"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        _require(self.kl_weight >= 0, "kl_weight", self.kl_weight, "0 or more")
+        for key in ("kl_weight", "fsq_balance_weight"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         _require(0 <= self.codebook_decay < 1, "codebook_decay", self.codebook_decay, "at least 0 and below 1")
-        _require(0 <= self.equivariance_share <= 1, "equivariance_share", self.equivariance_share, "in 0 to 1")
+        share = self.equivariance_share
+        _require(0 <= share <= 1, "equivariance_share", share, "in 0 to 1")
+        _require(share < 1 or self.disc_weight == 0, "equivariance_share", share, "below 1 with a discriminator")
+        rate = self.disc_learning_rate
+        _require(rate is None or rate > 0, "disc_learning_rate", rate, "greater than 0, or null")
+        smallest = self.resolution // (2 if share > 0 else 1)
+        needed = LPIPS_MIN_PIXELS[self.lpips_net]
+        if self.lpips_weight > 0 and smallest < needed:
+            halved = " when halved by equivariance_share" if share > 0 else ""
+            raise UserError(
+                f"lpips_net {self.lpips_net} needs images of {needed} pixels or more; they have {smallest}{halved}. "
+                f"Set lpips_weight 0, or another lpips_net."
+            )
         factor = 2 ** (len(self.block_out_channels) - 1)
         if self.equivariance_share > 0 and self.resolution % (2 * factor):
             raise UserError(

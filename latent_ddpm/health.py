@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.errors import UserError
+from latent_ddpm.losses import MAX_ADAPTIVE_WEIGHT
 
 PATIENCE = 10  # lines of metrics in a row that have to show the same thing
 SKIPPED_IN_A_ROW = 25  # steps
+SCALING_SKIPS = 16  # steps that fp16's loss scaling may skip before it has found its scale
+RATE_OF = {"autoencoder": "learning_rate", "discriminator": "disc_learning_rate"}
 
 
 class SkippedSteps:
@@ -37,7 +41,8 @@ class SkippedSteps:
         if streak >= SKIPPED_IN_A_ROW:
             raise UserError(
                 f"The gradients of the {network} were not finite in the last {streak} steps, which were skipped. "
-                f"Go on from an earlier checkpoint (--resume_from_checkpoint DIR) with a lower learning rate."
+                f"Go on from an earlier checkpoint (--resume_from_checkpoint DIR) with a lower {RATE_OF[network]} and "
+                f"another --output_dir."
             )
         return total
 
@@ -47,24 +52,17 @@ class Watch:
 
     Args:
         say: called with a sentence.
-        num_codes: size of the codebook.
         validation_positions: latent positions in the validation split.
-        disc_loss: "hinge" or "non_saturating".
-        max_adaptive_weight: where the adaptive weight of the adversarial loss is cut off.
+        config: the run's.
+        scaled: whether fp16's loss scaling is at work, which skips steps of its own.
     """
 
     def __init__(
-        self,
-        say: Callable[[str], None],
-        num_codes: int,
-        validation_positions: int,
-        disc_loss: str,
-        max_adaptive_weight: float,
+        self, say: Callable[[str], None], validation_positions: int, config: AutoencoderConfig, scaled: bool = False
     ) -> None:
-        self.say = say
-        self.num_codes, self.validation_positions = num_codes, validation_positions
-        self.winning_loss = 0.02 if disc_loss == "hinge" else 0.05
-        self.max_adaptive_weight = max_adaptive_weight
+        self.say, self.validation_positions, self.config = say, validation_positions, config
+        self.first_skips = SCALING_SKIPS if scaled else 1
+        self.winning_loss = 0.02 if config.disc_loss == "hinge" else 0.05
         self._streaks: dict[str, int] = {}
         self._losses: deque[float] = deque(maxlen=PATIENCE)
         self._lowest = math.inf
@@ -77,11 +75,11 @@ class Watch:
 
     def skipped(self, network: str, total: int) -> None:
         """Take in how many steps of a network were skipped so far."""
-        if total >= max(1, 2 * self._skipped.get(network, 0)):  # said at 1, 2, 4, ...
+        if total >= max(self.first_skips, 2 * self._skipped.get(network, 0)):  # said at 1, 2, 4, ...
             self._skipped[network] = total
             self.say(
                 f"Steps skipped: {total} so far, since the gradients of the {network} were not finite. If this goes "
-                f"on, lower the learning rate."
+                f"on, lower {RATE_OF[network]}."
             )
 
     def training(self, measured: dict[str, float]) -> None:
@@ -116,7 +114,7 @@ class Watch:
         )
         self._see(
             "vanished",
-            weight > 0.9 * self.max_adaptive_weight,
+            weight > 0.9 * MAX_ADAPTIVE_WEIGHT,
             "The discriminator passes no gradient to the decoder (the adaptive weight is at its limit). "
             "It may have diverged: lower disc_learning_rate.",
         )
@@ -132,14 +130,13 @@ class Watch:
             patience=1,
         )
         usage = measured.get("codebook_usage")
-        if usage is not None and self.validation_positions >= 8 * self.num_codes:
-            self._see(
-                "asleep",
-                progress >= 0.2 and usage < 0.5,
-                f"Only {usage:.0%} of the {self.num_codes} codes are in use. Raise codebook_revive_below, or make do "
-                f"with fewer codes (num_vq_embeddings).",
-                patience=1,
-            )
+        codes = self.config.num_vq_embeddings
+        if usage is not None and self.validation_positions >= 8 * codes:
+            help_ = "Raise codebook_revive_below, or make do with fewer codes (num_vq_embeddings)."
+            if self.config.quantizer == "fsq":
+                help_ = "Make do with fewer codes (fsq_levels and num_vq_embeddings), or take quantizer: ema."
+            asleep = progress >= 0.2 and usage < 0.5
+            self._see("asleep", asleep, f"Only {usage:.0%} of the {codes} codes are in use. {help_}", patience=1)
 
 
 def check_images(images: torch.Tensor, training_images: int, say: Callable[[str], None]) -> None:

@@ -13,6 +13,7 @@ from latent_ddpm.distributed import all_reduce_sum, process_count
 from latent_ddpm.errors import UserError
 
 MAX_ADAPTIVE_WEIGHT = 1e4  # as in VQGAN
+NO_WEIGHTS = (LookupError, ValueError, TypeError, RuntimeError, EOFError)  # what reading a file of another kind raises
 TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 
 
@@ -64,7 +65,7 @@ def _with_trunk(distance: nn.Module, net: str, path: Path) -> nn.Module:
         distance.net.load_state_dict(trunk)
     except OSError as error:
         raise UserError(f"lpips_weights: cannot read {path} ({error.strerror or error}).") from error
-    except (KeyError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+    except (*NO_WEIGHTS, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"lpips_weights: {path} does not hold torchvision's {TRUNKS[net]} ({error}).") from error
     return distance.eval().requires_grad_(False)
 
@@ -97,14 +98,16 @@ def r1_penalty(real_logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         images: (B, C, R, R), a leaf that requires a gradient.
     """
     means = real_logits.flatten(1).mean(1)
-    slope = torch.autograd.grad(means.sum(), images, create_graph=True)[0]
-    return 0.5 * slope.float().pow(2).flatten(1).sum(1).mean()
+    scale = float(images[0].numel())  # as in input_gradient
+    slope = torch.autograd.grad(means.sum() * scale, images, create_graph=True)[0].float() / scale
+    return 0.5 * slope.pow(2).flatten(1).sum(1).mean()
 
 
 def lecam_penalty(real_logits: torch.Tensor, fake_logits: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """LeCam regularization, for little data (Tseng et al., arXiv 2104.03310, eq. 5); scalar.
+    """LeCam regularization, for little data (Tseng et al., arXiv 2104.03310, section 3.2); scalar.
 
-    Real logits are held near the running mean of fake ones and the other way round, on the side where they part.
+    Real logits are held near the running mean of fake ones and the other way round. As in the authors' code, and
+    other than in the paper's equation, only on the side where they part.
 
     Args:
         real_logits, fake_logits: of any shape.

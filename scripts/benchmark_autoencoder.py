@@ -44,6 +44,7 @@ from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
 from latent_ddpm.grids import reconstruction_grid, save_png
 from latent_ddpm.launch import run
 from latent_ddpm.losses import reconstruction_loss
+from latent_ddpm.models.equivariance import transform_of
 from latent_ddpm.models.vqvae import Autoencoder
 from latent_ddpm.optim import clip_gradients, make_optimizer, set_learning_rate
 from latent_ddpm.sources import open_sources
@@ -88,11 +89,13 @@ class Ours:
 
     def step(self, images: torch.Tensor, numbers: torch.Tensor, progress: float) -> None:
         if self.steps == 0:
-            with torch.no_grad():
-                self.model.quantizer.initialize(self.model.encode(images))
-        rate = 0.5 * (1 + math.cos(math.pi * progress)) * min(1, (self.steps + 1) / self.config.lr_warmup_steps)
+            self.model.initialize(images)
+        warmed_up = min(1, (self.steps + 1) / max(1, self.config.lr_warmup_steps))
+        rate = 0.5 * (1 + math.cos(math.pi * progress)) * warmed_up
         set_learning_rate(self.optimizer, rate * self.config.learning_rate)
-        output = self.model(images, numbers)
+        transform = transform_of(self.config.seed, self.steps, self.config.equivariance_share)
+        output = self.model(images, numbers, transform)
+        images = images if transform is None else transform.apply(images)
         loss = reconstruction_loss(output.reconstruction, images, self.config.reconstruction_loss)
         loss = loss + output.quantized.loss(self.config)
         self.optimizer.zero_grad()
@@ -113,16 +116,21 @@ def make_recipe(words: list[str], argv: list[str], device: torch.device) -> tupl
     name, overrides = words[0], words[1:]
     if name not in RECIPES:
         raise UserError(f"There is no recipe {name}; there are {', '.join(RECIPES)}.")
-    config = parse_config(AutoencoderConfig, [*argv, *overrides])
-    if name == "stock":
-        return Stock(config, device), config
-    if name == "fsq" and config.fsq_levels is None:
+    words = [*argv, *overrides, "--quantizer", "ema" if name == "stock" else name]
+    if name != "fsq":
+        words += ["--fsq_levels", "null"]
+    elif "--fsq_levels" not in overrides:
         # powers of two, as even as they go: 1,024 codes of 4 channels are 8 * 8 * 4 * 4
-        bits, width = config.num_vq_embeddings.bit_length() - 1, config.latent_channels
-        config.fsq_levels = [2 ** (bits // width + (i < bits % width)) for i in range(width)]
-    config.quantizer = name
-    config.validate()
-    return Ours(config, device), config
+        plain = parse_config(AutoencoderConfig, [*words, "--quantizer", "ema", "--fsq_levels", "null"])
+        bits, width = plain.num_vq_embeddings.bit_length() - 1, plain.latent_channels
+        words += ["--fsq_levels", str([2 ** (bits // width + (i < bits % width)) for i in range(width)])]
+    config = parse_config(AutoencoderConfig, words)
+    if config.lpips_weight or config.disc_weight or config.gradient_accumulation_steps > 1:
+        raise UserError(
+            "This benchmark trains on pixels alone, without accumulation: set lpips_weight 0, disc_weight 0 and "
+            "gradient_accumulation_steps 1."
+        )
+    return Stock(config, device) if name == "stock" else Ours(config, device), config
 
 
 class Contestant:

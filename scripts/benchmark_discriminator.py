@@ -39,6 +39,11 @@ VARIANTS = ("without", "with")
 
 def train(folder: Path, words: list[str]) -> None:
     """Run train_autoencoder.py to its end, from where it was."""
+    wanted, saved = json.dumps(words, indent=1), folder / "benchmark.json"
+    if saved.exists() and saved.read_text() != wanted:
+        raise UserError(f"{folder} holds a run with other options. Give another --work_dir, or remove that folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    saved.write_text(wanted)
     if (folder / "autoencoder").exists():
         return
     if (folder / "checkpoints").exists():
@@ -51,7 +56,7 @@ def train(folder: Path, words: list[str]) -> None:
 
 def measure(folder: Path, config: AutoencoderConfig, extractor: str, work_dir: Path) -> dict:
     """The figures of scripts/evaluate.py for a finished run."""
-    path = folder / "evaluation.json"
+    path = folder / f"evaluation-{extractor}.json"
     if not path.exists():
         keys = {key: getattr(config, key) for key in DATA_KEYS if getattr(config, key) is not None}
         words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]

@@ -6,6 +6,7 @@ from conftest import assert_same_tensors, checkpoint_tensors, launch, launch_and
 
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.errors import UserError
+from latent_ddpm.export import to_stock
 from latent_ddpm.models.equivariance import Transform, transform_of
 from latent_ddpm.models.vqvae import Autoencoder
 
@@ -43,15 +44,41 @@ def test_the_model_decodes_transformed_latents():
     model = Autoencoder(config).eval()
     images = torch.rand(2, 3, 16, 16)
     output = model(images, transform=Transform(1, True))
-    codes = model.quantizer(model.encode(images)).latents
+    latents = torch.rot90(torch.nn.functional.avg_pool2d(model.encode(images), 2), 1, (2, 3))
     assert output.reconstruction.shape == (2, 3, 8, 8)
-    expected = model.decode(torch.rot90(torch.nn.functional.avg_pool2d(codes, 2), 1, (2, 3)))
-    assert torch.allclose(output.reconstruction, expected, atol=1e-6)
+    assert torch.allclose(output.reconstruction, model.decode(model.quantizer(latents).latents), atol=1e-6)
+    # and that is what the export makes of them
+    assert torch.allclose(to_stock(model, config).decode(latents).sample, output.reconstruction, atol=1e-5)
+
+
+def test_a_kl_vaes_noise_comes_before_the_transform():
+    torch.manual_seed(0)
+    config = AutoencoderConfig(dataset_name="x", resolution=16, block_out_channels=[8, 16], norm_num_groups=4,
+                               quantizer="kl")  # fmt: skip
+    model, images, numbers = Autoencoder(config), torch.rand(2, 3, 16, 16), torch.arange(2)
+    output = model(images, numbers, Transform(3, False))
+    drawn = model.quantizer(model.quant_conv(model.encoder(images)), numbers).latents
+    assert torch.allclose(output.reconstruction, model.decode(torch.rot90(drawn, 3, (2, 3))), atol=1e-6)
 
 
 def test_odd_latents_are_refused():
     config = AutoencoderConfig(dataset_name="x", resolution=12, block_out_channels=[16, 16, 16], equivariance_share=0.5)
     with pytest.raises(UserError, match="equivariance_share needs latents of even sides; .*12-pixel images have 3"):
+        config.validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"disc_weight": 0.5, "equivariance_share": 1.0}, "equivariance_share .* below 1 with a discriminator"),
+        ({"lpips_weight": 1.0, "equivariance_share": 0.5, "lpips_net": "alex"}, "lpips_net alex needs images of 31"),
+        ({"lpips_weight": 1.0, "resolution": 16, "lpips_net": "squeeze"}, "lpips_net squeeze needs images of 17"),
+        ({"disc_learning_rate": 0.0}, "disc_learning_rate is 0.0; it has to be greater than 0"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(options, words):
+    config = AutoencoderConfig(**{"dataset_name": "x", "resolution": 32, **options})
+    with pytest.raises(UserError, match=words):
         config.validate()
 
 

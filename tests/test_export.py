@@ -42,7 +42,7 @@ def make(channels=3, attention=False, levels=(8, 16, 16), **quantizer):
     torch.manual_seed(0)
     model = Autoencoder(config).eval()
     images = torch.rand(4, channels, 16, 16) * 2 - 1
-    model.quantizer.initialize(model.encode(images).detach())
+    model.initialize(images)
     return config, model, images
 
 

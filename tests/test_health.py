@@ -7,6 +7,7 @@ from conftest import launch, losses
 from PIL import Image
 from safetensors.torch import load_file
 
+from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.errors import UserError
 from latent_ddpm.health import PATIENCE, SKIPPED_IN_A_ROW, SkippedSteps, Watch, check_images
 from latent_ddpm.models.quantizers import EMACodebook, SimVQ
@@ -15,9 +16,9 @@ from latent_ddpm.optim import clip_gradients
 WELL = {"loss": 1.0, "discriminator_loss": 0.9, "adaptive_weight": 1.0, "logits_real": 0.1, "logits_fake": -0.1}
 
 
-def watch(said, **options):
-    defaults = {"num_codes": 512, "validation_positions": 64_000, "disc_loss": "hinge", "max_adaptive_weight": 1e4}
-    return Watch(said.append, **(defaults | options))
+def watch(said, validation_positions=64_000, scaled=False, **options):
+    config = AutoencoderConfig(dataset_name="x", **{"num_vq_embeddings": 512, **options})
+    return Watch(said.append, validation_positions, config, scaled)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,9 @@ def test_validation_sees_grey_pictures_and_sleeping_codes():
     assert said == []
     watch(said).validation(bad, progress=0.5)
     assert "5% of the variance" in said[0] and "Only 10% of the 512 codes" in said[1]
+    said.clear()
+    watch(said, quantizer="fsq").validation(bad | {"explained_variance": 0.9}, progress=0.5)
+    assert "fsq_levels" in said[0] and "revive" not in said[0]
     said.clear()
     watch(said, validation_positions=512).validation(bad | {"explained_variance": 0.9}, progress=0.5)
     watch(said).validation({"psnr": 45.0, "explained_variance": 0.0}, progress=0.5)  # constant images, no codebook
@@ -126,6 +130,11 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
     for total in (1, 1, 2, 3, steps.read("autoencoder")):
         doctor.skipped("autoencoder", total)
     assert [s.split(" so far")[0] for s in said] == ["Steps skipped: 1", "Steps skipped: 2", "Steps skipped: 26"]
+    said.clear()
+    doctor = watch(said, scaled=True)
+    for total in (3, 15, 16, 17):
+        doctor.skipped("discriminator", total)
+    assert len(said) == 1 and "16 so far" in said[0] and "lower disc_learning_rate" in said[0]
     resumed = SkippedSteps(steps.counts, torch.device("cpu"))
     resumed.add(torch.tensor(False))
     with pytest.raises(UserError, match=f"not finite in the last {SKIPPED_IN_A_ROW} steps"):
@@ -175,7 +184,7 @@ def test_a_run_that_cannot_go_on_says_so_and_saves_no_nan(photos, tmp_path):
     text = launch("train_autoencoder.py", tmp_path, 2, train_data_dir=photos, resolution=16, learning_rate=1e30,
                   max_train_steps=60, checkpointing_steps=10)  # fmt: skip
     assert text.count("Steps skipped: ") == 5  # 1, 2, 4, 8, 16
-    assert "not finite in the last 25 steps" in text and "lower learning rate" in text
+    assert "not finite in the last 25 steps" in text and "a lower learning_rate" in text
     assert "Traceback" not in text
     assert len(losses(tmp_path, "autoencoder")) < 5  # JSON has no NaN
     for path in tmp_path.rglob("*.safetensors"):

@@ -147,12 +147,16 @@ def test_actnorm_starts_with_mean_0_and_variance_1():
 
 def test_logit_means_follow_only_kept_steps():
     discriminator = PatchDiscriminator(3, 8, 1)
+    yes, no, nan = torch.tensor(True), torch.tensor(False), torch.tensor(float("nan"))
+    discriminator.track(nan, nan, no)
+    for value in (2.0, 4.0):
+        discriminator.track(torch.tensor(value), torch.tensor(-1.0), yes)
+    assert discriminator.logit_means.tolist() == pytest.approx([3.0, -1.0])  # no pull to 0 at the start
+    discriminator.track(nan, torch.tensor(0.0), no)
+    assert discriminator.logit_means.tolist() == pytest.approx([3.0, -1.0])
     for _ in range(1000):
-        discriminator.track(torch.full((4,), 2.0), torch.full((4,), -1.0), torch.tensor(True))
-    assert discriminator.logit_means.tolist() == pytest.approx([2.0, -1.0], abs=1e-3)
-    before = discriminator.logit_means.clone()
-    discriminator.track(torch.full((4,), float("nan")), torch.zeros(4), torch.tensor(False))
-    assert torch.equal(discriminator.logit_means, before)
+        discriminator.track(torch.tensor(7.0), torch.tensor(-1.0), yes)
+    assert discriminator.logit_means.tolist() == pytest.approx([7.0, -1.0], abs=1e-3)
 
 
 def test_lpips_without_its_trunk_names_the_two_ways_out(tmp_path, monkeypatch):
@@ -217,6 +221,8 @@ def test_lpips_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         load_lpips("vgg", str(tmp_path / "nowhere.pth"))
     save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "noise.pth").write_bytes(b"\x80\x02}q\x00.")
-    for name in ("other.safetensors", "noise.pth"):
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    for name in ("other.safetensors", "noise.pth", "empty.pth", "list.pth"):
         with pytest.raises(UserError, match=f"lpips_weights: .*{name} does not hold torchvision's vgg16"):
             load_lpips("vgg", str(tmp_path / name))

@@ -14,6 +14,8 @@ from vector_quantize_pytorch import SimVQ as OracleSimVQ
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
+from latent_ddpm.config import AutoencoderConfig
+from latent_ddpm.export import latents_of, to_stock
 from latent_ddpm.models.quantizers import (
     FSQ,
     EMACodebook,
@@ -24,6 +26,7 @@ from latent_ddpm.models.quantizers import (
     perplexity,
     rotation_trick,
 )
+from latent_ddpm.models.vqvae import Autoencoder
 
 QUANTIZERS = {
     "ema": lambda **options: EMACodebook(60, 3, **options),
@@ -282,6 +285,35 @@ def test_initialize_spreads_over_the_data():
     assert out.commitment_loss < 0.2 * latents.var()
 
 
+def test_fsq_brings_small_correlated_outputs_to_its_grid():
+    torch.manual_seed(0)
+    quantizer = FSQ([8, 4, 4])
+    mixing = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [-0.5, 0.3, 0.02]]) * 0.01
+    latents = torch.einsum("ij,bjhw->bihw", mixing, torch.randn(32, 3, 8, 8)) + 0.3
+    assert len(quantizer(latents).indices.unique()) < 4
+    matrix, shift = quantizer.initialize(latents)
+    brought = torch.einsum("ij,bjhw->bihw", matrix, latents) + shift.view(1, 3, 1, 1)
+    vectors, grid = brought.permute(0, 2, 3, 1).flatten(0, 2), quantizer.table()
+    assert torch.allclose(vectors.mean(0), grid.mean(0), atol=1e-3)
+    assert torch.allclose(vectors.T.cov(correction=0), grid.T.cov(correction=0), atol=1e-2)
+    assert len(quantizer(brought).indices.unique()) == 128
+
+
+def test_the_model_applies_what_fsq_asks_for_and_the_export_has_it():
+    torch.manual_seed(0)
+    config = AutoencoderConfig(dataset_name="x", resolution=16, block_out_channels=[8, 16], norm_num_groups=4,
+                               quantizer="fsq", fsq_levels=[5, 4, 3], num_vq_embeddings=60)  # fmt: skip
+    model, images = Autoencoder(config), torch.rand(16, 3, 16, 16) * 2 - 1
+    before = model.encode(images).detach()
+    model.initialize(images)
+    after = model.encode(images).detach()
+    grid = model.quantizer.table()
+    assert before.std() < 0.5 * after.std()
+    assert torch.allclose(after.mean((0, 2, 3)), grid.mean(0), atol=1e-3)
+    assert torch.allclose(after.std((0, 2, 3), correction=0), grid.std(0, correction=0), rtol=0.02)
+    assert torch.allclose(latents_of(to_stock(model, config), images), after, atol=1e-5)
+
+
 def test_update_returns_counts_and_resets():
     quantizer = EMACodebook(8, 3)
     for _ in range(2):  # two micro-batches of one step
@@ -313,7 +345,7 @@ for name, quantizer in {"ema": EMACodebook(40, 3, revive_below=0.3), "simvq": Si
     parameters = list(quantizer.parameters())
     joint = torch.randn(8, 3, 4, 4, generator=generator)
     mine = slice(process_index() * share, (process_index() + 1) * share)
-    quantizer.initialize(joint[mine])
+    affine = quantizer.initialize(joint[mine])
     counts = torch.zeros(40)
     for step in range(12):
         joint = torch.randn(8, 3, 4, 4, generator=generator) * (1 + step / 4)
@@ -328,7 +360,8 @@ for name, quantizer in {"ema": EMACodebook(40, 3, revive_below=0.3), "simvq": Si
                     parameter.grad = None
         counts += quantizer.update(step)
     if process_index() == count - 1:
-        torch.save({"table": quantizer.table().detach(), "counts": counts}, f"{folder}/{name}-{count}.pt")
+        state = {"table": quantizer.table().detach(), "counts": counts, "affine": affine}
+        torch.save(state, f"{folder}/{name}-{count}.pt")
 if count > 1:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -349,3 +382,6 @@ def test_two_processes_hold_the_table_of_one_with_the_joint_batch(tmp_path):
         assert alone["counts"].sum() == 12 * 8 * 16
         assert torch.equal(alone["counts"], joint["counts"])
         assert torch.allclose(alone["table"], joint["table"], atol=1e-5)
+        assert (alone["affine"] is None) == (name != "fsq")
+        if name == "fsq":
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone["affine"], joint["affine"], strict=True))

@@ -56,6 +56,7 @@ class PatchDiscriminator(nn.Module):
         blocks.append(bounded(nn.Conv2d(widths[-1], 1, 4, padding=1)))
         self.blocks = nn.Sequential(*blocks)
         self.register_buffer("logit_means", torch.zeros(2))  # of real and fake images
+        self.register_buffer("tracked", torch.zeros(()))  # steps that are in them
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.blocks(images)
@@ -70,9 +71,12 @@ class PatchDiscriminator(nn.Module):
             x = block(x)
 
     @torch.no_grad()
-    def track(self, real_logits: torch.Tensor, fake_logits: torch.Tensor, kept: torch.Tensor) -> None:
-        """Take a step's logits into `logit_means`, unless `kept` (a bool scalar) is false; joint over processes."""
-        means = torch.stack((real_logits.mean(), fake_logits.mean())).to(self.logit_means)
-        means = all_reduce_sum(means) / process_count()
-        moved = self.logit_means.lerp(means, 1 - LOGIT_MEAN_DECAY)
-        self.logit_means.copy_(torch.where(kept, moved, self.logit_means))
+    def track(self, real_mean: torch.Tensor, fake_mean: torch.Tensor, kept: torch.Tensor) -> None:
+        """Take a step's mean logits into `logit_means`, unless `kept` (a bool scalar) is false; joint over processes.
+
+        The first steps are averaged evenly, so that the means do not start from 0.
+        """
+        means = all_reduce_sum(torch.stack((real_mean, fake_mean)).to(self.logit_means)) / process_count()
+        share = (1 / (self.tracked + 1)).clamp_min(1 - LOGIT_MEAN_DECAY)
+        self.logit_means.copy_(torch.where(kept, self.logit_means.lerp(means, share), self.logit_means))
+        self.tracked += kept

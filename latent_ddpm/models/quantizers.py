@@ -30,7 +30,8 @@ class Quantized(NamedTuple):
     indices: (B, H, W) int64.
     commitment_loss: scalar, mean squared distance of encoder outputs to their codes, which pulls the outputs
         (arXiv 1711.00937, eq. 3, third term).
-    codebook_loss: the same distance, but pulling the codes (second term); 0 where the table does not learn by gradient.
+    codebook_loss: what else the table asks for: of SimVQ the same distance, but pulling the codes (second term); of
+        FSQ the pull towards codes that are used too little.
     """
 
     latents: torch.Tensor
@@ -93,6 +94,16 @@ def kmeans(vectors: torch.Tensor, clusters: int, seed: int, iterations: int = 10
     return centres, counts
 
 
+def joint_moments(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Mean (D,), Cholesky factor (D, D) of the covariance, both float64, and number of the vectors in latents
+    (B, D, H, W) of all processes."""
+    vectors = all_gather_rows(latents.double().permute(0, 2, 3, 1).flatten(0, 2))
+    mean = vectors.mean(0)
+    covariance = (vectors - mean).T @ (vectors - mean) / len(vectors)
+    floor = 1e-6 * covariance.diagonal().mean() + 1e-8
+    return mean, torch.linalg.cholesky(covariance + floor * torch.eye(len(mean)).to(mean)), len(vectors)
+
+
 def straight_through(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """The codes, whose gradient goes to the vectors unchanged (arXiv 1711.00937, section 3.2); (N, D) each."""
     return vectors + (codes - vectors).detach()
@@ -136,8 +147,6 @@ class Quantizer(nn.Module, ABC):
         estimator: how the gradient passes the choice of a code, a key of ESTIMATORS.
     """
 
-    learns_by_gradient = False  # whether the table has parameters, and so a codebook loss
-
     def __init__(self, num_embeddings: int, embedding_dim: int, estimator: str = "straight_through") -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
@@ -165,14 +174,18 @@ class Quantizer(nn.Module, ABC):
                 self._recent = vectors.detach()
                 self._collect(self._recent, nearest)
             commitment = (vectors - codes.detach()).pow(2).mean()
-            moving = self.learns_by_gradient
-            codebook = (vectors.detach() - codes).pow(2).mean() if moving else torch.zeros_like(commitment)
+            codebook = self._codebook_loss(vectors, codes)
             passed = self.estimator(vectors, codes.detach()).view(batch, height, width, -1).permute(0, 3, 1, 2)
         return Quantized(passed, nearest.view(batch, height, width), commitment, codebook)
 
     @torch.no_grad()
-    def initialize(self, latents: torch.Tensor) -> None:
-        """Fit the table to encoder outputs (B, D, H, W) of all processes, before the first step."""
+    def initialize(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Fit the table to encoder outputs (B, D, H, W) of all processes, before the first step.
+
+        Returns:
+            Where the table cannot move, what the outputs have to go through instead: a matrix (D, D) and, to be added
+            after it, a vector (D,).
+        """
 
     @torch.no_grad()
     def update(self, step: int, kept: torch.Tensor | None = None) -> torch.Tensor:
@@ -192,6 +205,9 @@ class Quantizer(nn.Module, ABC):
         counts = torch.where(kept, counts, 0.0)
         self._move(counts, step, kept)
         return counts
+
+    def _codebook_loss(self, vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), device=vectors.device)
 
     def _collect(self, vectors: torch.Tensor, nearest: torch.Tensor) -> None:
         pass
@@ -291,8 +307,6 @@ class SimVQ(RevivingQuantizer):
     Arguments as for RevivingQuantizer.
     """
 
-    learns_by_gradient = True
-
     def __init__(self, num_embeddings: int, embedding_dim: int, *options: Any, **named: Any) -> None:
         super().__init__(num_embeddings, embedding_dim, *options, **named)
         rows = torch.arange(num_embeddings)
@@ -302,17 +316,16 @@ class SimVQ(RevivingQuantizer):
     def table(self) -> torch.Tensor:
         return self.map(self.basis)
 
+    def _codebook_loss(self, vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        return (vectors.detach() - codes).pow(2).mean()
+
     @torch.no_grad()
     def initialize(self, latents: torch.Tensor) -> None:
         """Give the table the mean and covariance of encoder outputs (B, D, H, W) of all processes."""
-        vectors = all_gather_rows(latents.float().permute(0, 2, 3, 1).reshape(-1, self.embedding_dim)).double()
-        mean = vectors.mean(0)
-        covariance = (vectors - mean).T @ (vectors - mean) / len(vectors)
-        floor = 1e-6 * covariance.diagonal().mean() + 1e-12
-        factor = torch.linalg.cholesky(covariance + floor * torch.eye(len(mean), device=mean.device))
+        mean, factor, count = joint_moments(latents)
         self.map.weight.copy_(factor)
         self.map.bias.copy_(mean)
-        self.mean_count.fill_(len(vectors) / self.num_embeddings)
+        self.mean_count.fill_(count / self.num_embeddings)
 
     def _move(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> None:
         dead, outputs = self._revived(counts, step, kept)
@@ -330,19 +343,61 @@ class FSQ(Quantizer):
     nearest row is FSQ's choice, and a stock VQModel holds it. The index of a code is that of `levels` read as a
     mixed-radix number, the first level fastest, as in the paper's code.
 
+    A grid cannot be moved to where the outputs are, so a loss of our own moves outputs to where codes lie idle.
+
     Args:
         levels: values per channel; their number is the width of a code, their product the number of codes.
         estimator: see Quantizer.
+        balance: weight of the loss that evens out the use of codes, see `balance_loss`.
+        decay: of the moving average of use, per step.
     """
 
-    def __init__(self, levels: Sequence[int], estimator: str = "straight_through") -> None:
+    def __init__(
+        self, levels: Sequence[int], estimator: str = "straight_through", balance: float = 0.0, decay: float = 0.99
+    ) -> None:
         super().__init__(math.prod(levels), len(levels), estimator)
-        self.levels = tuple(levels)
+        self.levels, self.balance, self.decay = tuple(levels), balance, decay
+        self.register_buffer("mean_count", torch.ones(self.num_embeddings))  # moving average of uses per step
         grids = torch.meshgrid(*[fsq_values(count) for count in reversed(self.levels)], indexing="ij")
         self.register_buffer("grid", torch.stack([grid.flatten() for grid in reversed(grids)], dim=1))
 
     def table(self) -> torch.Tensor:
         return self.grid
+
+    @torch.no_grad()
+    def initialize(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bring encoder outputs (B, D, H, W) of all processes to the mean and covariance of the grid.
+
+        Not in the paper. At random weights the outputs are so small that they meet a few inner points of the grid
+        only, and the straight-through gradient has little that would spread them.
+        """
+        mean, factor, count = joint_moments(latents)
+        spread = self.grid.double().std(0, correction=0)
+        matrix = spread[:, None] * torch.linalg.inv(factor)
+        self.mean_count.fill_(count / self.num_embeddings)
+        return matrix.to(self.grid), (self.grid.double().mean(0) - matrix @ mean).to(self.grid)
+
+    def balance_loss(self, vectors: torch.Tensor) -> torch.Tensor:
+        """How much more than evenly used the codes around encoder outputs (N, D) are: mean of log(use / mean use).
+
+        Each output belongs to the codes around it by shares that fall off as a Gaussian, whose deviation is half the
+        channel's spacing. The logarithm is constant: the gradient moves outputs from codes in much use to codes in
+        little, as that of the averaged code distribution's entropy would. It is cut off at a hundredth of the mean.
+        """
+        use = self.mean_count / self.mean_count.mean()
+        value = use.clamp_min(0.01).log()[None]  # (N or 1, codes of the channels that are left)
+        for channel, levels in enumerate(self.levels):  # the first is the fastest
+            values = fsq_values(levels).to(vectors)
+            deviation = 0.5 * (values[-1] - values[0]) / (levels - 1)
+            shares = (-0.5 * ((vectors[:, channel, None] - values) / deviation).pow(2)).softmax(1)  # (N, levels)
+            value = torch.einsum("nkl,nl->nk", value.view(len(value), -1, levels).expand(len(shares), -1, -1), shares)
+        return value.mean()
+
+    def _codebook_loss(self, vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        return self.balance * self.balance_loss(vectors) if self.balance else super()._codebook_loss(vectors, codes)
+
+    def _move(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> None:
+        self.mean_count.lerp_(counts, (1 - self.decay) * kept)
 
 
 def fsq_values(levels: int) -> torch.Tensor:
@@ -367,7 +422,7 @@ def fsq_values(levels: int) -> torch.Tensor:
 def make_quantizer(config: AutoencoderConfig) -> Quantizer:
     """The quantizer that `config.quantizer` names."""
     if config.quantizer == "fsq":
-        return FSQ(config.fsq_levels, config.gradient_estimator)
+        return FSQ(config.fsq_levels, config.gradient_estimator, config.fsq_balance_weight, config.codebook_decay)
     kind = {"ema": EMACodebook, "simvq": SimVQ}[config.quantizer]
     return kind(
         config.num_vq_embeddings,

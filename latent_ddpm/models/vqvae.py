@@ -193,6 +193,18 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(width, width, 1)
         self.decoder = Decoder(width, config.image_channels, *shape)
 
+    @torch.no_grad()
+    def initialize(self, images: torch.Tensor) -> None:
+        """Bring quantizer and encoder together on the first batch, images (B, C, R, R); call it in every process."""
+        latents = self.encode(images).float()
+        with torch.autocast(images.device.type, enabled=False):
+            affine = self.quantizer.initialize(latents)
+            if affine is not None:
+                matrix, shift = affine
+                weight, bias = self.quant_conv.weight, self.quant_conv.bias
+                weight.copy_((matrix @ weight.flatten(1)).view_as(weight))
+                bias.copy_(matrix @ bias + shift)
+
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> latents (B, D, R/f, R/f).
 
@@ -210,9 +222,15 @@ class Autoencoder(nn.Module):
         """Images (B, C, R, R) in [-1, 1] through encoder, quantizer and decoder.
 
         The example numbers, int64 (B,), determine a KL-VAE's noise and are needed by it in training mode. The
-        transform is done to what the decoder sees.
+        transform is done to the encoder's outputs, which are quantized afterwards, as decoding does with what a
+        U-Net drew; a KL-VAE's noise comes before it.
         """
-        quantized = self.quantizer(self.quant_conv(self.encoder(images)), numbers)
-        latents = quantized.latents if transform is None else transform.apply(quantized.latents)
-        features = self.decoder.features(self.post_quant_conv(latents))
+        encoded = self.quant_conv(self.encoder(images))
+        is_kl = isinstance(self.quantizer, KLPosterior)
+        if transform is not None and not is_kl:
+            encoded = transform.apply(encoded)
+        quantized = self.quantizer(encoded, numbers)
+        if transform is not None and is_kl:
+            quantized = quantized._replace(latents=transform.apply(quantized.latents))
+        features = self.decoder.features(self.post_quant_conv(quantized.latents))
         return AutoencoderOutput(self.decoder.conv_out(features).float(), quantized, features)
