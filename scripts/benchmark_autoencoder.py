@@ -182,7 +182,7 @@ def all_reconstructions(reconstruct: Callable, batches: list[dict[str, torch.Ten
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--turn", type=float, default=20)
     parser.add_argument("--recipes", nargs="+", default=["stock", "ema"])

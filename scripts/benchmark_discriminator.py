@@ -94,7 +94,7 @@ def draw(path: Path, results: list[dict], work_dir: Path, config: AutoencoderCon
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=EXTRACTORS)

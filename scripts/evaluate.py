@@ -98,7 +98,7 @@ def draw_autoencoder(
 
 
 def measure_autoencoder(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--feature_extractor", choices=EXTRACTORS)
     parser.add_argument("--feature_cache", type=Path)

@@ -104,7 +104,7 @@ def time_of_levels(step: Step, repeats: int) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resolutions", type=int, nargs="+", default=[32, 64, 256])
     parser.add_argument("--variants", nargs="+", default=["plain", "channels_last"])
     parser.add_argument("--pixels", type=int, default=2**15)

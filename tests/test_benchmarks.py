@@ -79,7 +79,8 @@ def test_benchmark_discriminator(photos, tmp_path, interrupted):
 )
 def test_benchmark_discriminator_refuses_what_it_cannot_compare(photos, tmp_path, key, value, words):
     base = ["--work_dir", tmp_path / "work", "--json", tmp_path / "r.json", "--train_data_dir", photos, *TINY,
-            "--max_train_steps", 8, "--disc_start", 4, "--checkpointing_steps", 2, "--disc_weight", 0.5]  # fmt: skip
+            "--max_train_steps", 8, "--disc_start", 4, "--checkpointing_steps", 2, "--disc_weight", 0.5,
+            "--disc_layers", 1]  # fmt: skip
     assert words in script("benchmark_discriminator.py", *base, key, value, expect=2)
 
 

@@ -288,15 +288,49 @@ def test_initialize_spreads_over_the_data():
 def test_fsq_brings_small_correlated_outputs_to_its_grid():
     torch.manual_seed(0)
     quantizer = FSQ([8, 4, 4])
-    mixing = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [-0.5, 0.3, 0.02]]) * 0.01
+    mixing = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [-0.5, 0.3, 0.1]]) * 0.1
     latents = torch.einsum("ij,bjhw->bihw", mixing, torch.randn(32, 3, 8, 8)) + 0.3
-    assert len(quantizer(latents).indices.unique()) < 4
+    assert len(quantizer(latents).indices.unique()) < 10
     matrix, shift = quantizer.initialize(latents)
     brought = torch.einsum("ij,bjhw->bihw", matrix, latents) + shift.view(1, 3, 1, 1)
     vectors, grid = brought.permute(0, 2, 3, 1).flatten(0, 2), quantizer.table()
     assert torch.allclose(vectors.mean(0), grid.mean(0), atol=1e-3)
     assert torch.allclose(vectors.T.cov(correction=0), grid.T.cov(correction=0), atol=1e-2)
     assert len(quantizer(brought).indices.unique()) == 128
+
+
+def test_fsqs_balance_loss_is_the_expected_log_use_of_gaussian_shares():
+    torch.manual_seed(0)
+    quantizer = FSQ([4, 3, 2])
+    quantizer.mean_count.copy_(torch.rand(24) * 10)
+    quantizer.mean_count[5] = 0
+    vectors, grid = torch.randn(7, 3), quantizer.table()
+    deviation = torch.stack([(grid[:, c].max() - grid[:, c].min()) / (2 * (n - 1)) for c, n in enumerate((4, 3, 2))])
+    shares = (-0.5 * ((vectors[:, None] - grid) / deviation).pow(2).sum(2)).softmax(1)  # (7, 24)
+    use = (quantizer.mean_count / quantizer.mean_count.mean()).clamp_min(0.01)
+    assert quantizer.balance_loss(vectors) == pytest.approx(float((shares @ use.log()).mean()), rel=1e-4)
+
+
+def test_fsqs_balance_wakes_idle_codes():
+    """Outputs in a few clumps: a map that may move them spreads them over the grid when told to, and only then."""
+
+    def usage(balance):
+        torch.manual_seed(0)
+        quantizer = FSQ([5, 5], balance=balance)
+        net = torch.nn.Sequential(torch.nn.Conv2d(2, 32, 1), torch.nn.Tanh(), torch.nn.Conv2d(32, 2, 1))
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        clumps = torch.tensor([[0.0, 0.0], [0.2, 0.1], [-0.1, 0.3]])
+        for step in range(300):
+            x = (clumps[torch.randint(0, 3, (8, 4, 4))] + 0.1 * torch.randn(8, 4, 4, 2)).permute(0, 3, 1, 2)
+            out = quantizer(net(x))
+            (0.25 * out.commitment_loss + out.codebook_loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            quantizer.update(step)
+        return float((quantizer.mean_count > 0.05 * quantizer.mean_count.mean()).float().mean())
+
+    assert usage(0.0) < 0.5
+    assert usage(0.1) > 0.9
 
 
 def test_the_model_applies_what_fsq_asks_for_and_the_export_has_it():
