@@ -356,14 +356,6 @@ def test_the_other_commands(trained, tmp_path):
     assert result["bits_per_pixel"] == pytest.approx(5 * 64 / 256) and result["peak_memory_gib"] > 0.1  # 32 codes
     assert result["rfd"] > 0 and result["rfd_feature_extractor"] == "efficientnet-lite0"
     assert Image.open(tmp_path / "e.png").size[0] > 500
-    config = ["--config", output_dir / "train_autoencoder.yaml", "--num_vq_embeddings", 256]
-    script("benchmark_autoencoder.py", *config, "--minutes", 0.05, "--turn", 1,
-           "--recipes", "stock", "simvq", "fsq", "--json", tmp_path / "b.json")  # fmt: skip
-    result = json.loads((tmp_path / "b.json").read_text())["results"]
-    assert set(result) == {"stock", "simvq", "fsq"}
-    for figures in result.values():
-        assert figures["trained_images"] > 0 and figures["rfd"] > 0 and figures["time_per_image_over_stock_median"] > 0
-    assert Image.open(tmp_path / "b.png").size[0] > 500 and (tmp_path / "b-reconstructions.png").exists()
     script(
         "sample.py", output_dir / "pipeline", "--num_images", 4, "--num_inference_steps", 2, "--output_dir", tmp_path
     )

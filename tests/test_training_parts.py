@@ -117,7 +117,22 @@ def test_evaluate_autoencoder_counts_codes():
     assert result["perplexity"] == pytest.approx(np.exp(-(1 / 3) * np.log(1 / 3) - (2 / 3) * np.log(2 / 3)))
     json.dumps(result)
     result = evaluate_autoencoder(lambda images: (images, None), batches, 0, torch.device("cpu"))
-    assert result == {"psnr": 100, "images": 6}  # no codebook, no figures of one
+    # no codebook, no figures of one
+    assert result == {"psnr": 100, "explained_variance": 1.0, "images": 6}
+
+
+def test_explained_variance():
+    images = torch.tensor([0, 100, 200, 255], dtype=torch.uint8).view(4, 1, 1, 1).expand(-1, -1, 8, 8)
+
+    def measured(reconstruct, images=images):
+        shares = [{"image": part} for part in images.split(3)]
+        return evaluate_autoencoder(reconstruct, shares, 0, torch.device("cpu"))["explained_variance"]
+
+    values = images.double() / 127.5 - 1
+    assert measured(lambda x: (torch.full_like(x, values.mean()), None)) == pytest.approx(0, abs=1e-6)
+    assert measured(lambda x: (x + 0.1, None)) == pytest.approx(1 - 0.01 / float(values.var(correction=0)), rel=1e-4)
+    assert measured(lambda x: (-x, None)) < 0
+    assert measured(lambda x: (x * 0, None), images[:1]) == 0  # nothing varies
 
 
 @torch.no_grad()
