@@ -166,7 +166,7 @@ class AutoencoderConfig(RunConfig):
     mid_block_add_attention: bool = False
     quantizer: Literal["ema", "simvq", "fsq", "kl"] = "ema"
     fsq_levels: list[int] | None = None
-    fsq_balance_weight: float = 0.01
+    fsq_balance_weight: float = 0.03
     gradient_estimator: Literal["straight_through", "rotation"] = "straight_through"
     kl_weight: float = 1e-6
     codebook_decay: float = 0.99
