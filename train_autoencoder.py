@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
             "gradient_accumulation_steps 1."
         )
     device = accelerator.device
-    vqvae = accelerator.unwrap_model(model)
+    autoencoder = accelerator.unwrap_model(model)
     patch_gan = accelerator.unwrap_model(discriminator) if discriminator is not None else None
     networks = [network for network in (model, discriminator) if network is not None]
     ema.model.to(device)
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
         logger.info(
             "autoencoder of %.2f million parameters, %d steps of %d images (%.1f epochs)%s",
-            sum(p.numel() for p in vqvae.parameters()) / 1e6, config.max_train_steps, images_per_step,
+            sum(p.numel() for p in autoencoder.parameters()) / 1e6, config.max_train_steps, images_per_step,
             config.max_train_steps * images_per_step / len(train_set),
             f", going on from step {first_step}" if first_step else "",
         )  # fmt: skip
@@ -190,7 +190,7 @@ def main(argv: list[str]) -> int:
                 step,
                 {
                     "step": step,
-                    "model": vqvae.state_dict(),
+                    "model": autoencoder.state_dict(),
                     "ema": ema.model.state_dict(),
                     "optimizer": optimizer.optimizer.state_dict(),
                     "disc_begins": disc_begins,
@@ -253,7 +253,7 @@ def main(argv: list[str]) -> int:
             if step == 0 and not losses:
                 check_images(images, len(train_set), tracker.say)
                 with accelerator.autocast():
-                    vqvae.initialize(images)
+                    autoencoder.initialize(images)
             if entered and step == disc_begins and not losses:
                 patch_gan.initialize(images)
             with accelerator.accumulate(*networks):
@@ -275,7 +275,9 @@ def main(argv: list[str]) -> int:
                     with accelerator.autocast():
                         adversarial_loss = generator_loss(patch_gan(pixels).float(), config.disc_loss)
                     adversarial_gradient = input_gradient(adversarial_loss, pixels)
-                    weight = adaptive_weight(output.features, vqvae.decoder.conv_out, gradient, adversarial_gradient)
+                    weight = adaptive_weight(
+                        output.features, autoencoder.decoder.conv_out, gradient, adversarial_gradient
+                    )
                     ramp = adversarial_ramp(step, disc_begins, config.disc_ramp_steps)
                     gradient = gradient + config.disc_weight * ramp * weight * adversarial_gradient.nan_to_num()
                     note("generator_loss", adversarial_loss)
@@ -321,10 +323,10 @@ def main(argv: list[str]) -> int:
                         patch_gan.track(losses["logits_real"], losses["logits_fake"], disc_kept)
                     disc_optimizer.step()
                     disc_optimizer.zero_grad()
-        counts = vqvae.quantizer.update(step, kept)
+        counts = autoencoder.quantizer.update(step, kept)
         if counts is not None:
             epoch_counts += counts
-        ema.update(vqvae, step)
+        ema.update(autoencoder, step)
         tracker.advance()
         ended_at = step + 1
 
