@@ -134,7 +134,7 @@ class Watch:
         if usage is not None and self.validation_positions >= 8 * codes:
             help_ = "Raise codebook_revive_below, or make do with fewer codes (num_vq_embeddings)."
             if self.config.quantizer == "fsq":
-                help_ = "Make do with fewer codes (fsq_levels and num_vq_embeddings), or take quantizer: ema."
+                help_ = "Raise fsq_balance_weight, or make do with fewer codes (fsq_levels and num_vq_embeddings)."
             asleep = progress >= 0.2 and usage < 0.5
             self._see("asleep", asleep, f"Only {usage:.0%} of the {codes} codes are in use. {help_}", patience=1)
 

@@ -65,7 +65,7 @@ def test_validation_sees_grey_pictures_and_sleeping_codes():
     assert "5% of the variance" in said[0] and "Only 10% of the 512 codes" in said[1]
     said.clear()
     watch(said, quantizer="fsq").validation(bad | {"explained_variance": 0.9}, progress=0.5)
-    assert "fsq_levels" in said[0] and "revive" not in said[0]
+    assert "Raise fsq_balance_weight" in said[0] and "revive" not in said[0]
     said.clear()
     watch(said, validation_positions=512).validation(bad | {"explained_variance": 0.9}, progress=0.5)
     watch(said).validation({"psnr": 45.0, "explained_variance": 0.0}, progress=0.5)  # constant images, no codebook
