@@ -99,6 +99,15 @@ def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=N
     raise AssertionError(f"{script} did not reach step {step}; it ended with {process.poll()}")
 
 
+def run_in_one_and_two_processes(source, folder):
+    """Run a script's text with the words COUNT and FOLDER: in one process, then in two that meet over gloo."""
+    script = folder / "script.py"
+    script.write_text(source)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for count, launcher in (("1", [sys.executable]), ("2", two)):
+        subprocess.run([*launcher, str(script), count, str(folder)], env=environment(), check=True)
+
+
 def read_metrics(path):
     if not path.exists():
         return []

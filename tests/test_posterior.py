@@ -1,13 +1,10 @@
 """latent_ddpm.models.posterior: against diffusers' Gaussian and LDM's loss, and where its noise comes from."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_in_one_and_two_processes
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -149,13 +146,7 @@ if count > 1:
 
 
 def test_two_processes_train_what_one_with_the_joint_batch_trains(tmp_path):
-    script = tmp_path / "posterior.py"
-    script.write_text(TWO_PROCESSES)
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([sys.executable, str(script), "1", str(tmp_path)], env=environment, check=True)
-    subprocess.run([*two, str(script), "2", str(tmp_path)], env=environment, check=True)
+    run_in_one_and_two_processes(TWO_PROCESSES, tmp_path)
     alone, joint = (torch.load(tmp_path / f"{count}.pt") for count in (1, 2))
     assert torch.allclose(alone["kl"], joint["kl"], rtol=1e-4)
     for name, value in alone["model"].items():

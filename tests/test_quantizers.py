@@ -1,12 +1,8 @@
 """latent_ddpm.models.quantizers: against brute force, an oracle package, and the death of codes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import run_in_one_and_two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vector_quantize_pytorch import FSQ as OracleFSQ
@@ -403,14 +399,7 @@ if count > 1:
 
 
 def test_two_processes_hold_the_table_of_one_with_the_joint_batch(tmp_path):
-    script = tmp_path / "quantize.py"
-    script.write_text(TWO_PROCESSES)
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    one = [sys.executable, str(script), "1", str(tmp_path)]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(one, env=environment, check=True)
-    subprocess.run([*two, str(script), "2", str(tmp_path)], env=environment, check=True)
+    run_in_one_and_two_processes(TWO_PROCESSES, tmp_path)
     for name in QUANTIZERS:
         alone, joint = (torch.load(tmp_path / f"{name}-{count}.pt") for count in (1, 2))
         assert alone["counts"].sum() == 12 * 8 * 16
