@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
         optimizer.load_state_dict(state["optimizer"])
         epoch_counts = state["epoch_counts"]
         if discriminator is not None and state["discriminator"] is not None:
-            disc_begins = state["disc_begins"]
+            disc_begins = state.get("disc_begins", config.disc_start)
             try:
                 discriminator.load_state_dict(state["discriminator"])
             except RuntimeError as error:
