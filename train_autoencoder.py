@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
     # --------------------------------------------------------------------------------- models and optimizers
     torch.manual_seed(config.seed)
     model = Autoencoder(config)
-    optimizer = make_optimizer(model.parameters(), config, config.learning_rate)
+    optimizer = make_optimizer(model.parameters(), config, config.learning_rate, config.optimizer)
     discriminator = disc_optimizer = None
     disc_learning_rate = config.learning_rate if config.disc_learning_rate is None else config.disc_learning_rate
     if config.disc_weight > 0:

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
     # -------------------------------------------------------------------------------------- model and optimizer
     scheduler = make_noise_scheduler(config)
-    optimizer = make_optimizer(unet.parameters(), config, config.learning_rate)
+    optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
     ema = EMA(unet, config.ema_decay)
     if state:
         if state["latents"] != latents.folder.name:

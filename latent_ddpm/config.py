@@ -51,6 +51,7 @@ class RunConfig:
         learning_rate: the peak learning rate.
         lr_scheduler: what follows the warm-up.
         lr_warmup_steps: steps over which the learning rate rises from 0.
+        optimizer: adamw, or muon (arXiv 2502.16982), which has AdamW for what is no matrix.
         adam_beta1: AdamW's decay of the first moment.
         adam_beta2: AdamW's decay of the second moment.
         adam_epsilon: AdamW's epsilon.
@@ -87,6 +88,7 @@ class RunConfig:
     learning_rate: float = 2e-4
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: int = 100
+    optimizer: Literal["adamw", "muon"] = "adamw"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99
     adam_epsilon: float = 1e-8

@@ -1,18 +1,89 @@
-"""Optimizer and learning rate."""
+"""Optimizers and learning rate."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 
 from latent_ddpm.config import RunConfig
 
+_MUON_MOMENTUM = 0.95
+_MUON_SMALLEST = 16  # a matrix with fewer rows or columns than this is left to AdamW
+
+
+def orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """About the nearest matrices with orthonormal rows or columns, whichever are fewer.
+
+    The quintic Newton-Schulz iteration of Muon: all singular values come to between 0.7 and 1.2, except those below
+    a thousandth or so of the largest.
+
+    Args:
+        matrices: (N, R, C) float.
+        iterations: of Newton-Schulz.
+    """
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(iterations):
+        gram = wide @ wide.mT
+        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.7750 * gram) @ wide
+    return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
+
+
+class Muon(torch.optim.AdamW):
+    """Orthogonalized momentum for matrices and convolutions, AdamW for all other parameters.
+
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with the update scaled to the size of AdamW's (arXiv
+    2502.16982, eq. 4), so that one learning rate serves both. A convolution (C_out, C_in, k, k) is a matrix of C_out
+    rows.
+
+    Args:
+        parameters: of the network.
+        adamw: torch's arguments; learning rate and weight decay hold for the matrices too.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], **adamw: object) -> None:
+        matrices, others = [], []
+        for p in parameters:
+            is_matrix = p.ndim >= 2 and min(len(p), p[0].numel()) >= _MUON_SMALLEST
+            (matrices if is_matrix else others).append(p)
+        super().__init__([{"params": matrices}, {"params": others}], **adamw)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step; none where `found_inf` is set (see clip_gradients)."""
+        matrices, others = self.param_groups
+        found_inf = getattr(self, "found_inf", None)
+        broken = torch.zeros(()) if found_inf is None else found_inf
+        by_shape = defaultdict(list)
+        for p in matrices["params"]:
+            if p.grad is None:
+                continue
+            if not self.state[p]:  # AdamW looks for a "step" in whatever state it loads
+                self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            momentum = self.state[p]["momentum"]
+            gradient = torch.where(broken.to(p.device) > 0, momentum, p.grad)
+            momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
+            update = gradient.lerp(momentum, _MUON_MOMENTUM).flatten(1).float()
+            by_shape[update.shape].append((p, update))
+        for shape, pairs in by_shape.items():
+            updates = orthogonalize(torch.stack([update for _, update in pairs]))
+            for (p, _), update in zip(pairs, updates, strict=True):
+                rate = matrices["lr"] * (1 - broken.to(p.device))
+                p.mul_(1 - rate * matrices["weight_decay"])
+                p.sub_(rate * 0.2 * max(shape) ** 0.5 * update.reshape(p.shape))
+        self.param_groups = [others]
+        try:
+            super().step()
+        finally:
+            self.param_groups = [matrices, others]
+
 
 def make_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: RunConfig, learning_rate: float
+    parameters: Iterable[torch.nn.Parameter], config: RunConfig, learning_rate: float, name: str = "adamw"
 ) -> torch.optim.AdamW:
-    """Fused AdamW (arXiv 1711.05101) with the config's moments and decay."""
-    return torch.optim.AdamW(
+    """Fused AdamW (arXiv 1711.05101), or `muon`, with the config's moments and decay."""
+    return {"adamw": torch.optim.AdamW, "muon": Muon}[name](
         parameters,
         lr=learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

@@ -83,7 +83,7 @@ class Ours:
         self.config, self.steps = config, 0
         torch.manual_seed(config.seed)
         self.model = Autoencoder(config).to(device)
-        self.optimizer = make_optimizer(self.model.parameters(), config, config.learning_rate)
+        self.optimizer = make_optimizer(self.model.parameters(), config, config.learning_rate, config.optimizer)
         self.ema = EMA(self.model, config.ema_decay)
         self.parameters = sum(p.numel() for p in self.model.parameters())
 

@@ -42,7 +42,7 @@ class Step:
         form = torch.channels_last if "channels_last" in parts else torch.contiguous_format
         self.device, self.config, self.bf16 = device, config, "bf16" in parts
         self.model = Autoencoder(config).to(device, memory_format=form)
-        self.optimizer = make_optimizer(self.model.parameters(), config, config.learning_rate)
+        self.optimizer = make_optimizer(self.model.parameters(), config, config.learning_rate, config.optimizer)
         size = (batch_size, config.image_channels, config.resolution, config.resolution)
         self.images = (torch.rand(size, device=device) * 2 - 1).to(memory_format=form)
         self.numbers = torch.arange(batch_size, device=device)

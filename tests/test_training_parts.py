@@ -1,5 +1,6 @@
 """ema, optim, diffusion, evaluate: small parts, each against an oracle or a closed form."""
 
+import copy
 import json
 
 import numpy as np
@@ -13,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio
 
+from latent_ddpm.checkpoint import join_state, split_state
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
 from latent_ddpm.diffusion import add_noise, loss_weight, make_noise_scheduler, target
 from latent_ddpm.ema import EMA
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr, ssim
 from latent_ddpm.models.unet import make_unet
-from latent_ddpm.optim import learning_rate_factor
+from latent_ddpm.models.vqvae import Upsample
+from latent_ddpm.optim import Muon, learning_rate_factor, make_optimizer, orthogonalize
 
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 
@@ -54,6 +57,72 @@ def test_learning_rate(scheduler):
     assert factors[110] == pytest.approx(1.0 if scheduler == "constant" else 0.0)
     no_warmup = AutoencoderConfig(lr_scheduler=scheduler, lr_warmup_steps=0, max_train_steps=5)
     assert learning_rate_factor(0, no_warmup) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 32, 32)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    made = orthogonalize(matrices)
+    values = torch.linalg.svdvals(made)
+    assert made.shape == shape and values.min() > 0.4 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    nearest = u @ v
+    assert torch.cosine_similarity(made.flatten(1), nearest.flatten(1)).min() > 0.95
+    assert torch.allclose(orthogonalize(1e4 * matrices), made, atol=1e-4)
+
+
+def _two_layers():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.GroupNorm(2, 16), torch.nn.Conv2d(16, 3, 1))
+
+
+def _gradients(network, step):
+    torch.manual_seed(step)
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+
+
+def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    config = AutoencoderConfig(adam_weight_decay=0.1)
+    ours, theirs, plain = (_two_layers() for _ in range(3))
+    matrix = torch.nn.Parameter(theirs[0].weight.detach().flatten(1).clone())
+    start = matrix.detach().clone()
+    muon = make_optimizer(ours.parameters(), config, 0.01, "muon")
+    oracle = torch.optim.Muon([matrix], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = make_optimizer(plain.parameters(), config, 0.01)
+    for step in range(5):
+        for network in (ours, plain):
+            _gradients(network, step)
+        matrix.grad = ours[0].weight.grad.flatten(1).clone()
+        for optimizer in (muon, oracle, adamw):
+            optimizer.step()
+    moved = ours[0].weight.flatten(1) - start
+    assert (moved - (matrix - start)).norm() < 0.02 * moved.norm()  # theirs iterates in bfloat16
+    for a, b in zip(list(ours.parameters())[1:], list(plain.parameters())[1:], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muon_goes_on_from_its_saved_state():
+    config = AutoencoderConfig()
+    network = _two_layers()
+    optimizer = make_optimizer(network.parameters(), config, 0.01, "muon")
+    for step in range(6):
+        if step == 3:
+            other = _two_layers()
+            other.load_state_dict(network.state_dict())
+            resumed = make_optimizer(other.parameters(), config, 0.01, "muon")
+            resumed.load_state_dict(copy.deepcopy(join_state(*split_state(optimizer.state_dict()))))
+        _gradients(network, step)
+        optimizer.step()
+    for step in range(3, 6):
+        _gradients(other, step)
+        resumed.step()
+    assert isinstance(resumed, Muon)
+    for a, b in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -175,3 +244,19 @@ def test_a_new_unet_learns_in_every_layer():
     still = [name for name, value in unet.state_dict().items() if torch.equal(value, before[name])]
     # a key's bias shifts all logits of a query alike, so softmax is blind to it
     assert all(name.endswith("to_k.bias") for name in still), still
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
+def test_upsampling_is_a_convolution_of_doubled_pixels(batch, channels, height, width):
+    torch.manual_seed(0)
+    upsample, x = Upsample(channels).double(), torch.randn(batch, channels, height, width).double()
+    doubled = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    expected, made = upsample.conv(doubled), upsample(x)
+    assert torch.allclose(made, expected, atol=1e-12)
+    weights = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad((y * weights).sum(), upsample.parameters(), retain_graph=True) for y in (made, expected)
+    ]
+    for ours, plain in zip(*gradients, strict=True):
+        assert torch.allclose(ours, plain, atol=1e-12)

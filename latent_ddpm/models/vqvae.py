@@ -82,14 +82,20 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    """Nearest-neighbour doubling and a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W).
+
+    Computed as one transposed convolution of stride 2 (arXiv 1609.07009): a doubled pixel meets the same input twice,
+    so the taps that fall on it can be summed beforehand. 16 multiplications per input pixel and channels instead of 36.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        padded = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))
+        taps = 4 * F.avg_pool2d(padded, 2, stride=1)  # (C_out, C_in, 4, 4), the sums of neighbours
+        return F.conv_transpose2d(x, taps.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
