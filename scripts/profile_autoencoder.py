@@ -5,9 +5,9 @@
 
 For each resolution: the share of forward and backward pass that each level of encoder and decoder takes, and the time
 of a whole step (forward, backward, optimizer) in each variant against `plain`, taken in turns. Variants are plain,
-channels_last, bf16, compile and, joined by +, any of them together (channels_last+bf16+compile). The other options are
-the keys of train_autoencoder.py that shape the network; a batch has `--pixels` pixels. The images are noise: only the
-time is of interest.
+channels_last, bf16, compile, doubled (upsampling as diffusers does it) and, joined by +, any of them together
+(channels_last+bf16+compile). The other options are the keys of train_autoencoder.py that shape the network; a batch
+has `--pixels` pixels. The images are noise: only the time is of interest.
 """
 
 import argparse
@@ -20,15 +20,16 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from latent_ddpm.config import AutoencoderConfig, parse_config
 from latent_ddpm.errors import UserError
 from latent_ddpm.launch import run
 from latent_ddpm.losses import reconstruction_loss
-from latent_ddpm.models.vqvae import Autoencoder
+from latent_ddpm.models.vqvae import Autoencoder, Upsample
 from latent_ddpm.optim import make_optimizer
 
-PARTS = {"channels_last", "bf16", "compile"}
+PARTS = {"channels_last", "bf16", "compile", "doubled"}
 
 
 class Step:
@@ -42,6 +43,9 @@ class Step:
         form = torch.channels_last if "channels_last" in parts else torch.contiguous_format
         self.device, self.config, self.bf16 = device, config, "bf16" in parts
         self.model = Autoencoder(config).to(device, memory_format=form)
+        for module in self.model.modules():
+            if "doubled" in parts and isinstance(module, Upsample):
+                module.forward = lambda x, conv=module.conv: conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         self.optimizer = make_optimizer(self.model.parameters(), config, config.learning_rate, config.optimizer)
         size = (batch_size, config.image_channels, config.resolution, config.resolution)
         self.images = (torch.rand(size, device=device) * 2 - 1).to(memory_format=form)

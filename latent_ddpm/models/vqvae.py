@@ -22,7 +22,10 @@ _EPS = 1e-6  # of the group norms, as in VQModel
 
 
 class ResnetBlock(nn.Module):
-    """Two group-normed 3x3 convolutions around a skip: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Two group-normed 3x3 convolutions around a skip: (B, C_in, H, W) -> (B, C_out, H, W).
+
+    The second starts at zero, so the whole network starts as its skips (arXiv 1901.09321).
+    """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -30,6 +33,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
