@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same_tensors, checkpoint_tensors, launch, launch_and_stop, losses
+from conftest import assert_same_tensors, checkpoint_tensors, fill_zeros, launch, launch_and_stop, losses
 
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.errors import UserError
@@ -41,7 +41,7 @@ def test_the_choice_follows_from_seed_and_step_and_has_the_share_asked_for():
 def test_the_model_decodes_transformed_latents():
     torch.manual_seed(0)
     config = AutoencoderConfig(dataset_name="x", resolution=16, block_out_channels=[8, 16], norm_num_groups=4)
-    model = Autoencoder(config).eval()
+    model = fill_zeros(Autoencoder(config)).eval()
     images = torch.rand(2, 3, 16, 16)
     output = model(images, transform=Transform(1, True))
     latents = torch.rot90(torch.nn.functional.avg_pool2d(model.encode(images), 2), 1, (2, 3))
@@ -55,7 +55,7 @@ def test_a_kl_vaes_noise_comes_before_the_transform():
     torch.manual_seed(0)
     config = AutoencoderConfig(dataset_name="x", resolution=16, block_out_channels=[8, 16], norm_num_groups=4,
                                quantizer="kl")  # fmt: skip
-    model, images, numbers = Autoencoder(config), torch.rand(2, 3, 16, 16), torch.arange(2)
+    model, images, numbers = fill_zeros(Autoencoder(config)), torch.rand(2, 3, 16, 16), torch.arange(2)
     output = model(images, numbers, Transform(3, False))
     drawn = model.quantizer(model.quant_conv(model.encoder(images)), numbers).latents
     assert torch.allclose(output.reconstruction, model.decode(torch.rot90(drawn, 3, (2, 3))), atol=1e-6)

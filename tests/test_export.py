@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import fill_zeros
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
@@ -40,7 +41,7 @@ def make(channels=3, attention=False, levels=(8, 16, 16), **quantizer):
         **quantizer,
     )
     torch.manual_seed(0)
-    model = Autoencoder(config).eval()
+    model = fill_zeros(Autoencoder(config)).eval()
     images = torch.rand(4, channels, 16, 16) * 2 - 1
     model.initialize(images)
     return config, model, images

@@ -20,7 +20,7 @@ from latent_ddpm.diffusion import add_noise, loss_weight, make_noise_scheduler, 
 from latent_ddpm.ema import EMA
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr, ssim
 from latent_ddpm.models.unet import make_unet
-from latent_ddpm.models.vqvae import Upsample
+from latent_ddpm.models.vqvae import ResnetBlock, Upsample
 from latent_ddpm.optim import Muon, learning_rate_factor, make_optimizer, orthogonalize
 
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
@@ -260,3 +260,8 @@ def test_upsampling_is_a_convolution_of_doubled_pixels(batch, channels, height, 
     ]
     for ours, plain in zip(*gradients, strict=True):
         assert torch.allclose(ours, plain, atol=1e-12)
+
+
+def test_a_residual_block_starts_as_its_skip():
+    block, x = ResnetBlock(8, 8, 2), torch.randn(2, 8, 4, 4)
+    assert torch.allclose(block(x) - x, block.conv2.bias.view(-1, 1, 1).expand_as(x), atol=1e-6)
