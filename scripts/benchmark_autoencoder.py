@@ -255,7 +255,7 @@ def main(argv: list[str]) -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             threads = f"cpu, {torch.get_num_threads()} threads"
             result = {
-                "command": "python scripts/benchmark_autoencoder.py " + " ".join(argv),
+                "command": "python scripts/benchmark_autoencoder.py " + shlex.join(argv),
                 "feature_extractor": options.feature_extractor,
                 "validation_images": len(validation_set),
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else threads,

@@ -6,11 +6,13 @@
 
 For each seed train_autoencoder.py runs to the end without a discriminator, and once more from its checkpoint at
 `--disc_start` with one; both see the same examples. scripts/evaluate.py measures both. The other options are the keys
-of train_autoencoder.py. Writes JSON, and a figure beside it. A second call goes on where the first was stopped.
+of train_autoencoder.py; `--recipes "" "--disc_norm actnorm"` compares discriminators with keys of their own. Writes
+JSON, and a figure beside it. A second call goes on where the first was stopped.
 """
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -34,7 +36,11 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 DATA_KEYS = ("train_data_dir", "dataset_name", "dataset_config_name", "image_column", "resolution", "image_channels")
 DATA_KEYS += ("center_crop", "validation_fraction", "max_validation_images")
-VARIANTS = ("without", "with")
+
+
+def folder_of(work_dir: Path, seed: int, name: str) -> Path:
+    """Where the run `name` of a seed is kept."""
+    return work_dir / f"seed-{seed}" / "-".join(name.replace("--", "").split())
 
 
 def train(folder: Path, words: list[str]) -> None:
@@ -67,27 +73,32 @@ def measure(folder: Path, config: AutoencoderConfig, extractor: str, work_dir: P
 
 
 def draw(path: Path, results: list[dict], work_dir: Path, config: AutoencoderConfig) -> None:
-    """PSNR and rFD of each seed as arrows from without to with; reconstructions of the first seed below."""
+    """PSNR and rFD of each seed as arrows from without to with; beside them reconstructions of the first seed."""
+    names = [name for name in results[0] if name != "seed"]
     _, source = open_sources(config)
     bad = BadImages(work_dir / "bad_images.jsonl", len(source), config.max_bad_image_share)
     images = open_image_dataset(source, config, work_dir / "cache", bad, train=False, is_main=True, wait=lambda: None)
     originals = to_float(torch.stack([images.get(i) for i in range(min(16, len(images)))]))
     figure, axes = plt.subplots(1, 2, figsize=(12, 3.4), constrained_layout=True, width_ratios=(1, 2.4))
-    for result in results:
-        x, y = ([result[name][key] for name in VARIANTS] for key in ("psnr", "rfd"))
-        axes[0].annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={"arrowstyle": "->"})
-        axes[0].scatter(x, y, s=12)
+    for number, name in enumerate(names[1:]):
+        color = f"C{number}"
+        for result in results:
+            (x0, x1), (y0, y1) = ([result[which][key] for which in ("without", name)] for key in ("psnr", "rfd"))
+            axes[0].annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": color})
+            axes[0].scatter((x0, x1), (y0, y1), s=12, color=color)
+        axes[0].plot([], [], color=color, label=name)
+    axes[0].legend(fontsize=7)
     axes[0].set_xlabel("PSNR (dB)")
     axes[0].set_ylabel("rFD")
     axes[0].set_ylim(bottom=0)
     made = []
     with torch.no_grad():
-        for name in VARIANTS:
-            autoencoder = load_autoencoder(work_dir / f"seed-{results[0]['seed']}" / name / "autoencoder")
+        for name in names:
+            autoencoder = load_autoencoder(folder_of(work_dir, results[0]["seed"], name) / "autoencoder")
             made.append(autoencoder.decode(latents_of(autoencoder, originals)).sample)
-    grid = reconstruction_grid(originals.repeat(2, 1, 1, 1), torch.cat(made), columns=len(originals))
+    grid = reconstruction_grid(originals.repeat(len(names), 1, 1, 1), torch.cat(made), columns=len(originals))
     axes[1].imshow(grid, cmap="gray", interpolation="nearest")
-    axes[1].set_title("originals over reconstructions: without, with")
+    axes[1].set_title("originals over reconstructions: " + ", ".join(names), fontsize=8)
     axes[1].axis("off")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -96,6 +107,7 @@ def draw(path: Path, results: list[dict], work_dir: Path, config: AutoencoderCon
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipes", nargs="+", default=[""])
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=EXTRACTORS)
     parser.add_argument("--json", type=Path, required=True)
@@ -108,32 +120,38 @@ def main(argv: list[str]) -> int:
         raise UserError("Set disc_weight above 0 and disc_start between 0 and max_train_steps.")
     if config.disc_start % config.checkpointing_steps:
         raise UserError("disc_start has to be a multiple of checkpointing_steps: both runs part at a checkpoint.")
-    results = []
+    recipes = {f"with {words}".strip(): shlex.split(words) for words in options.recipes}
+    results: list[dict] = []
     for seed in options.seeds:
-        folder = options.work_dir / f"seed-{seed}"
         words = [*rest, "--seed", str(seed), "--checkpoints_total_limit", "1000"]
-        train(folder / "without", [*words, "--disc_weight", "0"])
-        parting = folder / "without" / "checkpoints" / f"autoencoder-{config.disc_start:08d}"
-        train(folder / "with", [*words, "--resume_from_checkpoint", str(parting)])
-        results.append(
-            {"seed": seed}
-            | {name: measure(folder / name, config, options.feature_extractor, options.work_dir) for name in VARIANTS}
-        )
-        ratios = [result["with"]["rfd"] / result["without"]["rfd"] for result in results]
-        losses = [result["without"]["psnr"] - result["with"]["psnr"] for result in results]
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+        without = folder_of(options.work_dir, seed, "without")
+        train(without, [*words, "--disc_weight", "0"])
+        parting = without / "checkpoints" / f"autoencoder-{config.disc_start:08d}"
+        for name, own in recipes.items():
+            train(folder_of(options.work_dir, seed, name), [*words, *own, "--resume_from_checkpoint", str(parting)])
+        results.append({"seed": seed})
+        for name in ("without", *recipes):
+            folder = folder_of(options.work_dir, seed, name)
+            results[-1][name] = measure(folder, config, options.feature_extractor, options.work_dir)
         summary = {
-            "command": "python scripts/benchmark_discriminator.py " + " ".join(argv),
+            "command": f"python scripts/benchmark_discriminator.py {shlex.join(argv)}",
             "feature_extractor": options.feature_extractor,
             "torch": torch.__version__,
-            "rfd_with_over_without": ratios,
-            "rfd_with_over_without_median": statistics.median(ratios),
-            "psnr_lost": losses,
+            "recipes": {},
             "results": results,
         }
+        for name in recipes:
+            ratios = [result[name]["rfd"] / result["without"]["rfd"] for result in results]
+            losses = [result["without"]["psnr"] - result[name]["psnr"] for result in results]
+            summary["recipes"][name] = {
+                "rfd_over_without": ratios,
+                "rfd_over_without_median": statistics.median(ratios),
+                "psnr_lost": losses,
+            }
+            print(f"seed {seed}, {name}: rFD {ratios[-1]:.3f} of that without, PSNR -{losses[-1]:.2f} dB", flush=True)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
         draw(options.json.with_suffix(".png"), results, options.work_dir, config)
-        print(f"seed {seed}: rFD {ratios[-1]:.3f} of that without, PSNR {losses[-1]:.2f} dB less", flush=True)
     return 0
 
 

@@ -16,6 +16,7 @@ Prints the figures and writes them as JSON (--json FILE; by default evaluation-<
 import argparse
 import json
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -153,7 +154,7 @@ def measure_autoencoder(argv: list[str]) -> None:
     result["peak_memory_gib"] = peak_memory(device)
     result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     path = options.json or output_dir / "evaluation-autoencoder.json"
-    command = "python scripts/evaluate.py autoencoder " + " ".join(argv)
+    command = "python scripts/evaluate.py autoencoder " + shlex.join(argv)
     write_json(path, {"command": command.strip(), **result})
     draw_autoencoder(path.with_suffix(".png"), counts, torch.cat(errors), originals, reconstructions)
     print(f"figure: {path.with_suffix('.png')}", file=sys.stderr)
@@ -190,7 +191,7 @@ def measure_digits(argv: list[str]) -> None:
     write_json(
         options.json or options.pipeline.parent / "evaluation-digits.json",
         {
-            "command": "python scripts/evaluate.py digits " + " ".join(argv),
+            "command": "python scripts/evaluate.py digits " + shlex.join(argv),
             "images": options.num_images,
             "steps": options.num_inference_steps,
             "scheduler": type(pipeline.scheduler).__name__,

@@ -13,6 +13,7 @@ has `--pixels` pixels. The images are noise: only the time is of interest.
 import argparse
 import contextlib
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {
-        "command": "python scripts/profile_autoencoder.py " + " ".join(argv),
+        "command": "python scripts/profile_autoencoder.py " + shlex.join(argv),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "resolutions": {},

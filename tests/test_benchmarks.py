@@ -26,7 +26,7 @@ def test_benchmark_autoencoder(photos, tmp_path):
     script("benchmark_autoencoder.py", "--minutes", 0.04, "--turn", 0.6, "--json", tmp_path / "r.json", "--recipes",
            *recipes, "--frechet_images", 20, "--train_data_dir", photos, *TINY)  # fmt: skip
     result = json.loads((tmp_path / "r.json").read_text())
-    assert list(result["results"]) == recipes and "--recipes stock ema --equi" in result["command"]
+    assert list(result["results"]) == recipes and "--recipes stock 'ema --equi" in result["command"]
     for name, figures in result["results"].items():
         assert figures["psnr"] > 5 and figures["rfd"] > 0 and figures["rfd_images"] == 2
         assert 0.03 < figures["trained_minutes"] < 0.1 and figures["trained_images"] > 8
@@ -48,7 +48,8 @@ def test_benchmark_autoencoder_knows_its_recipes(photos, tmp_path):
 def test_benchmark_discriminator_and_that_it_goes_on_where_it_was_killed(photos, tmp_path):
     words = ["--seeds", 1, 2, "--work_dir", tmp_path / "work", "--json", tmp_path / "r.json", "--train_data_dir",
              photos, *TINY, "--max_train_steps", 8, "--disc_start", 4, "--checkpointing_steps", 2, "--disc_weight", 0.5,
-             "--disc_channels", 8, "--disc_layers", 1, "--validation_fraction", 0.2]  # fmt: skip
+             "--disc_channels", 8, "--disc_layers", 1, "--validation_fraction", 0.2, "--recipes", "",
+             "--disc_norm actnorm"]  # fmt: skip
     script("benchmark_discriminator.py", *words)
     whole = json.loads((tmp_path / "r.json").read_text())
     with_it = tmp_path / "work" / "seed-1" / "with"  # as a kill in the middle of this run would leave it
@@ -61,10 +62,13 @@ def test_benchmark_discriminator_and_that_it_goes_on_where_it_was_killed(photos,
     assert [r["seed"] for r in result["results"]] == [1, 2]
     first = result["results"][0]
     assert first["with"]["psnr"] != first["without"]["psnr"]
-    assert result["psnr_lost"][0] == first["without"]["psnr"] - first["with"]["psnr"]
-    assert result["rfd_with_over_without"][0] == first["with"]["rfd"] / first["without"]["rfd"]
+    assert list(result["recipes"]) == ["with", "with --disc_norm actnorm"]
+    for name, figures in result["recipes"].items():
+        assert figures["psnr_lost"][0] == first["without"]["psnr"] - first[name]["psnr"]
+        assert figures["rfd_over_without"][0] == first[name]["rfd"] / first["without"]["rfd"]
+    assert first["with"]["psnr"] != first["with --disc_norm actnorm"]["psnr"]
     assert Image.open(tmp_path / "r.png").size[0] > 100
-    assert result["rfd_with_over_without"] == whole["rfd_with_over_without"]
+    assert result["recipes"] == whole["recipes"]
     words += ["--lr_warmup_steps", 3]
     assert "holds a run with other options" in script("benchmark_discriminator.py", *words, expect=2)
 
