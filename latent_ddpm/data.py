@@ -332,7 +332,7 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
     free = shutil.disk_usage(folder.parent).free
     if size > free:
         raise UserError(
-            f"the decoded images take {size / 2**30:.1f} GiB and {folder.parent} has {free / 2**30:.1f} GiB left; "
+            f"the decoded images take {size / 2**30:.2g} GiB and {folder.parent} has {free / 2**30:.2g} GiB left; "
             "make room, or set image_cache_gib to 0 to decode them again in every epoch"
         )
     logger.info("decoding %d images to %s", len(source), folder)

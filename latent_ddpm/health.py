@@ -106,6 +106,15 @@ class Watch:
             f"The discriminator tells every patch apart (loss {disc_loss:.2g}), so the decoder learns little from it. "
             f"Lower disc_learning_rate, set disc_lecam_weight or disc_r1_weight, or start it later (disc_start).",
         )
+        gap = abs(measured["logits_real"] - measured["logits_fake"])
+        self._see(
+            "blind",
+            gap < 0.03 * max(1.0, logit) and disc_loss > self.winning_loss,
+            f"The discriminator cannot tell reconstructions from images (its mean logits differ by {gap:.2g}), so its "
+            f"gradient is noise, scaled up by the adaptive weight. Go back to a checkpoint before disc_start and lower "
+            f"disc_learning_rate.",
+            patience=3 * PATIENCE,
+        )
         self._see(
             "diverged",
             not logit < 100,

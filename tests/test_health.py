@@ -28,6 +28,7 @@ def watch(said, validation_positions=64_000, scaled=False, **options):
         ({"logits_fake": -500.0}, "it diverges"),
         ({"logits_real": float("nan")}, "it diverges"),
         ({"adaptive_weight": 1e4}, "passes no gradient"),
+        ({"logits_real": -0.22, "logits_fake": -0.23}, "cannot tell reconstructions from images"),
     ],
 )
 def test_an_ailment_that_stays_is_said_once_and_again_after_recovery(ill, words):
