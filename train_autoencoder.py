@@ -36,6 +36,7 @@ from latent_ddpm.health import SkippedSteps, Watch, check_images
 from latent_ddpm.latents import Moments, overall_std
 from latent_ddpm.launch import check_before_loading, make_accelerator, run
 from latent_ddpm.losses import (
+    HeldWeight,
     adaptive_weight,
     adversarial_ramp,
     discriminator_loss,
@@ -151,6 +152,7 @@ def main(argv: list[str]) -> int:
     lpips = lpips.to(device) if lpips is not None else None
     skipped = SkippedSteps(state.get("skipped") if state else None, device)
     disc_skipped = SkippedSteps(state.get("disc_skipped") if state else None, device)
+    held_weight = HeldWeight(config.disc_adaptive_steps, state.get("held_weight") if state else None, device)
 
     if accelerator.is_main_process:
         save_config(config, saved_config)
@@ -199,6 +201,7 @@ def main(argv: list[str]) -> int:
                     "epoch_counts": epoch_counts,
                     "skipped": skipped.counts,
                     "disc_skipped": disc_skipped.counts,
+                    "held_weight": held_weight.sums,
                     "scaler": scaler.state_dict() if scaler is not None else {},
                 },
             )
@@ -275,9 +278,13 @@ def main(argv: list[str]) -> int:
                     with accelerator.autocast():
                         adversarial_loss = generator_loss(patch_gan(pixels).float(), config.disc_loss)
                     adversarial_gradient = input_gradient(adversarial_loss, pixels)
-                    weight = adaptive_weight(
-                        output.features, autoencoder.decoder.conv_out, gradient, adversarial_gradient
-                    )
+                    weight = held_weight.held(step - disc_begins)
+                    if weight is None:
+                        weight = held_weight.add(
+                            adaptive_weight(
+                                output.features, autoencoder.decoder.conv_out, gradient, adversarial_gradient
+                            )
+                        )
                     ramp = adversarial_ramp(step, disc_begins, config.disc_ramp_steps)
                     gradient = gradient + config.disc_weight * ramp * weight * adversarial_gradient.nan_to_num()
                     note("generator_loss", adversarial_loss)

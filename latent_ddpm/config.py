@@ -149,6 +149,8 @@ class AutoencoderConfig(RunConfig):
         lpips_net: trunk of the perceptual loss.
         lpips_weights: a file of the trunk's ImageNet weights (torchvision's .pth); unset takes torch's cache.
         disc_weight: factor on the adaptive weight of the adversarial loss; 0 switches the discriminator off.
+        disc_adaptive_steps: the adaptive weight is measured for so many steps after the discriminator has entered and
+            then held; null measures it at every step, as VQGAN does.
         disc_start: step at which the discriminator enters.
         disc_ramp_steps: steps over which the adversarial weight then rises from 0.
         disc_loss: hinge (arXiv 1705.02894) or non_saturating (arXiv 1406.2661).
@@ -180,6 +182,7 @@ class AutoencoderConfig(RunConfig):
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
     lpips_weights: str | None = None
     disc_weight: float = 0.0
+    disc_adaptive_steps: int | None = 200
     disc_start: int = 0
     disc_ramp_steps: int = 0
     disc_loss: Literal["hinge", "non_saturating"] = "hinge"
@@ -206,6 +209,8 @@ class AutoencoderConfig(RunConfig):
         share = self.equivariance_share
         _require(0 <= share <= 1, "equivariance_share", share, "in 0 to 1")
         _require(share < 1 or self.disc_weight == 0, "equivariance_share", share, "below 1 with a discriminator")
+        steps = self.disc_adaptive_steps
+        _require(steps is None or steps > 0, "disc_adaptive_steps", steps, "greater than 0, or null")
         rate = self.disc_learning_rate
         _require(rate is None or rate > 0, "disc_learning_rate", rate, "greater than 0, or null")
         smallest = self.resolution // (2 if share > 0 else 1)

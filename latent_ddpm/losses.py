@@ -163,3 +163,34 @@ def adaptive_weight(
     norms = weight_gradients.flatten(1).norm(dim=1)
     weight = (norms[0] / (norms[1] + delta)).clamp(0, MAX_ADAPTIVE_WEIGHT)
     return torch.where(norms[1].isfinite(), weight, 0.0)
+
+
+class HeldWeight:
+    """The adaptive weight while the discriminator enters; afterwards its mean over those steps.
+
+    Measured at every step the weight feeds itself: the more the adversary costs, the larger is the other losses'
+    gradient, and with it the adversary's weight. Held, the sum of the losses is one objective again.
+
+    Args:
+        steps: for how many steps after the discriminator's first it is measured; None never holds it.
+        sums: float64 (2,), sum and number of the weights measured so far, from a checkpoint.
+        device: where they are kept.
+
+    Attributes:
+        sums: part of the checkpoint.
+    """
+
+    def __init__(self, steps: int | None, sums: torch.Tensor | None, device: torch.device) -> None:
+        self.steps = steps
+        self.sums = (torch.zeros(2, dtype=torch.float64) if sums is None else sums).to(device)
+
+    def held(self, steps_since_entry: int) -> torch.Tensor | None:
+        """The weight to use, a scalar; None while it is still to be measured."""
+        if self.steps is None or steps_since_entry < self.steps:
+            return None
+        return (self.sums[0] / self.sums[1].clamp_min(1)).float()
+
+    def add(self, weight: torch.Tensor) -> torch.Tensor:
+        """Take in a measured weight, a scalar, and give it back. 0 is of a gradient that was not finite: left out."""
+        self.sums += torch.stack((weight, (weight > 0).float())).double()
+        return weight

@@ -24,7 +24,7 @@ from conftest import (
 from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 from PIL import Image
 
-GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_channels": 8, "disc_layers": 1}
+GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_adaptive_steps": 2, "disc_channels": 8, "disc_layers": 1}
 OTHER_GAN = {**GAN, "disc_loss": "non_saturating", "disc_norm": "actnorm", "disc_ramp_steps": 8, "disc_r1_weight": 1.0,
              "disc_lecam_weight": 0.1}  # fmt: skip
 

@@ -9,6 +9,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.losses import (
     MAX_ADAPTIVE_WEIGHT,
     TRUNKS,
+    HeldWeight,
     adaptive_weight,
     adversarial_ramp,
     discriminator_loss,
@@ -226,3 +227,15 @@ def test_lpips_weights_that_do_not_fit_are_refused_by_name(tmp_path):
     for name in ("other.safetensors", "noise.pth", "empty.pth", "list.pth"):
         with pytest.raises(UserError, match=f"lpips_weights: .*{name} does not hold torchvision's vgg16"):
             load_lpips("vgg", str(tmp_path / name))
+
+
+def test_the_adaptive_weight_is_measured_then_held_at_its_mean_also_after_a_resume():
+    weights = [torch.tensor(w) for w in (1.0, 0.0, 3.0)]  # 0: a gradient that was not finite
+    held = HeldWeight(3, None, torch.device("cpu"))
+    for step, weight in enumerate(weights):
+        if step == 2:
+            held = HeldWeight(3, held.sums.clone(), torch.device("cpu"))
+        assert held.held(step) is None and held.add(weight) == weight
+    assert held.held(3) == held.held(1000) == 2.0
+    assert HeldWeight(3, None, torch.device("cpu")).held(3) == 0  # it entered, but no step was adversarial
+    assert HeldWeight(None, held.sums, torch.device("cpu")).held(10**6) is None
