@@ -280,12 +280,11 @@ def main(argv: list[str]) -> int:
                     adversarial_gradient = input_gradient(adversarial_loss, pixels)
                     weight = held_weight.held(step - disc_begins)
                     if weight is None:
-                        weight = held_weight.add(
-                            adaptive_weight(
-                                output.features, autoencoder.decoder.conv_out, gradient, adversarial_gradient
-                            )
-                        )
-                    ramp = adversarial_ramp(step, disc_begins, config.disc_ramp_steps)
+                        last_layer = autoencoder.decoder.conv_out
+                        weight = adaptive_weight(output.features, last_layer, gradient, adversarial_gradient)
+                        held_weight.add(step - disc_begins, weight)
+                    alone = config.disc_adaptive_steps or 0
+                    ramp = adversarial_ramp(step, disc_begins + alone, config.disc_ramp_steps)
                     gradient = gradient + config.disc_weight * ramp * weight * adversarial_gradient.nan_to_num()
                     note("generator_loss", adversarial_loss)
                     note("adaptive_weight", weight)

@@ -149,8 +149,8 @@ class AutoencoderConfig(RunConfig):
         lpips_net: trunk of the perceptual loss.
         lpips_weights: a file of the trunk's ImageNet weights (torchvision's .pth); unset takes torch's cache.
         disc_weight: factor on the adaptive weight of the adversarial loss; 0 switches the discriminator off.
-        disc_adaptive_steps: the adaptive weight is measured for so many steps after the discriminator has entered and
-            then held; null measures it at every step, as VQGAN does.
+        disc_adaptive_steps: the discriminator first learns alone for so many steps, at the end of which the adaptive
+            weight is measured, and then held; null measures it at every step, as VQGAN does.
         disc_start: step at which the discriminator enters.
         disc_ramp_steps: steps over which the adversarial weight then rises from 0.
         disc_loss: hinge (arXiv 1705.02894) or non_saturating (arXiv 1406.2661).

@@ -166,13 +166,14 @@ def adaptive_weight(
 
 
 class HeldWeight:
-    """The adaptive weight while the discriminator enters; afterwards its mean over those steps.
+    """The adaptive weight, measured while the discriminator learns alone, and then held.
 
-    Measured at every step the weight feeds itself: the more the adversary costs, the larger is the other losses'
-    gradient, and with it the adversary's weight. Held, the sum of the losses is one objective again.
+    Measured at every step of the game the weight feeds itself: the more the adversary costs, the larger is the other
+    losses' gradient, and with it the adversary's weight. Held, the sum of the losses is one objective.
 
     Args:
-        steps: for how many steps after the discriminator's first it is measured; None never holds it.
+        steps: how many steps the discriminator learns alone; the weight is the mean over the later half of them. None:
+            it never does, and the weight is measured at every step (arXiv 2012.09841, eq. 7).
         sums: float64 (2,), sum and number of the weights measured so far, from a checkpoint.
         device: where they are kept.
 
@@ -190,7 +191,8 @@ class HeldWeight:
             return None
         return (self.sums[0] / self.sums[1].clamp_min(1)).float()
 
-    def add(self, weight: torch.Tensor) -> torch.Tensor:
+    def add(self, steps_since_entry: int, weight: torch.Tensor) -> torch.Tensor:
         """Take in a measured weight, a scalar, and give it back. 0 is of a gradient that was not finite: left out."""
-        self.sums += torch.stack((weight, (weight > 0).float())).double()
+        if self.steps is not None and steps_since_entry >= self.steps // 2:
+            self.sums += torch.stack((weight, (weight > 0).float())).double()
         return weight

@@ -230,12 +230,13 @@ def test_lpips_weights_that_do_not_fit_are_refused_by_name(tmp_path):
 
 
 def test_the_adaptive_weight_is_measured_then_held_at_its_mean_also_after_a_resume():
-    weights = [torch.tensor(w) for w in (1.0, 0.0, 3.0)]  # 0: a gradient that was not finite
-    held = HeldWeight(3, None, torch.device("cpu"))
+    weights = [torch.tensor(w) for w in (100.0, 100.0, 1.0, 0.0, 3.0)]  # 0: a gradient that was not finite
+    held = HeldWeight(5, None, torch.device("cpu"))
     for step, weight in enumerate(weights):
-        if step == 2:
-            held = HeldWeight(3, held.sums.clone(), torch.device("cpu"))
-        assert held.held(step) is None and held.add(weight) == weight
-    assert held.held(3) == held.held(1000) == 2.0
-    assert HeldWeight(3, None, torch.device("cpu")).held(3) == 0  # it entered, but no step was adversarial
-    assert HeldWeight(None, held.sums, torch.device("cpu")).held(10**6) is None
+        if step == 4:
+            held = HeldWeight(5, held.sums.clone(), torch.device("cpu"))
+        assert held.held(step) is None and held.add(step, weight) == weight
+    assert held.held(5) == held.held(1000) == 2.0
+    assert HeldWeight(5, None, torch.device("cpu")).held(5) == 0  # it entered, but no step was adversarial
+    never = HeldWeight(None, None, torch.device("cpu"))
+    assert never.add(0, weights[0]) == 100 and never.held(10**6) is None and not never.sums.any()
