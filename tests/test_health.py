@@ -177,6 +177,7 @@ def test_an_adversary_gets_a_message_and_finite_weights(tmp_path, kind, count, f
         picture(rng, kind).save(tmp_path / "images" / f"{i:03d}.png")
     options = {"learning_rate": 2e-3, "max_train_steps": 60, "validation_steps": 30, "checkpointing_steps": 60}
     options |= {"disc_weight": 0.5, "disc_start": 30, "disc_ramp_steps": 10, "disc_channels": 8, "disc_layers": 1}
+    options |= {"disc_adaptive_steps": 4}
     out = tmp_path / "out"
     text = launch("train_autoencoder.py", out, train_data_dir=tmp_path / "images", resolution=16, **options | flags)
     assert words in text and "Traceback" not in text
