@@ -48,8 +48,8 @@ def test_benchmark_autoencoder_knows_its_recipes(photos, tmp_path):
 def test_benchmark_discriminator_and_that_it_goes_on_where_it_was_killed(photos, tmp_path):
     words = ["--seeds", 1, 2, "--work_dir", tmp_path / "work", "--json", tmp_path / "r.json", "--train_data_dir",
              photos, *TINY, "--max_train_steps", 8, "--disc_start", 4, "--checkpointing_steps", 2, "--disc_weight", 0.5,
-             "--disc_adaptive_steps", 1, "--disc_channels", 8, "--disc_layers", 1, "--validation_fraction", 0.2, "--recipes", "",
-             "--disc_norm actnorm"]  # fmt: skip
+             "--disc_adaptive_steps", 1, "--disc_channels", 8, "--disc_layers", 1, "--validation_fraction", 0.2,
+             "--recipes", "", "--disc_norm actnorm"]  # fmt: skip
     script("benchmark_discriminator.py", *words)
     whole = json.loads((tmp_path / "r.json").read_text())
     with_it = tmp_path / "work" / "seed-1" / "with"  # as a kill in the middle of this run would leave it
