@@ -150,9 +150,10 @@ def main(argv: list[str]) -> int:
     ema.model.to(device)
     epoch_counts = epoch_counts.to(device)
     lpips = lpips.to(device) if lpips is not None else None
-    skipped = SkippedSteps(state.get("skipped") if state else None, device)
-    disc_skipped = SkippedSteps(state.get("disc_skipped") if state else None, device)
-    held_weight = HeldWeight(config.disc_adaptive_steps, state.get("held_weight") if state else None, device)
+    scaled, saved = accelerator.scaler is not None, state or {}
+    skipped = SkippedSteps("autoencoder", saved.get("skipped"), device, scaled)
+    disc_skipped = SkippedSteps("discriminator", saved.get("disc_skipped"), device, scaled)
+    held_weight = HeldWeight(config.disc_adaptive_steps, saved.get("held_weight"), device)
 
     if accelerator.is_main_process:
         save_config(config, saved_config)
@@ -180,7 +181,6 @@ def main(argv: list[str]) -> int:
         tracker.say,
         len(validation_set) * (config.resolution // 2 ** (len(config.block_out_channels) - 1)) ** 2,
         config,
-        scaled=accelerator.scaler is not None,
     )
 
     # ------------------------------------------------------------------------------------------- the chapters
@@ -341,8 +341,8 @@ def main(argv: list[str]) -> int:
             names = sorted(losses)
             values = accelerator.reduce(torch.stack([losses[name].reshape(()) for name in names]), "mean").tolist()
             measured = dict(zip(names, values, strict=True))
-            watch.skipped("autoencoder", skipped.read("autoencoder"))
-            watch.skipped("discriminator", disc_skipped.read("discriminator"))
+            skipped.report(tracker.say)
+            disc_skipped.report(tracker.say)
             watch.training(measured)
             if len(epoch_counts):
                 measured["codebook_usage"] = float((epoch_counts > 0).float().mean())

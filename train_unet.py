@@ -10,7 +10,6 @@ stopped.
 
 import dataclasses
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import add_noise, loss_weight, make_noise_scheduler, sample_timesteps, target
 from latent_ddpm.distributed import StopSignal
 from latent_ddpm.ema import EMA
-from latent_ddpm.errors import UserError
 from latent_ddpm.export import (
     check_autoencoder_fits,
     export_pipeline,
@@ -31,10 +29,11 @@ from latent_ddpm.export import (
     sampling_scheduler,
 )
 from latent_ddpm.grids import make_grid
+from latent_ddpm.health import SkippedSteps
 from latent_ddpm.latents import latents_for_run
 from latent_ddpm.launch import check_before_loading, make_accelerator, run
 from latent_ddpm.models.unet import make_unet
-from latent_ddpm.optim import learning_rate_factor, make_optimizer, set_learning_rate
+from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
 from latent_ddpm.tracking import Tracker
 from pipeline_latent_ddpm import LatentDDPMPipeline
@@ -77,6 +76,8 @@ def main(argv: list[str]) -> int:
     unet = accelerator.unwrap_model(model)
     ema.model.to(device)
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    saved_counts = state.get("skipped") if state else None
+    skipped = SkippedSteps("U-Net", saved_counts, device, scaled=accelerator.scaler is not None)
 
     micro_batch = config.train_batch_size * accelerator.num_processes
     images_per_step = micro_batch * config.gradient_accumulation_steps
@@ -114,6 +115,7 @@ def main(argv: list[str]) -> int:
                     "model": unet.state_dict(),
                     "ema": ema.model.state_dict(),
                     "optimizer": optimizer.optimizer.state_dict(),
+                    "skipped": skipped.counts,
                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
                 },
             )
@@ -163,7 +165,8 @@ def main(argv: list[str]) -> int:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
-                    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                    grad_norm, kept = clip_gradients(optimizer.optimizer, model.parameters(), config.max_grad_norm)
+                    skipped.add(kept)
                 optimizer.step()
                 optimizer.zero_grad()
             total_loss += loss.detach() / config.gradient_accumulation_steps
@@ -174,11 +177,7 @@ def main(argv: list[str]) -> int:
         # -------------------------------------------------------------------------- what the step leaves behind
         if ended_at % config.logging_steps == 0 or ended_at == config.max_train_steps:
             mean_loss = float(accelerator.reduce(total_loss, "mean"))
-            if not math.isfinite(mean_loss):
-                raise UserError(
-                    f"The loss is {mean_loss} at step {ended_at}. Go on from the newest checkpoint in "
-                    f"{checkpoints.folder} with a lower --learning_rate."
-                )
+            skipped.report(tracker.say)
             tracker.log(loss=mean_loss, grad_norm=float(grad_norm), learning_rate=rate * config.learning_rate)
         if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
             sample_grid()

@@ -1,4 +1,4 @@
-"""Stage 1's ailments: seen in the figures that are logged, and said in words with what helps."""
+"""Ailments of training: seen in the figures that are logged, and said in words with what helps."""
 
 import math
 from collections import deque
@@ -13,74 +13,74 @@ from latent_ddpm.losses import MAX_ADAPTIVE_WEIGHT
 PATIENCE = 10  # lines of metrics in a row that have to show the same thing
 SKIPPED_IN_A_ROW = 25  # steps
 SCALING_SKIPS = 16  # steps that fp16's loss scaling may skip before it has found its scale
-RATE_OF = {"autoencoder": "learning_rate", "discriminator": "disc_learning_rate"}
+RATE_OF = {"autoencoder": "learning_rate", "discriminator": "disc_learning_rate", "U-Net": "learning_rate"}
 
 
 class SkippedSteps:
     """Counts steps that were left out because a gradient was not finite, without waiting for the device.
 
+    Args:
+        network: whose gradients, a key of RATE_OF.
+        counts: of a checkpoint.
+        device: where the gradients are.
+        scaled: whether fp16's loss scaling is at work, which skips steps of its own.
+
     Attributes:
         counts: int64 (2,), all skipped steps, and those since the last good one; part of the checkpoint.
     """
 
-    def __init__(self, counts: torch.Tensor | None, device: torch.device) -> None:
+    def __init__(self, network: str, counts: torch.Tensor | None, device: torch.device, scaled: bool = False) -> None:
+        self.network = network
         self.counts = (torch.zeros(2, dtype=torch.int64) if counts is None else counts).to(device)
+        self._say_at = SCALING_SKIPS if scaled else 1
 
     def add(self, kept: torch.Tensor) -> None:
         """Take in whether a step counted, a bool scalar on the device."""
         skipped = (~kept).long()
         self.counts.copy_(torch.stack((self.counts[0] + skipped, (self.counts[1] + 1) * skipped)))
 
-    def read(self, network: str) -> int:
-        """How many were skipped so far.
+    def report(self, say: Callable[[str], None]) -> None:
+        """Say how many were skipped so far, whenever that number has doubled.
 
         Raises:
             UserError: the last SKIPPED_IN_A_ROW steps all were: training cannot get out of this by itself.
         """
         total, streak = self.counts.tolist()
+        rate = RATE_OF[self.network]
         if streak >= SKIPPED_IN_A_ROW:
             raise UserError(
-                f"The gradients of the {network} were not finite in the last {streak} steps, which were skipped. "
-                f"Go on from an earlier checkpoint (--resume_from_checkpoint DIR) with a lower {RATE_OF[network]} and "
-                f"another --output_dir."
+                f"The gradients of the {self.network} were not finite in the last {streak} steps, which were skipped. "
+                f"Go on from an earlier checkpoint (--resume_from_checkpoint DIR) with a lower {rate} and another "
+                f"--output_dir."
             )
-        return total
+        if total >= self._say_at:
+            self._say_at = 2 * total
+            say(
+                f"Steps skipped: {total} so far, since the gradients of the {self.network} were not finite. If this "
+                f"goes on, lower {rate}."
+            )
 
 
 class Watch:
-    """Says what is wrong, each thing once until it has been well again.
+    """Says what is wrong in stage 1, each thing once until it has been well again.
 
     Args:
         say: called with a sentence.
         validation_positions: latent positions in the validation split.
         config: the run's.
-        scaled: whether fp16's loss scaling is at work, which skips steps of its own.
     """
 
-    def __init__(
-        self, say: Callable[[str], None], validation_positions: int, config: AutoencoderConfig, scaled: bool = False
-    ) -> None:
+    def __init__(self, say: Callable[[str], None], validation_positions: int, config: AutoencoderConfig) -> None:
         self.say, self.validation_positions, self.config = say, validation_positions, config
-        self.first_skips = SCALING_SKIPS if scaled else 1
         self.winning_loss = 0.02 if config.disc_loss == "hinge" else 0.05
         self._streaks: dict[str, int] = {}
         self._losses: deque[float] = deque(maxlen=PATIENCE)
         self._lowest = math.inf
-        self._skipped: dict[str, int] = {}
 
     def _see(self, ailment: str, present: bool, sentence: str, patience: int = PATIENCE) -> None:
         self._streaks[ailment] = self._streaks.get(ailment, 0) + 1 if present else 0
         if self._streaks[ailment] == patience:
             self.say(sentence)
-
-    def skipped(self, network: str, total: int) -> None:
-        """Take in how many steps of a network were skipped so far."""
-        if total >= max(self.first_skips, 2 * self._skipped.get(network, 0)):  # said at 1, 2, 4, ...
-            self._skipped[network] = total
-            self.say(
-                f"Steps skipped: {total} so far, since the gradients of the {network} were not finite. If this goes "
-                f"on, lower {RATE_OF[network]}."
-            )
 
     def training(self, measured: dict[str, float]) -> None:
         """Take in a line of training metrics, by the names that metrics.jsonl has."""

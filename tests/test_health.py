@@ -16,9 +16,9 @@ from latent_ddpm.optim import clip_gradients, make_optimizer
 WELL = {"loss": 1.0, "discriminator_loss": 0.9, "adaptive_weight": 1.0, "logits_real": 0.1, "logits_fake": -0.1}
 
 
-def watch(said, validation_positions=64_000, scaled=False, **options):
+def watch(said, validation_positions=64_000, **options):
     config = AutoencoderConfig(dataset_name="x", **{"num_vq_embeddings": 512, **options})
-    return Watch(said.append, validation_positions, config, scaled)
+    return Watch(said.append, validation_positions, config)
 
 
 @pytest.mark.parametrize(
@@ -129,22 +129,19 @@ def test_a_skipped_step_leaves_the_table_alone(kind):
 
 
 def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
-    steps, said = SkippedSteps(None, torch.device("cpu")), []
-    doctor = watch(said)
+    cpu, said = torch.device("cpu"), []
+    steps, scaled = SkippedSteps("autoencoder", None, cpu), SkippedSteps("discriminator", None, cpu, scaled=True)
     for kept in [True, False, False, True] + [False] * (SKIPPED_IN_A_ROW - 1):
-        steps.add(torch.tensor(kept))
-    for total in (1, 1, 2, 3, steps.read("autoencoder")):
-        doctor.skipped("autoencoder", total)
-    assert [s.split(" so far")[0] for s in said] == ["Steps skipped: 1", "Steps skipped: 2", "Steps skipped: 26"]
-    said.clear()
-    doctor = watch(said, scaled=True)
-    for total in (3, 15, 16, 17):
-        doctor.skipped("discriminator", total)
-    assert len(said) == 1 and "16 so far" in said[0] and "lower disc_learning_rate" in said[0]
-    resumed = SkippedSteps(steps.counts, torch.device("cpu"))
+        for counter in (steps, scaled):
+            counter.add(torch.tensor(kept))
+            counter.report(said.append)
+    words = [s.split(" were")[0] for s in said if "autoencoder" in s]
+    assert [s.split()[2] for s in words] == ["1", "2", "4", "8", "16"]
+    assert len(said) == 6 and "16 so far" in said[5] and "lower disc_learning_rate" in said[5]
+    resumed = SkippedSteps("U-Net", steps.counts, cpu)
     resumed.add(torch.tensor(False))
-    with pytest.raises(UserError, match=f"not finite in the last {SKIPPED_IN_A_ROW} steps"):
-        resumed.read("autoencoder")
+    with pytest.raises(UserError, match=f"U-Net were not finite in the last {SKIPPED_IN_A_ROW} steps"):
+        resumed.report(said.append)
 
 
 # ------------------------------------------------------------------------------------------------- real processes
@@ -187,12 +184,15 @@ def test_an_adversary_gets_a_message_and_finite_weights(tmp_path, kind, count, f
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
 
-def test_a_run_that_cannot_go_on_says_so_and_saves_no_nan(photos, tmp_path):
-    text = launch("train_autoencoder.py", tmp_path, 2, train_data_dir=photos, resolution=16, learning_rate=1e30,
-                  max_train_steps=60, checkpointing_steps=10)  # fmt: skip
+@pytest.mark.parametrize("script", ["train_autoencoder.py", "train_unet.py"])
+def test_a_run_that_cannot_go_on_says_so_and_saves_no_nan(photos, tmp_path, script):
+    options = {"train_data_dir": photos, "resolution": 16}
+    if script == "train_unet.py":
+        launch("train_autoencoder.py", tmp_path, max_train_steps=3, **options)
+    text = launch(script, tmp_path, 2, learning_rate=1e30, max_train_steps=60, checkpointing_steps=10, **options)
     assert text.count("Steps skipped: ") == 5  # 1, 2, 4, 8, 16
     assert "not finite in the last 25 steps" in text and "a lower learning_rate" in text
     assert "Traceback" not in text
-    assert len(losses(tmp_path, "autoencoder")) < 5  # JSON has no NaN
+    assert len(losses(tmp_path, script[len("train_") : -len(".py")])) < 5  # JSON has no NaN
     for path in tmp_path.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
