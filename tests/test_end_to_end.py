@@ -26,7 +26,7 @@ from PIL import Image
 
 GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_adaptive_steps": 2, "disc_channels": 8, "disc_layers": 1}
 OTHER_GAN = {**GAN, "disc_loss": "non_saturating", "disc_norm": "actnorm", "disc_ramp_steps": 8, "disc_r1_weight": 1.0,
-             "disc_lecam_weight": 0.1}  # fmt: skip
+             "disc_lecam_weight": 0.1, "optimizer": "muon"}  # fmt: skip
 
 
 def script(name, *words):
@@ -109,7 +109,7 @@ def test_stage_1_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained
 @pytest.mark.parametrize(
     "quantizer",
     [
-        {"quantizer": "simvq", "gradient_estimator": "rotation"},
+        {"quantizer": "simvq", "gradient_estimator": "rotation", "optimizer": "muon"},
         {"quantizer": "fsq", "fsq_levels": "[8,5,5]", "num_vq_embeddings": 200},
     ],
 )
