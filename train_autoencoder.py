@@ -153,7 +153,10 @@ def main(argv: list[str]) -> int:
     scaled, saved = accelerator.scaler is not None, state or {}
     skipped = SkippedSteps("autoencoder", saved.get("skipped"), device, scaled)
     disc_skipped = SkippedSteps("discriminator", saved.get("disc_skipped"), device, scaled)
-    held_weight = HeldWeight(config.disc_adaptive_steps, saved.get("held_weight"), device)
+    # A checkpoint without a held weight, but with a discriminator in play, is of a time when it was never held.
+    never_held = "held_weight" not in saved and saved.get("discriminator") is not None
+    alone = None if never_held else config.disc_adaptive_steps
+    held_weight = HeldWeight(alone, saved.get("held_weight"), device)
 
     if accelerator.is_main_process:
         save_config(config, saved_config)
@@ -283,8 +286,7 @@ def main(argv: list[str]) -> int:
                         last_layer = autoencoder.decoder.conv_out
                         weight = adaptive_weight(output.features, last_layer, gradient, adversarial_gradient)
                         held_weight.add(step - disc_begins, weight)
-                    alone = config.disc_adaptive_steps or 0
-                    ramp = adversarial_ramp(step, disc_begins + alone, config.disc_ramp_steps)
+                    ramp = adversarial_ramp(step, disc_begins + (alone or 0), config.disc_ramp_steps)
                     gradient = gradient + config.disc_weight * ramp * weight * adversarial_gradient.nan_to_num()
                     note("generator_loss", adversarial_loss)
                     note("adaptive_weight", weight)

@@ -191,8 +191,7 @@ class HeldWeight:
             return None
         return (self.sums[0] / self.sums[1].clamp_min(1)).float()
 
-    def add(self, steps_since_entry: int, weight: torch.Tensor) -> torch.Tensor:
-        """Take in a measured weight, a scalar, and give it back. 0 is of a gradient that was not finite: left out."""
+    def add(self, steps_since_entry: int, weight: torch.Tensor) -> None:
+        """Take in a measured weight, a scalar. 0 comes from a gradient that was not finite and is left out."""
         if self.steps is not None and steps_since_entry >= self.steps // 2:
             self.sums += torch.stack((weight, (weight > 0).float())).double()
-        return weight

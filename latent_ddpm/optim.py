@@ -54,7 +54,9 @@ class Muon(torch.optim.AdamW):
         """One step; none where `found_inf` is set (see clip_gradients)."""
         matrices, others = self.param_groups
         found_inf = getattr(self, "found_inf", None)
-        broken = torch.zeros(()) if found_inf is None else found_inf
+        device = matrices["params"][0].device if matrices["params"] else None
+        broken = torch.zeros((), device=device) if found_inf is None else found_inf.to(device)
+        rate = matrices["lr"] * (1 - broken)
         by_shape = defaultdict(list)
         for p in matrices["params"]:
             if p.grad is None:
@@ -62,14 +64,13 @@ class Muon(torch.optim.AdamW):
             if not self.state[p]:  # AdamW looks for a "step" in whatever state it loads
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
             momentum = self.state[p]["momentum"]
-            gradient = torch.where(broken.to(p.device) > 0, momentum, p.grad)
+            gradient = torch.where(broken > 0, momentum, p.grad)
             momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
             update = gradient.lerp(momentum, _MUON_MOMENTUM).flatten(1).float()
             by_shape[update.shape].append((p, update))
         for shape, pairs in by_shape.items():
             updates = orthogonalize(torch.stack([update for _, update in pairs]))
             for (p, _), update in zip(pairs, updates, strict=True):
-                rate = matrices["lr"] * (1 - broken.to(p.device))
                 p.mul_(1 - rate * matrices["weight_decay"])
                 p.sub_(rate * 0.2 * max(shape) ** 0.5 * update.reshape(p.shape))
         self.param_groups = [others]

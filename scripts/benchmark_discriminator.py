@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
                 "rfd_over_without_median": statistics.median(ratios),
                 "psnr_lost": losses,
             }
-            print(f"seed {seed}, {name}: rFD {ratios[-1]:.3f} of that without, PSNR -{losses[-1]:.2f} dB", flush=True)
+            print(f"seed {seed}, {name}: rFD {ratios[-1]:.3f} of that without, PSNR {-losses[-1]:+.2f} dB", flush=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
         draw(options.json.with_suffix(".png"), results, options.work_dir, config)

@@ -24,6 +24,8 @@ from conftest import (
 from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
 from PIL import Image
 
+from latent_ddpm.checkpoint import CheckpointFolder
+
 GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_adaptive_steps": 2, "disc_channels": 8, "disc_layers": 1}
 OTHER_GAN = {**GAN, "disc_loss": "non_saturating", "disc_norm": "actnorm", "disc_ramp_steps": 8, "disc_r1_weight": 1.0,
              "disc_lecam_weight": 0.1, "optimizer": "muon"}  # fmt: skip
@@ -259,6 +261,19 @@ def test_accelerates_processes_save_and_leave(trained, tmp_path, processes, sign
     options["max_train_steps"] = step + 2
     launch("train_unet.py", tmp_path, processes=processes, resume_from_checkpoint="latest", **options)
     assert sorted(losses(tmp_path, "unet")) == list(range(1, step + 3))
+
+
+def test_a_checkpoint_whose_adversarial_weight_was_never_held_goes_on_without_holding_it(photos, tmp_path):
+    flags = {"train_data_dir": photos, "resolution": 16, "checkpointing_steps": 8, **GAN}
+    launch("train_autoencoder.py", tmp_path, max_train_steps=8, **flags)
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", "autoencoder", 2)
+    state = checkpoints.resume("latest")
+    del state["held_weight"]
+    checkpoints.save(8, state)
+    launch("train_autoencoder.py", tmp_path, max_train_steps=12, resume_from_checkpoint="latest", **flags)
+    weights = losses(tmp_path, "autoencoder", "adaptive_weight")
+    held, measured = ({weights[step] for step in steps} for steps in (range(7, 9), range(9, 13)))
+    assert len(held) == 1 and len(measured) == 4 and min(measured) > 0
 
 
 @pytest.mark.parametrize("gan", [GAN, OTHER_GAN], ids=["hinge, spectral", "non-saturating, actnorm, R1, LeCam"])

@@ -235,8 +235,10 @@ def test_the_adaptive_weight_is_measured_then_held_at_its_mean_also_after_a_resu
     for step, weight in enumerate(weights):
         if step == 4:
             held = HeldWeight(5, held.sums.clone(), torch.device("cpu"))
-        assert held.held(step) is None and held.add(step, weight) == weight
+        assert held.held(step) is None
+        held.add(step, weight)
     assert held.held(5) == held.held(1000) == 2.0
     assert HeldWeight(5, None, torch.device("cpu")).held(5) == 0  # it entered, but no step was adversarial
     never = HeldWeight(None, None, torch.device("cpu"))
-    assert never.add(0, weights[0]) == 100 and never.held(10**6) is None and not never.sums.any()
+    never.add(0, weights[0])
+    assert never.held(10**6) is None and not never.sums.any()
