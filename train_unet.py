@@ -18,7 +18,15 @@ import torch
 from latent_ddpm.checkpoint import CheckpointFolder
 from latent_ddpm.config import UNetConfig, parse_config, save_config
 from latent_ddpm.data import ExampleOrder
-from latent_ddpm.diffusion import add_noise, loss_weight, make_noise_scheduler, sample_timesteps, target
+from latent_ddpm.diffusion import (
+    add_noise,
+    loss_weight,
+    make_noise_scheduler,
+    noise_levels,
+    sample_times,
+    sampling_scheduler,
+    target,
+)
 from latent_ddpm.distributed import StopSignal
 from latent_ddpm.ema import EMA
 from latent_ddpm.export import (
@@ -26,7 +34,6 @@ from latent_ddpm.export import (
     export_pipeline,
     fold_normalization,
     load_autoencoder,
-    sampling_scheduler,
 )
 from latent_ddpm.grids import make_grid
 from latent_ddpm.health import SkippedSteps
@@ -61,7 +68,6 @@ def main(argv: list[str]) -> int:
     fold_normalization(autoencoder, latents.mean, latents.std)
 
     # -------------------------------------------------------------------------------------- model and optimizer
-    scheduler = make_noise_scheduler(config)
     optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
     ema = EMA(unet, config.ema_decay)
     if state:
@@ -75,7 +81,8 @@ def main(argv: list[str]) -> int:
         accelerator.scaler.load_state_dict(state["scaler"])
     unet = accelerator.unwrap_model(model)
     ema.model.to(device)
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    flow = config.prediction_type == "flow_prediction"
+    alphas_cumprod = None if flow else make_noise_scheduler(config).alphas_cumprod.to(device)
     saved_counts = state.get("skipped") if state else None
     skipped = SkippedSteps("U-Net", saved_counts, device, scaled=accelerator.scaler is not None)
 
@@ -123,7 +130,7 @@ def main(argv: list[str]) -> int:
 
     def sample_grid() -> None:
         if accelerator.is_main_process:
-            pipeline = LatentDDPMPipeline(vqvae=autoencoder, unet=ema.model, scheduler=sampling_scheduler(scheduler))
+            pipeline = LatentDDPMPipeline(vqvae=autoencoder, unet=ema.model, scheduler=sampling_scheduler(config))
             pipeline.set_progress_bar_config(disable=True)
             numbers = torch.arange(config.num_validation_samples, device=device)
             with accelerator.autocast():
@@ -154,10 +161,11 @@ def main(argv: list[str]) -> int:
             clean = latents.batch(order.indices(np.asarray(numbers)), flipped).to(device, non_blocking=True)
             numbers = numbers.to(device)
             noise = normal(config.seed, Stream.NOISE, numbers, clean.shape[1:])
-            timesteps = sample_timesteps(config.seed, numbers, config)
-            noisy = add_noise(clean, noise, alphas_cumprod, timesteps)
-            wanted = target(clean, noise, alphas_cumprod, timesteps, config.prediction_type)
-            weight = loss_weight(alphas_cumprod, timesteps, config.prediction_type, config.snr_gamma)
+            times = sample_times(config.seed, numbers, config)
+            timesteps, alpha, sigma = noise_levels(times, config, alphas_cumprod)
+            noisy = add_noise(clean, noise, alpha, sigma)
+            wanted = target(clean, noise, alpha, sigma, config.prediction_type)
+            weight = loss_weight(alpha, sigma, config.prediction_type, config.loss_weighting, config.snr_gamma)
             with accelerator.accumulate(model):
                 prediction = model(noisy, timesteps).sample
                 error = (prediction.float() - wanted).pow(2).flatten(1).mean(1)  # (B,)
@@ -197,7 +205,7 @@ def main(argv: list[str]) -> int:
             output_dir / "pipeline",
             autoencoder.cpu(),
             ema.model.cpu(),
-            sampling_scheduler(scheduler),
+            sampling_scheduler(config),
             config.num_inference_steps,
         )
         logger.info("the pipeline is in %s", output_dir / "pipeline")

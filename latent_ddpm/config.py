@@ -275,10 +275,18 @@ class UNetConfig(RunConfig):
         beta_schedule: noise schedule, by the names of diffusers (squaredcos_cap_v2 is cosine, arXiv 2102.09672).
         beta_start: first beta of the linear schedules.
         beta_end: last beta of the linear schedules.
-        prediction_type: what the U-Net predicts (v_prediction: arXiv 2202.00512, appendix D).
-        timestep_sampling: uniform, or logit_normal, which trains the middle of the schedule more often
-            (arXiv 2403.03206, section 3.1).
-        snr_gamma: min-SNR loss weighting (arXiv 2303.09556, eq. 5 and section 3.4); unset is uniform.
+        prediction_type: what the U-Net predicts: the noise, v (arXiv 2202.00512, appendix D), the clean latents, or
+            the velocity of a rectified flow (arXiv 2209.03003), for which the beta_ keys mean nothing.
+        rescale_betas_zero_snr: have the last of the noise levels be pure noise (arXiv 2305.08891, algorithm 1).
+        noise_shift: divides alpha / sigma of every noise level; above 1 for large latents (arXiv 2301.11093).
+        timestep_sampling: uniform, stratified (uniform, and every batch covers the schedule evenly), or logit_normal,
+            which trains the middle of the schedule more often (arXiv 2403.03206, section 3.1).
+        logit_mean: of logit_normal; above 0 trains noisy levels more often.
+        logit_std: of logit_normal.
+        loss_weighting: uniform (on what is predicted), min_snr (arXiv 2303.09556, section 3.4) or edm (arXiv
+            2206.00364, eq. 8).
+        snr_gamma: of min_snr.
+        inference_scheduler: what the exported pipeline and the grids sample with.
         num_inference_steps: sampling steps of the grids.
         num_validation_samples: images in a sample grid.
     """
@@ -295,9 +303,15 @@ class UNetConfig(RunConfig):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     beta_start: float = 1e-4
     beta_end: float = 0.02
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
-    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    snr_gamma: float | None = 5.0
+    rescale_betas_zero_snr: bool = False
+    noise_shift: float = 1.0
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "v_prediction"
+    timestep_sampling: Literal["uniform", "stratified", "logit_normal"] = "stratified"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    loss_weighting: Literal["uniform", "min_snr", "edm"] = "min_snr"
+    snr_gamma: float = 5.0
+    inference_scheduler: Literal["ddim", "dpmsolver++", "unipc"] = "ddim"
     num_inference_steps: int = 25
     num_validation_samples: int = 64
 
@@ -324,12 +338,29 @@ class UNetConfig(RunConfig):
                     f"{self.unet_block_out_channels[level]} channels of level {level} (unet_block_out_channels)."
                 )
         _require(0 <= self.unet_dropout < 1, "unet_dropout", self.unet_dropout, "at least 0 and below 1")
-        _require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self.snr_gamma, "greater than 0, or null")
+        for key in ("snr_gamma", "noise_shift", "logit_std"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
+        self._check_noise()
         _require(0 < self.beta_start <= self.beta_end < 1, "beta_start", self.beta_start, "0 < beta_start <= beta_end")
         if self.num_inference_steps > self.num_train_timesteps:
             raise UserError(
                 f"num_inference_steps {self.num_inference_steps} is more than "
                 f"num_train_timesteps {self.num_train_timesteps}."
+            )
+
+    def _check_noise(self) -> None:
+        flow = self.prediction_type == "flow_prediction"
+        if flow and self.inference_scheduler == "ddim":
+            raise UserError("inference_scheduler ddim cannot sample prediction_type flow_prediction; use dpmsolver++.")
+        if flow and self.rescale_betas_zero_snr:
+            raise UserError(
+                "rescale_betas_zero_snr is for a table of betas; prediction_type flow_prediction has none, and ends "
+                "in pure noise as it is."
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UserError(
+                "rescale_betas_zero_snr makes the last level pure noise, from which prediction_type epsilon says "
+                "nothing about the image; use v_prediction or sample."
             )
 
     @property

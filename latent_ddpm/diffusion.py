@@ -1,95 +1,184 @@
 """The mathematics of stage 2 as pure functions: what the U-Net sees, what it has to say, how errors weigh.
 
-Notation of arXiv 2202.00512: z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1.
+Throughout z = alpha x + sigma eps, where x are clean latents of unit variance and eps is standard normal. A *time* in
+(0, 1) rises with the noise. Diffusion has alpha^2 + sigma^2 = 1 and a table of levels (arXiv 2006.11239); the flow has
+alpha + sigma = 1 and any level (rectified flow, arXiv 2209.03003).
 """
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from latent_ddpm.config import UNetConfig
-from latent_ddpm.random import Stream, integers
+from latent_ddpm.random import Stream, integers, uniform
+
+_MAX_SNR = 1e8  # also the inverse of the smallest one: keeps divisions finite at either end
+
+
+# ------------------------------------------------------------------------------------------------ noise levels
+
+
+def shift_snr(alphas_cumprod: torch.Tensor, shift: float) -> torch.Tensor:
+    """A table alpha^2 (T,) whose signal-to-noise ratio is divided by shift^2.
+
+    Averaging neighbouring pixels takes noise away, so larger latents need more of it for the same difficulty (arXiv
+    2301.11093, section 2.3, where shift is the ratio of the sides).
+    """
+    noise = (1 - alphas_cumprod) * shift**2
+    return alphas_cumprod / (alphas_cumprod + noise)
+
+
+def betas_of(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """The betas (T,) whose table alpha^2 this is (arXiv 2006.11239, section 2)."""
+    before = torch.cat((alphas_cumprod.new_ones(1), alphas_cumprod[:-1]))
+    return 1 - alphas_cumprod / before
 
 
 def make_noise_scheduler(config: UNetConfig) -> DDPMScheduler:
-    """The training schedule as a stock diffusers scheduler, from which all others can be made."""
-    return DDPMScheduler(
+    """The table of a diffusion's noise levels as a stock diffusers scheduler, from which others can be made."""
+    scheduler = DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
         prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         clip_sample=False,  # latents of unit variance leave [-1, 1]
     )
+    if config.noise_shift == 1:
+        return scheduler
+    betas = betas_of(shift_snr(scheduler.alphas_cumprod.double(), config.noise_shift))
+    return DDPMScheduler.from_config(scheduler.config, trained_betas=betas.tolist())
+
+
+def flow_sigma(times: torch.Tensor, shift: float) -> torch.Tensor:
+    """The flow's noise level at a time: sigma / (1 - sigma) is `shift` times time / (1 - time) (arXiv
+    2403.03206, eq. 23)."""
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def noise_levels(
+    times: torch.Tensor, config: UNetConfig, alphas_cumprod: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the U-Net is told about each example, and how its latents are noised.
+
+    Args:
+        times: float64 (B,) in [0, 1).
+        config: says whether it is a flow, and its `noise_shift`.
+        alphas_cumprod: (T,), the diffusion's table; the flow has none.
+
+    Returns:
+        timesteps (B,), int64 in [0, T) or, of the flow, float32 in [0, T); alpha and sigma, float32 (B,).
+    """
+    if config.prediction_type == "flow_prediction":
+        sigma = flow_sigma(times, config.noise_shift)
+        return (sigma * config.num_train_timesteps).float(), (1 - sigma).float(), sigma.float()
+    timesteps = (times * config.num_train_timesteps).long()
+    alpha_squared = alphas_cumprod.to(times.device)[timesteps]
+    return timesteps, alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+
+def sampling_scheduler(config: UNetConfig) -> SchedulerMixin:
+    """The stock scheduler that the export samples with, as `inference_scheduler` says.
+
+    A flow is sampled by DPM-Solver++ or UniPC with flow sigmas: `FlowMatchEulerDiscreteScheduler` lacks the
+    `init_noise_sigma` that a stock LDMPipeline asks for.
+    """
+    name = {
+        "ddim": DDIMScheduler,
+        "dpmsolver++": DPMSolverMultistepScheduler,
+        "unipc": UniPCMultistepScheduler,
+    }[config.inference_scheduler]
+    if config.prediction_type == "flow_prediction":
+        return name(
+            num_train_timesteps=config.num_train_timesteps,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=config.noise_shift,
+        )
+    return name.from_config(make_noise_scheduler(config).config, timestep_spacing="trailing")
+
+
+# ---------------------------------------------------------------------------------------- noise, target, weight
 
 
 def _like(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     return values.to(images.device, images.dtype).view(-1, *[1] * (images.ndim - 1))
 
 
-def add_noise(
-    clean: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor
-) -> torch.Tensor:
-    """z_t = alpha_t x + sigma_t eps (arXiv 2006.11239, eq. 4).
+def add_noise(clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """z = alpha x + sigma eps (arXiv 2006.11239, eq. 4; arXiv 2209.03003, eq. 1).
 
     Args:
         clean: latents (B, D, H, W) of unit variance.
         noise: standard normal, same shape.
-        alphas_cumprod: (T,), alpha_t^2.
-        timesteps: int64 (B,) in [0, T).
+        alpha, sigma: (B,), from `noise_levels`.
     """
-    alpha_squared = alphas_cumprod[timesteps.to(alphas_cumprod.device)]
-    return _like(alpha_squared.sqrt(), clean) * clean + _like((1 - alpha_squared).sqrt(), clean) * noise
+    return _like(alpha, clean) * clean + _like(sigma, clean) * noise
 
 
 def target(
-    clean: torch.Tensor,
-    noise: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
-    timesteps: torch.Tensor,
-    prediction_type: str,
+    clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:
     """What the U-Net is to predict; arguments as for `add_noise`.
 
-    epsilon: the noise. sample: the clean latents. v_prediction: alpha_t eps - sigma_t x (arXiv 2202.00512, app. D).
+    epsilon: the noise. sample: the clean latents. v_prediction: alpha eps - sigma x (arXiv 2202.00512, app. D).
+    flow_prediction: the velocity eps - x (arXiv 2209.03003, eq. 1, in the direction of the noise).
     """
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
         return clean
     if prediction_type == "v_prediction":
-        alpha_squared = alphas_cumprod[timesteps.to(alphas_cumprod.device)]
-        return _like(alpha_squared.sqrt(), clean) * noise - _like((1 - alpha_squared).sqrt(), clean) * clean
+        return _like(alpha, clean) * noise - _like(sigma, clean) * clean
+    if prediction_type == "flow_prediction":
+        return noise - clean
     raise ValueError(f"unknown prediction_type {prediction_type!r}")
 
 
 def loss_weight(
-    alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, prediction_type: str, snr_gamma: float | None
+    alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str, weighting: str, snr_gamma: float = 5.0
 ) -> torch.Tensor:
     """Weight (B,) of each example's squared error.
 
-    With snr_gamma: min-SNR (arXiv 2303.09556, section 3.4), which is min(SNR, gamma) on the error of the clean
-    latents, hence min(SNR, gamma) / SNR on epsilon's and / (SNR + 1) on v's. Without: 1.
+    A weighting is defined on the error of the clean latents; what the U-Net predicts has a multiple of that error.
+
+    Args:
+        alpha, sigma: (B,), from `noise_levels`.
+        prediction_type: as for `target`.
+        weighting: "uniform": 1 on whatever is predicted. "min_snr": min(SNR, snr_gamma) on the clean latents (arXiv
+            2303.09556, section 3.4). "edm": SNR + 1 on the clean latents, which EDM's preconditioning makes 1 on its
+            network's output (arXiv 2206.00364, eq. 8, with data of unit variance).
     """
-    if snr_gamma is None:
-        return torch.ones(len(timesteps), device=timesteps.device)
-    alpha_squared = alphas_cumprod.to(timesteps.device)[timesteps].clamp(1e-8, 1 - 1e-8)
-    snr = alpha_squared / (1 - alpha_squared)
-    scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
-    return snr.clamp_max(snr_gamma) / scale
+    if weighting == "uniform":
+        return torch.ones_like(alpha)
+    snr = (alpha / sigma.clamp_min(1e-8)).square().clamp(1 / _MAX_SNR, _MAX_SNR)
+    on_clean = {"min_snr": snr.clamp_max(snr_gamma), "edm": snr + 1}[weighting]
+    scale = {
+        "epsilon": 1 / snr,
+        "sample": torch.ones_like(snr),
+        "v_prediction": 1 / (snr + 1),
+        "flow_prediction": sigma.square(),
+    }[prediction_type]
+    return on_clean * scale
 
 
-def sample_timesteps(seed: int, numbers: torch.Tensor, config: UNetConfig) -> torch.Tensor:
-    """A timestep for each example number: int64 (B,) in [0, num_train_timesteps), spread as timestep_sampling says.
+# ------------------------------------------------------------------------------------------------------- times
 
-    A Weyl sequence with the golden ratio's fraction: any stretch of consecutive example numbers, so every batch of
-    every process, covers (0, 1) evenly. (The aim of the low-discrepancy sampler of arXiv 2107.00630, appendix
-    I.1, without a draw that the batch shares.) The quantile function of the distribution then takes it to times:
-    for logit_normal a standard normal variable through the logistic function (arXiv 2403.03206, section 3.1).
+
+def sample_times(seed: int, numbers: torch.Tensor, config: UNetConfig) -> torch.Tensor:
+    """A time for each example number: float64 (B,) in [0, 1), spread as timestep_sampling says.
+
+    `uniform` draws each by itself. `stratified` is a Weyl sequence with the golden ratio's fraction: any stretch of
+    consecutive example numbers, so every batch of every process, covers (0, 1) evenly. (The aim of the
+    low-discrepancy sampler of arXiv 2107.00630, appendix I.1, without a draw that the batch shares.) `logit_normal`
+    takes that sequence through the quantile function of the logistic of a normal variable (arXiv 2403.03206, section
+    3.1).
     """
-    start = int(integers(seed, Stream.TIMESTEP, torch.zeros(1, dtype=torch.int64), 2**31 - 1)[0])
-    fraction = (numbers * 0x9E3779B9 + 2 * start) & 0xFFFFFFFF  # of 2**32
     if config.timestep_sampling == "uniform":
-        return (fraction * config.num_train_timesteps) >> 32
-    quantile = torch.special.ndtri((fraction.double() + 0.5) / 2**32)
-    time = torch.sigmoid(quantile)
-    return (time * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1)
+        return uniform(seed, Stream.TIMESTEP, numbers).double()
+    start = int(integers(seed, Stream.TIMESTEP, torch.zeros(1, dtype=torch.int64), 2**31 - 1)[0])
+    fraction = ((numbers * 0x9E3779B9 + 2 * start) & 0xFFFFFFFF).double() * 2.0**-32
+    if config.timestep_sampling == "stratified":
+        return fraction
+    quantile = torch.special.ndtri(fraction + 2.0**-33)
+    return torch.sigmoid(config.logit_mean + config.logit_std * quantile).clamp(max=1 - 2.0**-40)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LDMPipeline, SchedulerMixin, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, LDMPipeline, SchedulerMixin, UNet2DModel, VQModel
 
 import pipeline_latent_ddpm
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
@@ -148,11 +148,6 @@ def quantize_indices(vqvae: VQModel, latents: torch.Tensor) -> torch.Tensor:
     """Indices of the codes of `encode(x).latents` (B, D, h, w): int64 (B, h, w)."""
     _, _, (_, _, indices) = vqvae.quantize(latents)
     return indices.view(latents.shape[0], *latents.shape[2:])
-
-
-def sampling_scheduler(training: DDPMScheduler) -> SchedulerMixin:
-    """The scheduler of the export, made from the training schedule."""
-    return DDIMScheduler.from_config(training.config, timestep_spacing="trailing", clip_sample=False)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

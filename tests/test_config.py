@@ -95,6 +95,17 @@ def test_mistakes_are_named(words, message):
         (["--unet_norm_num_groups", "48"], "unet_norm_num_groups 48 does not divide the 128"),
         (["--unet_attention_levels", "[3]"], "unet_attention_levels is 3"),
         (["--unet_attention_head_dim", "24"], "unet_attention_head_dim 24 does not divide"),
+        (["--prediction_type", "flow_prediction"], "inference_scheduler ddim cannot sample"),
+        (
+            "--prediction_type flow_prediction --inference_scheduler unipc --rescale_betas_zero_snr true".split(),
+            "rescale_betas_zero_snr is for a table of betas",
+        ),
+        (
+            "--prediction_type epsilon --rescale_betas_zero_snr true".split(),
+            "prediction_type epsilon says nothing about the image",
+        ),
+        (["--noise_shift", "0"], "noise_shift is 0"),
+        (["--loss_weighting", "min-snr"], "loss_weighting has to be .*min_snr"),
         (["--timestep_sampling", "lognormal"], "timestep_sampling has to be .*logit_normal"),
         (["--num_inference_steps", "2000"], "num_inference_steps 2000 is more than"),
         (["--block_out_channels", "[8]"], "Unknown option --block_out_channels"),
@@ -142,4 +153,4 @@ def test_help_describes_the_keys(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_config(UNetConfig, ["--help"])
     assert stopped.value.code == 0
-    assert "min-SNR" in capsys.readouterr().out
+    assert "min_snr (arXiv 2303.09556" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from conftest import fill_zeros
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
-from latent_ddpm.diffusion import make_noise_scheduler
+from latent_ddpm.diffusion import sampling_scheduler
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import (
     check_autoencoder_fits,
@@ -20,7 +20,6 @@ from latent_ddpm.export import (
     load_autoencoder,
     quantize_indices,
     replace_folder,
-    sampling_scheduler,
     to_stock,
 )
 from latent_ddpm.latents import Moments, overall_std
@@ -210,7 +209,7 @@ def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path, q
     unet = make_unet(unet_config, 3, 4).eval()
     for parameter in unet.parameters():  # a new one predicts 0
         parameter.normal_(std=0.1)
-    scheduler = sampling_scheduler(make_noise_scheduler(unet_config))
+    scheduler = sampling_scheduler(unet_config)
     stock = fold_normalization(to_stock(model, config), mean, std)
     export_pipeline(tmp_path / "pipeline", stock, unet, scheduler, 5)
     assert {"model_index.json", "pipeline.py", "README.md"} <= {p.name for p in (tmp_path / "pipeline").iterdir()}
