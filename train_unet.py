@@ -10,6 +10,7 @@ stopped.
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from latent_ddpm.diffusion import (
     target,
 )
 from latent_ddpm.distributed import StopSignal
-from latent_ddpm.ema import EMA
+from latent_ddpm.ema import PowerEMA
 from latent_ddpm.export import (
     check_autoencoder_fits,
     export_pipeline,
@@ -69,18 +70,19 @@ def main(argv: list[str]) -> int:
 
     # -------------------------------------------------------------------------------------- model and optimizer
     optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
-    ema = EMA(unet, config.ema_decay)
+    ema = PowerEMA(unet, config.ema_sigma_rels)
     if state:
         if state["latents"] != latents.folder.name:
             logger.warning("The images, their transform or the autoencoder are not those of the checkpoint.")
         unet.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
+        ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
     model, optimizer = accelerator.prepare(unet, optimizer)
     if state and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     unet = accelerator.unwrap_model(model)
-    ema.model.to(device)
+    for averaged in ema.models:
+        averaged.to(device)
     flow = config.prediction_type == "flow_prediction"
     alphas_cumprod = None if flow else make_noise_scheduler(config).alphas_cumprod.to(device)
     saved_counts = state.get("skipped") if state else None
@@ -120,7 +122,7 @@ def main(argv: list[str]) -> int:
                     "step": step,
                     "latents": latents.folder.name,
                     "model": unet.state_dict(),
-                    "ema": ema.model.state_dict(),
+                    "ema": ema.state_dict(),
                     "optimizer": optimizer.optimizer.state_dict(),
                     "skipped": skipped.counts,
                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
@@ -146,6 +148,7 @@ def main(argv: list[str]) -> int:
         tracker.pause()
 
     # ---------------------------------------------------------------------------------------------- training
+    snapshot_steps = math.ceil(config.max_train_steps / config.ema_snapshots) if config.ema_snapshots else 0
     stop = StopSignal()
     ended_at = first_step
     for step in range(first_step, config.max_train_steps):
@@ -181,6 +184,10 @@ def main(argv: list[str]) -> int:
         ema.update(unet, step)
         tracker.advance()
         ended_at = step + 1
+        if snapshot_steps and (ended_at % snapshot_steps == 0 or ended_at == config.max_train_steps):
+            if accelerator.is_main_process:
+                ema.save_snapshots(output_dir / "ema", ended_at)
+            tracker.pause()
 
         # -------------------------------------------------------------------------- what the step leaves behind
         if ended_at % config.logging_steps == 0 or ended_at == config.max_train_steps:

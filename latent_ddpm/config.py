@@ -57,7 +57,6 @@ class RunConfig:
         adam_epsilon: AdamW's epsilon.
         adam_weight_decay: AdamW's decoupled weight decay.
         max_grad_norm: gradients are clipped to this norm.
-        ema_decay: decay per step of the averaged weights, warmed up as min(ema_decay, (1 + step) / (10 + step)).
         mixed_precision: no, bf16 or fp16; unset takes what `accelerate launch` says.
         report_to: tensorboard, wandb or none; metrics.jsonl is always written.
         logging_steps: steps between lines of metrics.
@@ -94,7 +93,6 @@ class RunConfig:
     adam_epsilon: float = 1e-8
     adam_weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     report_to: Literal["tensorboard", "wandb", "none"] = "none"
     logging_steps: int = 10
@@ -116,7 +114,7 @@ class RunConfig:
             _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
         for key in ("seed", "lr_warmup_steps", "image_cache_gib", "dataloader_num_workers", "adam_weight_decay"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        for key in ("adam_beta1", "adam_beta2", "ema_decay"):
+        for key in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
         _require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
         _require(0 <= self.max_bad_image_share <= 1, "max_bad_image_share", self.max_bad_image_share, "in 0 to 1")
@@ -148,6 +146,7 @@ class AutoencoderConfig(RunConfig):
         lpips_weight: weight of the perceptual loss (arXiv 1801.03924); 0 switches it off.
         lpips_net: trunk of the perceptual loss.
         lpips_weights: a file of the trunk's ImageNet weights (torchvision's .pth); unset takes torch's cache.
+        ema_decay: decay per step of the averaged weights, warmed up as min(ema_decay, (1 + step) / (10 + step)).
         disc_weight: factor on the adaptive weight of the adversarial loss; 0 switches the discriminator off.
         disc_adaptive_steps: the discriminator first learns alone for so many steps, at the end of which the adaptive
             weight is measured, and then held; null measures it at every step, as VQGAN does.
@@ -181,6 +180,7 @@ class AutoencoderConfig(RunConfig):
     lpips_weight: float = 0.0
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
     lpips_weights: str | None = None
+    ema_decay: float = 0.999
     disc_weight: float = 0.0
     disc_adaptive_steps: int | None = 200
     disc_start: int = 0
@@ -205,7 +205,8 @@ class AutoencoderConfig(RunConfig):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in ("kl_weight", "fsq_balance_weight"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        _require(0 <= self.codebook_decay < 1, "codebook_decay", self.codebook_decay, "at least 0 and below 1")
+        for key in ("codebook_decay", "ema_decay"):
+            _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
         share = self.equivariance_share
         _require(0 <= share <= 1, "equivariance_share", share, "in 0 to 1")
         _require(share < 1 or self.disc_weight == 0, "equivariance_share", share, "below 1 with a discriminator")
@@ -287,6 +288,9 @@ class UNetConfig(RunConfig):
             2206.00364, eq. 8).
         snr_gamma: of min_snr.
         inference_scheduler: what the exported pipeline and the grids sample with.
+        ema_sigma_rels: widths of the averages of the weights, relative to the training time (arXiv 2312.02696); the
+            first is validated, sampled and exported. From two, scripts/reconstruct_ema.py makes any other.
+        ema_snapshots: snapshots of the averages kept over the run, in `<output_dir>/ema`, float16; 0 keeps none.
         num_inference_steps: sampling steps of the grids.
         num_validation_samples: images in a sample grid.
     """
@@ -312,6 +316,8 @@ class UNetConfig(RunConfig):
     loss_weighting: Literal["uniform", "min_snr", "edm"] = "min_snr"
     snr_gamma: float = 5.0
     inference_scheduler: Literal["ddim", "dpmsolver++", "unipc"] = "ddim"
+    ema_sigma_rels: list[float] = dataclasses.field(default_factory=lambda: [0.1, 0.05])
+    ema_snapshots: int = 16
     num_inference_steps: int = 25
     num_validation_samples: int = 64
 
@@ -340,6 +346,10 @@ class UNetConfig(RunConfig):
         _require(0 <= self.unet_dropout < 1, "unet_dropout", self.unet_dropout, "at least 0 and below 1")
         for key in ("snr_gamma", "noise_shift", "logit_std"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
+        rels = self.ema_sigma_rels
+        fits = len(set(rels)) == len(rels) > 0 and all(0 < rel <= 0.28 for rel in rels)
+        _require(fits, "ema_sigma_rels", rels, "one or more different numbers above 0 and at most 0.28")
+        _require(self.ema_snapshots >= 0, "ema_snapshots", self.ema_snapshots, "0 or more")
         self._check_noise()
         _require(0 < self.beta_start <= self.beta_end < 1, "beta_start", self.beta_start, "0 < beta_start <= beta_end")
         if self.num_inference_steps > self.num_train_timesteps:
@@ -494,7 +504,7 @@ FREE_KEYS = {
     *("output_dir", "max_train_steps", "resume_from_checkpoint", "report_to", "autoencoder", "latents_dir"),
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("dataloader_num_workers", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
-    *("num_inference_steps", "num_validation_samples"),
+    *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots"),
 }
 
 

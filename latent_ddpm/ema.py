@@ -1,13 +1,29 @@
-"""Exponential moving average of a model's weights: the model that is validated, sampled and exported."""
+"""Averages of a model's weights: the model that is validated, sampled and exported."""
 
 import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+
+from latent_ddpm.errors import UserError
+
+
+def _lerp(averaged: nn.Module, model: nn.Module, share: float) -> None:
+    """averaged <- averaged + share * (model - averaged) for parameters; buffers are copied."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), share)
+    for mine, theirs in zip(averaged.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)
 
 
 class EMA:
-    """A second model whose parameters follow the trained one's; buffers are copied.
+    """A second model whose parameters follow the trained one's exponentially; buffers are copied.
 
     Every process updates its own copy from identical weights, so the copies stay identical without traffic.
 
@@ -27,7 +43,125 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """ema <- decay * ema + (1 - decay) * model."""
-        averaged, current = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - self.decay_at(step))
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+        _lerp(self.model, model, 1 - self.decay_at(step))
+
+
+# ----------------------------------------------------------------------------------------- power-function averages
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of the power function of relative width sigma_rel (arXiv 2312.02696, section 3.1).
+
+    The weight of time tau in the average at time t is proportional to tau^gamma; its standard deviation is
+    sigma_rel * t = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)) * t.
+
+    Args:
+        sigma_rel: above 0, at most 12^-0.5 = 0.289, which is the plain mean of all weights (gamma 0).
+    """
+    inverse = sigma_rel**-2
+    return max(0.0, float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()))
+
+
+def profile_products(a: Sequence[tuple[float, int]], b: Sequence[tuple[float, int]]) -> np.ndarray:
+    """Inner products of averages, each given as (gamma, step at which it was taken): float64 (len(a), len(b)).
+
+    The average at time t weighs time tau < t by (gamma + 1) tau^gamma / t^(gamma + 1); the integral of the product of
+    two of these has the closed form below (arXiv 2312.02696, appendix C).
+    """
+    gamma_a, t_a = (np.array(column, np.float64)[:, None] for column in zip(*a, strict=True))
+    gamma_b, t_b = (np.array(column, np.float64)[None, :] for column in zip(*b, strict=True))
+    both = np.minimum(t_a, t_b)
+    # as powers of ratios at most 1, which do not overflow
+    powers = (both / t_a) ** gamma_a * (both / t_b) ** gamma_b / np.maximum(t_a, t_b)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * powers
+
+
+def posthoc_coefficients(snapshots: Sequence[tuple[float, int]], wanted: tuple[float, int]) -> np.ndarray:
+    """Factors of the snapshots whose sum is nearest to another average (arXiv 2312.02696, section 3.2): float64 (N,).
+
+    Args:
+        snapshots: (gamma, step) of each.
+        wanted: gamma and step of the average to be made.
+    """
+    gram = profile_products(snapshots, snapshots)
+    return np.linalg.lstsq(gram, profile_products(snapshots, [wanted])[:, 0], rcond=None)[0]
+
+
+class PowerEMA:
+    """Averages whose length grows with training, so that they never weigh the first steps' weights (arXiv 2312.02696).
+
+    Update t (counted from 1) has the decay (1 - 1/t)^(gamma + 1), which makes the weight of the model after step k
+    the integral of the power function from k - 1 to k. Every process keeps its own, as with `EMA`.
+
+    Args:
+        model: the trained model, not wrapped for distribution.
+        sigma_rels: the relative widths, see `gamma_of`; the first is the one to be exported.
+    """
+
+    def __init__(self, model: nn.Module, sigma_rels: Sequence[float]) -> None:
+        self.sigma_rels = list(sigma_rels)
+        self.gammas = [gamma_of(sigma_rel) for sigma_rel in sigma_rels]
+        self.models = [copy.deepcopy(model).eval().requires_grad_(False) for _ in sigma_rels]
+
+    @property
+    def model(self) -> nn.Module:
+        """The average to be validated, sampled and exported."""
+        return self.models[0]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step`, counted from 0."""
+        for gamma, averaged in zip(self.gammas, self.models, strict=True):
+            _lerp(averaged, model, 1 - (1 - 1 / (step + 1)) ** (gamma + 1))
+
+    def state_dict(self) -> dict:
+        """The averages, for a checkpoint."""
+        return {str(rel): averaged.state_dict() for rel, averaged in zip(self.sigma_rels, self.models, strict=True)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of `state_dict`."""
+        for rel, averaged in zip(self.sigma_rels, self.models, strict=True):
+            averaged.load_state_dict(state[str(rel)])
+
+    def save_snapshots(self, folder: Path, step: int) -> None:
+        """Write each average after `step` steps to `folder`, in float16 and whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for rel, gamma, averaged in zip(self.sigma_rels, self.gammas, self.models, strict=True):
+            path = folder / f"ema-{step:08d}-{rel:g}.safetensors"
+            aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            weights = {name: p.to("cpu", torch.float16).contiguous() for name, p in averaged.named_parameters()}
+            save_file(weights, aside, {"average": json.dumps({"sigma_rel": rel, "gamma": gamma, "step": step})})
+            aside.replace(path)
+
+
+def reconstruct(folder: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, torch.Tensor], int]:
+    """An average of any width from the snapshots of a run (arXiv 2312.02696, section 3.2).
+
+    Args:
+        folder: of `PowerEMA.save_snapshots`.
+        sigma_rel: relative width of the average.
+        step: at which it is taken; by default the newest snapshot's. Later snapshots are not used.
+
+    Returns:
+        The parameters by name, float32, and the step.
+
+    Raises:
+        UserError: there are no snapshots up to that step.
+    """
+    found = []
+    for path in sorted(folder.glob("ema-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found.append((path, json.loads(file.metadata()["average"])))
+    found = [(path, about) for path, about in found if step is None or about["step"] <= step]
+    if not found:
+        until = "" if step is None else f" up to step {step}"
+        raise UserError(f"There are no averages{until} in {folder}; train_unet.py writes them (ema_snapshots).")
+    step = max(about["step"] for _, about in found) if step is None else step
+    factors = posthoc_coefficients([(about["gamma"], about["step"]) for _, about in found], (gamma_of(sigma_rel), step))
+    sums: dict[str, torch.Tensor] = {}
+    for factor, (path, _) in zip(factors.tolist(), found, strict=True):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                term = file.get_tensor(name).double() * factor
+                sums[name] = sums[name] + term if name in sums else term
+    return {name: value.float() for name, value in sums.items()}, step

@@ -97,14 +97,24 @@ def test_mistakes_are_named(words, message):
         (["--unet_attention_head_dim", "24"], "unet_attention_head_dim 24 does not divide"),
         (["--prediction_type", "flow_prediction"], "inference_scheduler ddim cannot sample"),
         (
-            "--prediction_type flow_prediction --inference_scheduler unipc --rescale_betas_zero_snr true".split(),
+            [
+                "--prediction_type",
+                "flow_prediction",
+                "--inference_scheduler",
+                "unipc",
+                "--rescale_betas_zero_snr",
+                "true",
+            ],
             "rescale_betas_zero_snr is for a table of betas",
         ),
         (
-            "--prediction_type epsilon --rescale_betas_zero_snr true".split(),
+            ["--prediction_type", "epsilon", "--rescale_betas_zero_snr", "true"],
             "prediction_type epsilon says nothing about the image",
         ),
         (["--noise_shift", "0"], "noise_shift is 0"),
+        (["--ema_sigma_rels", "[0.1, 0.3]"], "ema_sigma_rels is .*0.28"),
+        (["--ema_sigma_rels", "[]"], "ema_sigma_rels is"),
+        (["--ema_decay", "0.999"], "Unknown option --ema_decay"),
         (["--loss_weighting", "min-snr"], "loss_weighting has to be .*min_snr"),
         (["--timestep_sampling", "lognormal"], "timestep_sampling has to be .*logit_normal"),
         (["--num_inference_steps", "2000"], "num_inference_steps 2000 is more than"),
@@ -153,4 +163,4 @@ def test_help_describes_the_keys(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_config(UNetConfig, ["--help"])
     assert stopped.value.code == 0
-    assert "min_snr (arXiv 2303.09556" in capsys.readouterr().out
+    assert "have the last of the noise levels" in capsys.readouterr().out

@@ -24,7 +24,8 @@ from latent_ddpm.diffusion import (
     sampling_scheduler,
     target,
 )
-from latent_ddpm.ema import EMA
+from latent_ddpm.ema import EMA, PowerEMA, gamma_of, profile_products, reconstruct
+from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr, ssim
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.models.vqvae import ResnetBlock, Upsample
@@ -53,6 +54,76 @@ def test_ema_is_diffusers_ema():
     assert torch.equal(ours.model[1].running_mean, model[1].running_mean)
     assert ours.decay_at(0) == 0.1 and ours.decay_at(10**6) == 0.95
     assert not any(p.requires_grad for p in ours.model.parameters())
+
+
+@settings(max_examples=50, deadline=None)
+@given(sigma_rel=st.floats(0.01, 0.288))
+def test_gamma_gives_the_relative_width(sigma_rel):
+    gamma = gamma_of(sigma_rel)
+    assert (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5) == pytest.approx(sigma_rel, rel=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(a=st.tuples(st.floats(0, 20), st.integers(1, 300)), b=st.tuples(st.floats(0, 20), st.integers(1, 300)))
+def test_products_of_profiles_are_their_integrals(a, b):
+    times, width = np.linspace(0, min(a[1], b[1]), 200_001, retstep=True)
+    profiles = [(gamma + 1) * (times / t) ** gamma / t for gamma, t in (a, b)]
+    integral = np.trapezoid(profiles[0] * profiles[1], dx=width)
+    assert profile_products([a], [b])[0, 0] == pytest.approx(integral, rel=1e-4)
+
+
+def _walk(steps, seed=0):
+    """A model whose weights wander, and what they were after each step."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(40, 40)
+    passed = []
+    for step in range(steps):
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight) / (1 + step) ** 0.5)
+        passed.append(model.weight.detach().clone())
+        yield step, model, passed
+
+
+def test_power_averages_weigh_as_the_power_function():
+    for step, model, passed in _walk(60):  # noqa: B007
+        if step == 0:
+            ema = PowerEMA(model, [0.1, 0.05])
+        ema.update(model, step)
+    for gamma, averaged in zip(ema.gammas, ema.models, strict=True):
+        edges = (torch.arange(61) / 60) ** (gamma + 1)
+        expected = sum(weight * p for weight, p in zip(edges.diff(), passed, strict=True))
+        assert torch.allclose(averaged.weight, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [0.03, 0.07, 0.15, 0.25])
+def test_an_average_made_afterwards_is_the_one_tracked(tmp_path, wanted):
+    for step, model, _ in _walk(2000):
+        if step == 0:
+            ema, direct = PowerEMA(model, [0.1, 0.05]), PowerEMA(model, [wanted])
+        ema.update(model, step)
+        direct.update(model, step)
+        if (step + 1) % 125 == 0:
+            ema.save_snapshots(tmp_path, step + 1)
+    made, at = reconstruct(tmp_path, wanted)
+    weight = direct.model.weight
+    assert at == 2000 and set(made) == {"weight", "bias"}
+    # narrower than what was tracked is extrapolation
+    assert float((made["weight"] - weight).norm() / weight.norm()) < (0.025 if wanted < 0.05 else 0.01)
+    # the average itself is further away: otherwise this would show nothing
+    assert float((ema.model.weight - weight).norm() / weight.norm()) > 0.02
+    # and one that ends earlier does not know what came later
+    for step, model, _ in _walk(1000):
+        if step == 0:
+            direct = PowerEMA(model, [wanted])
+        direct.update(model, step)
+    made, at = reconstruct(tmp_path, wanted, step=1000)
+    weight = direct.model.weight
+    assert at == 1000 and float((made["weight"] - weight).norm() / weight.norm()) < 0.02
+
+
+def test_nothing_to_make_an_average_of(tmp_path):
+    with pytest.raises(UserError, match="no averages"):
+        reconstruct(tmp_path, 0.1)
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "cosine", "linear"])
