@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from latent_ddpm.checkpoint import CheckpointFolder
-from latent_ddpm.config import AutoencoderConfig, parse_config, save_config
+from latent_ddpm.config import AutoencoderConfig, in_steps, parse_config, save_config
 from latent_ddpm.data import (
     BadImages,
     ExampleOrder,
@@ -61,7 +61,7 @@ NORMALIZATION_IMAGES = 10_000  # enough for the mean and deviation of the export
 
 
 def main(argv: list[str]) -> int:
-    config = parse_config(AutoencoderConfig, argv)
+    config = asked = parse_config(AutoencoderConfig, argv)
     output_dir = Path(config.output_dir)
     saved_config = check_before_loading(config, "autoencoder")
     checkpoints = CheckpointFolder(output_dir / "checkpoints", "autoencoder", config.checkpoints_total_limit)
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------------------------------------------- data
     train_source, validation_source = open_sources(config)
     accelerator = make_accelerator(config)
+    config = in_steps(config, accelerator.num_processes)
     bad_images = BadImages(
         output_dir / "bad_images.jsonl", len(train_source) + len(validation_source), config.max_bad_image_share
     )
@@ -159,7 +160,7 @@ def main(argv: list[str]) -> int:
     held_weight = HeldWeight(alone, saved.get("held_weight"), device)
 
     if accelerator.is_main_process:
-        save_config(config, saved_config)
+        save_config(asked, saved_config)
         logger.info(
             "%d training and %d validation images, %d undecodable (%s)",
             len(train_set), len(validation_set), len(bad_images.names()), bad_images.path,

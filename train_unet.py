@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from latent_ddpm.checkpoint import CheckpointFolder
-from latent_ddpm.config import UNetConfig, parse_config, save_config
+from latent_ddpm.config import UNetConfig, in_steps, parse_config, save_config
 from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import (
     add_noise,
@@ -50,7 +50,7 @@ logger = logging.getLogger("train_unet")
 
 
 def main(argv: list[str]) -> int:
-    config = parse_config(UNetConfig, argv)
+    config = asked = parse_config(UNetConfig, argv)
     output_dir = Path(config.output_dir)
     saved_config = check_before_loading(config, "unet")
     checkpoints = CheckpointFolder(output_dir / "checkpoints", "unet", config.checkpoints_total_limit)
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
 
     # ---------------------------------------------------------------------------------------------- latents
     accelerator = make_accelerator(config)
+    config = in_steps(config, accelerator.num_processes)
     device = accelerator.device
     autoencoder.to(device)
     latents = latents_for_run(config, autoencoder, device, accelerator.is_main_process, accelerator.wait_for_everyone)
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> int:
     images_per_step = micro_batch * config.gradient_accumulation_steps
     order = ExampleOrder(len(latents), config.seed)
     if accelerator.is_main_process:
-        save_config(config, saved_config)
+        save_config(asked, saved_config)
         logger.info(
             "%d images as latents of %s in %s (std %.3g before normalization)",
             len(latents), "x".join(map(str, latents.shape)), latents.folder, latents.std,

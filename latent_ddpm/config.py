@@ -49,8 +49,14 @@ class RunConfig:
         gradient_accumulation_steps: micro-batches per optimizer step.
         max_train_steps: optimizer steps in all.
         learning_rate: the peak learning rate.
-        lr_scheduler: what follows the warm-up.
+        max_train_images: images in all; sets max_train_steps by what a step sees, so that the number of processes does
+            not change the length of the run. So do lr_warmup_images and lr_decay_images for their keys.
+        lr_scheduler: what follows the warm-up: constant, cosine or linear decay to 0, or warmup_stable_decay, which is
+            constant and then falls linearly to 0 over lr_decay_steps.
         lr_warmup_steps: steps over which the learning rate rises from 0.
+        lr_warmup_images: the same in images.
+        lr_decay_steps: of warmup_stable_decay; unset takes the last 3 tenths of the run.
+        lr_decay_images: the same in images.
         optimizer: adamw, or muon (arXiv 2502.16982), which has AdamW for what is no matrix.
         adam_beta1: AdamW's decay of the first moment.
         adam_beta2: AdamW's decay of the second moment.
@@ -85,8 +91,12 @@ class RunConfig:
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 10_000
     learning_rate: float = 2e-4
-    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    max_train_images: int | None = None
+    lr_scheduler: Literal["constant", "cosine", "linear", "warmup_stable_decay"] = "constant"
     lr_warmup_steps: int = 100
+    lr_warmup_images: int | None = None
+    lr_decay_steps: int | None = None
+    lr_decay_images: int | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99
@@ -114,6 +124,11 @@ class RunConfig:
             _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
         for key in ("seed", "lr_warmup_steps", "image_cache_gib", "dataloader_num_workers", "adam_weight_decay"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        for key in ("max_train_images", "lr_warmup_images", "lr_decay_steps", "lr_decay_images"):
+            value = getattr(self, key)
+            _require(value is None or value > 0, key, value, "greater than 0, or null")
+        if self.lr_scheduler != "warmup_stable_decay" and (self.lr_decay_steps or self.lr_decay_images):
+            raise UserError("lr_decay_steps and lr_decay_images are for lr_scheduler warmup_stable_decay.")
         for key in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
         _require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
@@ -380,6 +395,17 @@ class UNetConfig(RunConfig):
 
 
 Config = TypeVar("Config", bound=RunConfig)
+
+
+def in_steps(config: Config, num_processes: int) -> Config:
+    """The config with steps in place of whatever was given in images, rounded up."""
+    images_per_step = config.train_batch_size * config.gradient_accumulation_steps * num_processes
+    counts = {"max_train_steps": config.max_train_images, "lr_warmup_steps": config.lr_warmup_images}
+    counts["lr_decay_steps"] = config.lr_decay_images
+    steps = {key: math.ceil(images / images_per_step) for key, images in counts.items() if images is not None}
+    return dataclasses.replace(config, **steps)
+
+
 SECTION_OF = {AutoencoderConfig: "train_autoencoder", UNetConfig: "train_unet"}
 
 
@@ -501,7 +527,15 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 
 # Keys that may change between the start of a run and its continuation without making it another run.
 FREE_KEYS = {
-    *("output_dir", "max_train_steps", "resume_from_checkpoint", "report_to", "autoencoder", "latents_dir"),
+    *(
+        "output_dir",
+        "max_train_steps",
+        "max_train_images",
+        "resume_from_checkpoint",
+        "report_to",
+        "autoencoder",
+        "latents_dir",
+    ),
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("dataloader_num_workers", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots"),

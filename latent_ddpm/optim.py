@@ -8,6 +8,7 @@ import torch
 
 from latent_ddpm.config import RunConfig
 
+WSD_DECAY_SHARE = 0.3  # of a run, unless lr_decay_steps says otherwise
 _MUON_MOMENTUM = 0.95
 _MUON_SMALLEST = 16  # a matrix with fewer rows or columns than this is left to AdamW
 
@@ -113,13 +114,16 @@ def clip_gradients(
 def learning_rate_factor(step: int, config: RunConfig) -> float:
     """The share of the peak learning rate at a step: a rise over lr_warmup_steps, then what lr_scheduler says.
 
-    A function of the step alone, so there is no scheduler state to save. `cosine` and `linear` reach 0 at
+    A function of the step alone, so there is no scheduler state to save. All but `constant` reach 0 at
     max_train_steps.
     """
     if step < config.lr_warmup_steps:
         return (step + 1) / config.lr_warmup_steps
     progress = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
     progress = min(1.0, progress)
+    if config.lr_scheduler == "warmup_stable_decay":
+        decay_steps = config.lr_decay_steps or math.ceil(WSD_DECAY_SHARE * config.max_train_steps)
+        return min(1.0, max(0, config.max_train_steps - step) / decay_steps)
     return {
         "constant": 1.0,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),

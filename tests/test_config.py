@@ -112,6 +112,8 @@ def test_mistakes_are_named(words, message):
             "prediction_type epsilon says nothing about the image",
         ),
         (["--noise_shift", "0"], "noise_shift is 0"),
+        (["--max_train_images", "0"], "max_train_images is 0"),
+        (["--lr_decay_steps", "10"], "are for lr_scheduler warmup_stable_decay"),
         (["--ema_sigma_rels", "[0.1, 0.3]"], "ema_sigma_rels is .*0.28"),
         (["--ema_sigma_rels", "[]"], "ema_sigma_rels is"),
         (["--ema_decay", "0.999"], "Unknown option --ema_decay"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio
 
 from latent_ddpm.checkpoint import join_state, split_state
-from latent_ddpm.config import AutoencoderConfig, UNetConfig
+from latent_ddpm.config import AutoencoderConfig, UNetConfig, in_steps
 from latent_ddpm.diffusion import (
     add_noise,
     loss_weight,
@@ -107,8 +107,8 @@ def test_an_average_made_afterwards_is_the_one_tracked(tmp_path, wanted):
     made, at = reconstruct(tmp_path, wanted)
     weight = direct.model.weight
     assert at == 2000 and set(made) == {"weight", "bias"}
-    # narrower than what was tracked is extrapolation
-    assert float((made["weight"] - weight).norm() / weight.norm()) < (0.025 if wanted < 0.05 else 0.01)
+    # beyond what was tracked is extrapolation
+    assert float((made["weight"] - weight).norm() / weight.norm()) < (0.01 if wanted in (0.07, 0.15) else 0.025)
     # the average itself is further away: otherwise this would show nothing
     assert float((ema.model.weight - weight).norm() / weight.norm()) > 0.02
     # and one that ends earlier does not know what came later
@@ -135,6 +135,35 @@ def test_learning_rate(scheduler):
     assert factors[110] == pytest.approx(1.0 if scheduler == "constant" else 0.0)
     no_warmup = AutoencoderConfig(lr_scheduler=scheduler, lr_warmup_steps=0, max_train_steps=5)
     assert learning_rate_factor(0, no_warmup) == 1.0
+
+
+@pytest.mark.parametrize("decay_steps", [None, 20])
+def test_learning_rate_that_is_constant_and_then_decays(decay_steps):
+    config = AutoencoderConfig(
+        lr_scheduler="warmup_stable_decay", lr_warmup_steps=10, max_train_steps=100, lr_decay_steps=decay_steps
+    )
+    factors = np.array([learning_rate_factor(step, config) for step in range(101)])
+    begins = 100 - (decay_steps or 30)
+    assert factors[0] == 0.1 and (factors[9 : begins + 1] == 1).all()
+    assert np.allclose(factors[begins:], np.linspace(1, 0, 101 - begins))
+
+
+def test_a_run_in_images_has_the_same_images_on_any_number_of_processes():
+    config = AutoencoderConfig(
+        max_train_images=64_000,
+        lr_warmup_images=6_400,
+        lr_decay_images=12_800,
+        lr_scheduler="warmup_stable_decay",
+        train_batch_size=16,
+        gradient_accumulation_steps=2,
+        lr_warmup_steps=7,
+    )
+    for processes in (1, 4):
+        steps = in_steps(config, processes)
+        scale = 32 * processes
+        lengths = [steps.max_train_steps, steps.lr_warmup_steps, steps.lr_decay_steps]
+        assert [length * scale for length in lengths] == [64_000, 6_400, 12_800]
+    assert in_steps(AutoencoderConfig(), 3) == AutoencoderConfig()
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 32, 32)])
