@@ -19,15 +19,7 @@ import torch
 from latent_ddpm.checkpoint import CheckpointFolder
 from latent_ddpm.config import UNetConfig, in_steps, parse_config, save_config
 from latent_ddpm.data import ExampleOrder
-from latent_ddpm.diffusion import (
-    add_noise,
-    loss_weight,
-    make_noise_scheduler,
-    noise_levels,
-    sample_times,
-    sampling_scheduler,
-    target,
-)
+from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
 from latent_ddpm.distributed import StopSignal
 from latent_ddpm.ema import PowerEMA
 from latent_ddpm.export import (
@@ -84,8 +76,8 @@ def main(argv: list[str]) -> int:
     unet = accelerator.unwrap_model(model)
     for averaged in ema.models:
         averaged.to(device)
-    flow = config.prediction_type == "flow_prediction"
-    alphas_cumprod = None if flow else make_noise_scheduler(config).alphas_cumprod.to(device)
+    alphas_cumprod = noise_table(config)
+    alphas_cumprod = alphas_cumprod.to(device) if alphas_cumprod is not None else None
     saved_counts = state.get("skipped") if state else None
     skipped = SkippedSteps("U-Net", saved_counts, device, scaled=accelerator.scaler is not None)
 
@@ -163,17 +155,9 @@ def main(argv: list[str]) -> int:
             numbers = torch.arange(start, start + config.train_batch_size)
             flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
             clean = latents.batch(order.indices(np.asarray(numbers)), flipped).to(device, non_blocking=True)
-            numbers = numbers.to(device)
-            noise = normal(config.seed, Stream.NOISE, numbers, clean.shape[1:])
-            times = sample_times(config.seed, numbers, config)
-            timesteps, alpha, sigma = noise_levels(times, config, alphas_cumprod)
-            noisy = add_noise(clean, noise, alpha, sigma)
-            wanted = target(clean, noise, alpha, sigma, config.prediction_type)
-            weight = loss_weight(alpha, sigma, config.prediction_type, config.loss_weighting, config.snr_gamma)
+            batch = training_batch(clean, numbers.to(device), config, alphas_cumprod)
             with accelerator.accumulate(model):
-                prediction = model(noisy, timesteps).sample
-                error = (prediction.float() - wanted).pow(2).flatten(1).mean(1)  # (B,)
-                loss = (weight * error).mean()
+                loss = batch.loss(model(batch.noisy, batch.timesteps).sample)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)

@@ -5,11 +5,13 @@ Throughout z = alpha x + sigma eps, where x are clean latents of unit variance a
 alpha + sigma = 1 and any level (rectified flow, arXiv 2209.03003).
 """
 
+import dataclasses
+
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from latent_ddpm.config import UNetConfig
-from latent_ddpm.random import Stream, integers, uniform
+from latent_ddpm.random import Stream, integers, normal, uniform
 
 _MAX_SNR = 1e8  # also the inverse of the smallest one: keeps divisions finite at either end
 
@@ -54,6 +56,11 @@ def flow_sigma(times: torch.Tensor, shift: float) -> torch.Tensor:
     """The flow's noise level at a time: sigma / (1 - sigma) is `shift` times time / (1 - time) (arXiv
     2403.03206, eq. 23)."""
     return shift * times / (1 + (shift - 1) * times)
+
+
+def noise_table(config: UNetConfig) -> torch.Tensor | None:
+    """The diffusion's alpha^2 (T,); None of a flow."""
+    return None if config.prediction_type == "flow_prediction" else make_noise_scheduler(config).alphas_cumprod
 
 
 def noise_levels(
@@ -182,3 +189,49 @@ def sample_times(seed: int, numbers: torch.Tensor, config: UNetConfig) -> torch.
         return fraction
     quantile = torch.special.ndtri(fraction + 2.0**-33)
     return torch.sigmoid(config.logit_mean + config.logit_std * quantile).clamp(max=1 - 2.0**-40)
+
+
+# ----------------------------------------------------------------------------------------------- a batch to train on
+
+
+@dataclasses.dataclass
+class TrainingBatch:
+    """What a step of stage 2 needs.
+
+    Attributes:
+        noisy: (B, D, H, W), what the U-Net sees.
+        timesteps: (B,), what it is told.
+        wanted: (B, D, H, W), what it is to predict.
+        weight: (B,), of the squared errors.
+    """
+
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    wanted: torch.Tensor
+    weight: torch.Tensor
+
+    def loss(self, prediction: torch.Tensor) -> torch.Tensor:
+        """Weighted mean squared error of a prediction (B, D, H, W) of any float dtype; scalar."""
+        error = (prediction.float() - self.wanted).square().flatten(1).mean(1)  # (B,)
+        return (self.weight * error).mean()
+
+
+def training_batch(
+    clean: torch.Tensor, numbers: torch.Tensor, config: UNetConfig, alphas_cumprod: torch.Tensor | None
+) -> TrainingBatch:
+    """Noise latents; time and noise of an example follow from the seed and its number.
+
+    Args:
+        clean: latents (B, D, H, W) of unit variance.
+        numbers: int64 (B,), the example numbers, on the same device.
+        config: of the run.
+        alphas_cumprod: (T,), the diffusion's table; the flow has none.
+    """
+    noise = normal(config.seed, Stream.NOISE, numbers, clean.shape[1:])
+    timesteps, alpha, sigma = noise_levels(sample_times(config.seed, numbers, config), config, alphas_cumprod)
+    return TrainingBatch(
+        add_noise(clean, noise, alpha, sigma),
+        timesteps,
+        target(clean, noise, alpha, sigma, config.prediction_type),
+        loss_weight(alpha, sigma, config.prediction_type, config.loss_weighting, config.snr_gamma),
+    )
