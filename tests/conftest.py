@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 900  # seconds until a process counts as hung; a busy machine takes five times its usual time
 
 # tiny networks, so that a training run is seconds
 COMMON = {"seed": 0, "dataloader_num_workers": 0, "logging_steps": 1, "checkpoints_total_limit": 10}
@@ -75,7 +76,7 @@ def launch(script, output_dir, expect=0, processes=None, **flags):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     text = done.stdout + done.stderr
     assert done.returncode == expect, text[-4000:]
@@ -101,7 +102,7 @@ def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=N
     while time.monotonic() < deadline and process.poll() is None:
         if any(r["stage"] == stage and r["step"] >= step for r in read_metrics(metrics)):
             os.killpg(process.pid, signum) if group else process.send_signal(signum)
-            return process.wait(timeout=60)
+            return process.wait(timeout=PATIENCE)
         time.sleep(0.02)
     process.kill()
     raise AssertionError(f"{script} did not reach step {step}; it ended with {process.poll()}")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, environment
+from conftest import PATIENCE, ROOT, environment
 from PIL import Image
 
 TINY = ["--resolution", "16", "--block_out_channels", "[8,16]", "--norm_num_groups", "4", "--num_vq_embeddings", "32"]
@@ -15,7 +15,7 @@ TINY += ["--train_batch_size", "8", "--lr_warmup_steps", "2", "--dataloader_num_
 
 def script(name, *words, expect=0):
     command = [sys.executable, f"scripts/{name}", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == expect, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -46,7 +46,7 @@ def test_benchmark_autoencoder_knows_its_recipes(photos, tmp_path):
 
 
 def test_benchmark_discriminator_and_that_it_goes_on_where_it_was_killed(photos, tmp_path):
-    words = ["--seeds", 1, 2, "--work_dir", tmp_path / "work", "--json", tmp_path / "r.json", "--train_data_dir",
+    words = ["--seeds", 1, "--work_dir", tmp_path / "work", "--json", tmp_path / "r.json", "--train_data_dir",
              photos, *TINY, "--max_train_steps", 8, "--disc_start", 4, "--checkpointing_steps", 2, "--disc_weight", 0.5,
              "--disc_adaptive_steps", 1, "--disc_channels", 8, "--disc_layers", 1, "--validation_fraction", 0.2,
              "--recipes", "", "--disc_norm actnorm"]  # fmt: skip
@@ -59,7 +59,7 @@ def test_benchmark_discriminator_and_that_it_goes_on_where_it_was_killed(photos,
     shutil.rmtree(with_it / "checkpoints" / "autoencoder-00000008")
     script("benchmark_discriminator.py", *words)
     result = json.loads((tmp_path / "r.json").read_text())
-    assert [r["seed"] for r in result["results"]] == [1, 2]
+    assert [r["seed"] for r in result["results"]] == [1]
     first = result["results"][0]
     assert first["with"]["psnr"] != first["without"]["psnr"]
     assert list(result["recipes"]) == ["with", "with --disc_norm actnorm"]

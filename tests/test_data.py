@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -436,7 +437,7 @@ def test_a_dataset_comes_from_the_hub(tmp_path):
             )
             for name in ("you/set", "you/nothing")
         ]
-        there, missing = (run.communicate(timeout=120)[0].strip() for run in runs)
+        there, missing = (run.communicate(timeout=PATIENCE)[0].strip() for run in runs)
         server.shutdown()
     assert there == "5 4 train[1] 0001.png (102, 0, 200) ['even', 'odd']"
     assert missing.startswith("UserError: dataset_name: there is no dataset 'you/nothing' on the Hub")

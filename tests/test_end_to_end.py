@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    PATIENCE,
     ROOT,
     assert_same_tensors,
     checkpoint_tensors,
@@ -34,7 +35,7 @@ OTHER_GAN = {**GAN, "disc_loss": "non_saturating", "disc_norm": "actnorm", "disc
 def script(name, *words):
     done = subprocess.run(
         [sys.executable, f"scripts/{name}", *map(str, words)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -167,7 +168,7 @@ def test_every_example_of_kl_has_noise_of_its_own(trained_kl, tmp_path):
     """Also over the end of an epoch, where the images come again."""
     _, _, kl = trained_kl
     words = [sys.executable, "-c", NUMBERS, *command("train_autoencoder.py", tmp_path, **kl)[2:]]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert json.loads(done.stdout.splitlines()[-1]) == list(range(64))  # 8 steps of 2 micro-batches of 4; 46 images
 
 

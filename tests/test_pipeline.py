@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from diffusers.callbacks import PipelineCallback
 
@@ -145,7 +146,7 @@ assert "pipeline_latent_ddpm" not in sys.modules and "latent_ddpm" not in sys.mo
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     expected = make_pipeline()(batch_size=2, num_inference_steps=3, generator=seeded(), output_type="np").images

@@ -9,10 +9,10 @@ from latent_ddpm.config import UNetConfig
 from latent_ddpm.errors import UserError
 
 
-def make_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UNet2DModel:
+def make_unet(config: UNetConfig, latent_channels: int, latent_size: int, zero_branches: bool = True) -> UNet2DModel:
     """A UNet2DModel with initial weights for latents (B, latent_channels, latent_size, latent_size).
 
-    Random, but for the layers that `zero_residual_branches` clears.
+    Random, but for the layers that `zero_residual_branches` clears unless `zero_branches` is false.
 
     Raises:
         UserError: the latents are not divisible by the U-Net's downsampling.
@@ -38,7 +38,8 @@ def make_unet(config: UNetConfig, latent_channels: int, latent_size: int) -> UNe
         dropout=config.unet_dropout,
         add_attention=any(attention),
     )
-    zero_residual_branches(unet)
+    if zero_branches:
+        zero_residual_branches(unet)
     return unet
 
 
