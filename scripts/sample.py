@@ -8,8 +8,6 @@ every setting. Image number i follows from (seed, i) alone, so neither --batch_s
 """
 
 import argparse
-import difflib
-import inspect
 import json
 import os
 import sys
@@ -20,34 +18,9 @@ import torch
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.grids import make_grid, save_png
-from latent_ddpm.random import Stream, normal, seed_for_step
-from pipeline_latent_ddpm import LatentDDPMPipeline
+from latent_ddpm.sampling import SCHEDULERS, draw_images, find_scheduler, load_pipeline, one_line, with_scheduler
 
 GRID_LIMIT = 64
-
-# name: (diffusers class, what to change in its config)
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),  # as latent diffusion did; else it needs 4 steps or more
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsolver++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
-    "kdpm2": ("KDPM2DiscreteScheduler", {}),
-    "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
-}
-SCHEDULERS |= {class_name: (class_name, {}) for class_name, _ in list(SCHEDULERS.values())}
-SCHEDULERS["PNDMScheduler"] = SCHEDULERS["pndm"]
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def positive(text: str) -> int:
@@ -71,73 +44,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="such as cpu, cuda, cuda:1, mps; by default the fastest there is")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     return parser.parse_args(argv)
-
-
-def load_pipeline(name: str) -> LatentDDPMPipeline:
-    """The pipeline in a folder or a Hub repository, as `LatentDDPMPipeline`.
-
-    Raises:
-        UserError: there is no such folder or repository, or it holds something else.
-    """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        inside = folder / "pipeline"
-        hint = f"; did you mean {inside}?" if (inside / "model_index.json").is_file() else ""
-        raise UserError(f"{name} is not a pipeline folder: it has no model_index.json{hint}")
-    # A Hub id is one or two plain words; anything else can only have been meant as a folder.
-    if not folder.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise UserError(f"there is no folder {name}")
-    try:
-        index = LatentDDPMPipeline.load_config(name)
-        missing = {"vqvae", "unet", "scheduler"} - index.keys()
-        if missing:
-            raise UserError(
-                f"{name} holds a {index.get('_class_name')}, which is not a latent diffusion pipeline of ours: "
-                f"it lacks {', '.join(sorted(missing))}"
-            )
-        return LatentDDPMPipeline.from_pretrained(name, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        what = (
-            "the pipeline in this folder can not be loaded"
-            if folder.is_dir()
-            else "neither a folder nor readable on the Hub"
-        )
-        raise UserError(f"{name}: {what}: {one_line(error)}") from error
-
-
-def find_scheduler(name: str) -> tuple[str, dict]:
-    """The diffusers class and the changes to its config that `name`, in any case, stands for."""
-    by_lower = {known.lower(): known for known in SCHEDULERS}
-    if name.lower() not in by_lower:
-        nearest = by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
-        raise UserError(f"--scheduler {name} is unknown; did you mean {nearest}?")
-    return SCHEDULERS[by_lower[name.lower()]]
-
-
-def with_scheduler(scheduler: diffusers.SchedulerMixin, name: str) -> diffusers.SchedulerMixin:
-    """The scheduler called `name`, with the noise table and prediction type of the pipeline's own.
-
-    Raises:
-        UserError: the name is unknown, or that scheduler can not sample what this model learned.
-    """
-    class_name, overrides = find_scheduler(name)
-    scheduler_class = getattr(diffusers, class_name)
-    own, config = type(scheduler).__name__, scheduler.config
-    if own.startswith("FlowMatch") != class_name.startswith("FlowMatch"):
-        raise UserError(f"--scheduler {name}: the model was trained for {own}, and one is flow matching, the other not")
-    config = {key: value for key, value in config.items() if key != "_use_default_values"}
-    parameters = inspect.signature(scheduler_class).parameters
-    # Its noise table would differ from the one the model was trained on, and the images be wrong without a word.
-    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in parameters:
-        raise UserError(
-            f"--scheduler {name}: {class_name} lacks rescale_betas_zero_snr, which this model was trained with"
-        )
-    if "clip_sample" in parameters:  # the default, True, is for pixels: latents are not bounded by 1
-        config.setdefault("clip_sample", False)
-    try:
-        return scheduler_class.from_config(config, **overrides)
-    except (ImportError, NotImplementedError, ValueError) as error:
-        raise UserError(f"--scheduler {name}: {one_line(error)}") from error
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -176,29 +82,13 @@ def sample(args: argparse.Namespace) -> None:
             f"{pipe.scheduler.config.num_train_timesteps} steps the model was trained with"
         )
     pipe.set_progress_bar_config(leave=False)
-    size = pipe.unet.config.sample_size
-    shape = (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))  # (C, h, w)
 
     # ---------------------------------------------------------------------------------- sampling
 
     for_grid, files = [], []
     for start in range(0, args.num_images, args.batch_size):
         numbers = torch.arange(start, min(start + args.batch_size, args.num_images))
-        # Noise inside the loop, where the scheduler draws any, also belongs to one image alone.
-        generators = [torch.Generator().manual_seed(seed_for_step(args.seed, int(n), 0)) for n in numbers]
-        try:
-            images = pipe(
-                batch_size=len(numbers),
-                num_inference_steps=args.num_inference_steps,
-                eta=args.eta,
-                generator=generators,
-                latents=normal(args.seed, Stream.SAMPLE, numbers, shape),
-                output_type="pt",
-            ).images
-        except (NotImplementedError, ValueError) as error:
-            if "prediction_type" not in str(error):
-                raise
-            raise UserError(f"{type(pipe.scheduler).__name__} can not sample this model: {one_line(error)}") from error
+        images = draw_images(pipe, args.seed, numbers, args.num_inference_steps, args.eta)
         images = images.cpu() * 2 - 1  # (B, C, H, W) in [-1, 1]
         for_grid.append(images[: max(0, GRID_LIMIT - start)])
         if not args.no_individual:

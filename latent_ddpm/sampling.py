@@ -1,0 +1,214 @@
+"""Drawing from a trained pipeline: which one, by which scheduler, from which noise, on how many processes.
+
+    load_pipeline(name)             a folder or a Hub repository -> LatentDDPMPipeline
+    with_scheduler(scheduler, name) another scheduler for the same model
+    draw_images(...)                the images of given numbers
+    draw_shared(...)                images 0 .. count - 1, shared out between the processes
+
+Image number n follows from (seed, n) alone: its starting noise is `normal(seed, Stream.SAMPLE, n)`, and where the
+scheduler draws noise itself, that comes from a generator of this image.
+"""
+
+import contextlib
+import difflib
+import inspect
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import torch
+from tqdm.auto import tqdm
+
+from latent_ddpm.data import to_uint8
+from latent_ddpm.distributed import all_gather_rows, process_count, process_index
+from latent_ddpm.errors import UserError
+from latent_ddpm.random import Stream, normal, seed_for_step
+from pipeline_latent_ddpm import LatentDDPMPipeline
+
+# name: (diffusers class, what to change in its config)
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),  # as latent diffusion did; else it needs 4 steps or more
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+}
+SCHEDULERS |= {class_name: (class_name, {}) for class_name, _ in list(SCHEDULERS.values())}
+SCHEDULERS["PNDMScheduler"] = SCHEDULERS["pndm"]
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def load_pipeline(name: str) -> LatentDDPMPipeline:
+    """The pipeline in a folder or a Hub repository, as `LatentDDPMPipeline`.
+
+    Raises:
+        UserError: there is no such folder or repository, or it holds something else.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        inside = folder / "pipeline"
+        hint = f"; did you mean {inside}?" if (inside / "model_index.json").is_file() else ""
+        raise UserError(f"{name} is not a pipeline folder: it has no model_index.json{hint}")
+    # A Hub id is one or two plain words; anything else can only have been meant as a folder.
+    if not folder.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise UserError(f"there is no folder {name}")
+    try:
+        index = LatentDDPMPipeline.load_config(name)
+        missing = {"vqvae", "unet", "scheduler"} - index.keys()
+        if missing:
+            raise UserError(
+                f"{name} holds a {index.get('_class_name')}, which is not a latent diffusion pipeline of ours: "
+                f"it lacks {', '.join(sorted(missing))}"
+            )
+        return LatentDDPMPipeline.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        what = (
+            "the pipeline in this folder can not be loaded"
+            if folder.is_dir()
+            else "neither a folder nor readable on the Hub"
+        )
+        raise UserError(f"{name}: {what}: {one_line(error)}") from error
+
+
+def find_scheduler(name: str) -> tuple[str, dict]:
+    """The diffusers class and the changes to its config that `name`, in any case, stands for."""
+    by_lower = {known.lower(): known for known in SCHEDULERS}
+    if name.lower() not in by_lower:
+        nearest = by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+        raise UserError(f"--scheduler {name} is unknown; did you mean {nearest}?")
+    return SCHEDULERS[by_lower[name.lower()]]
+
+
+def with_scheduler(scheduler: diffusers.SchedulerMixin, name: str) -> diffusers.SchedulerMixin:
+    """The scheduler called `name`, with the noise table and prediction type of the pipeline's own.
+
+    Raises:
+        UserError: the name is unknown, or that scheduler can not sample what this model learned.
+    """
+    class_name, overrides = find_scheduler(name)
+    scheduler_class = getattr(diffusers, class_name)
+    own, config = type(scheduler).__name__, scheduler.config
+    if own.startswith("FlowMatch") != class_name.startswith("FlowMatch"):
+        raise UserError(f"--scheduler {name}: the model was trained for {own}, and one is flow matching, the other not")
+    config = {key: value for key, value in config.items() if key != "_use_default_values"}
+    parameters = inspect.signature(scheduler_class).parameters
+    # Its noise table would differ from the one the model was trained on, and the images be wrong without a word.
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in parameters:
+        raise UserError(
+            f"--scheduler {name}: {class_name} lacks rescale_betas_zero_snr, which this model was trained with"
+        )
+    if "clip_sample" in parameters:  # the default, True, is for pixels: latents are not bounded by 1
+        config.setdefault("clip_sample", False)
+    try:
+        return scheduler_class.from_config(config, **overrides)
+    except (ImportError, NotImplementedError, ValueError) as error:
+        raise UserError(f"--scheduler {name}: {one_line(error)}") from error
+
+
+def latent_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
+    """(D, h, w) of the latents that the pipeline's U-Net denoises."""
+    size = pipe.unet.config.sample_size
+    return (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def image_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
+    """(C, H, W) of the pipeline's images."""
+    factor = 2 ** (len(pipe.vqvae.config.block_out_channels) - 1)
+    return (pipe.vqvae.config.out_channels, *(factor * side for side in latent_shape(pipe)[1:]))
+
+
+def draw_images(
+    pipe: LatentDDPMPipeline, seed: int, numbers: torch.Tensor, num_inference_steps: int, eta: float = 0.0
+) -> torch.Tensor:
+    """The images of the given numbers.
+
+    Args:
+        pipe: draws with its own scheduler, on its own device.
+        seed: any non-negative integer below 2**64.
+        numbers: int64 (B,).
+        num_inference_steps: denoising steps.
+        eta: noise of DDIM, see `LatentDDPMPipeline`.
+
+    Returns:
+        float32 (B, C, H, W) in [0, 1] on the pipeline's device.
+
+    Raises:
+        UserError: the scheduler can not work on what this model predicts.
+    """
+    generators = [torch.Generator().manual_seed(seed_for_step(seed, int(n), 0)) for n in numbers]
+    try:
+        return pipe(
+            batch_size=len(numbers),
+            num_inference_steps=num_inference_steps,
+            eta=eta,
+            generator=generators,
+            latents=normal(seed, Stream.SAMPLE, numbers, latent_shape(pipe)),
+            output_type="pt",
+        ).images
+    except (NotImplementedError, ValueError) as error:
+        if "prediction_type" not in str(error):
+            raise
+        raise UserError(f"{type(pipe.scheduler).__name__} can not sample this model: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, arithmetic by one thread: the order of a sum must not depend on how the cores are shared out."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def draw_shared(
+    pipe: LatentDDPMPipeline, seed: int, count: int, batch_size: int, num_inference_steps: int
+) -> torch.Tensor | None:
+    """Images number 0 .. count - 1, the same bits on any number of processes; call it in every process.
+
+    Batch k holds the numbers k * batch_size and following, and process k % P of P draws it: what stands together in a
+    batch, which can change the last bits, does not depend on P. On a CPU each process draws with one thread.
+
+    Args:
+        pipe: the same in every process, on its device.
+        seed: as for `draw_images`.
+        count: how many images, at least 1.
+        batch_size: images at a time in one process.
+        num_inference_steps: denoising steps.
+
+    Returns:
+        uint8 (count, C, H, W) on the CPU, in order of number, in the first process; None in the others.
+
+    Raises:
+        UserError: as `draw_images`.
+    """
+    first, processes = process_index(), process_count()
+    rounds = math.ceil(count / (batch_size * processes))
+    kept = []
+    with _one_thread(pipe.device):
+        for k in tqdm(range(rounds), desc="sampling", unit="round", disable=first > 0, leave=False, dynamic_ncols=True):
+            start = min((k * processes + first) * batch_size, count)
+            numbers = torch.arange(start, min(start + batch_size, count))
+            part = torch.zeros(batch_size, *image_shape(pipe), dtype=torch.uint8, device=pipe.device)
+            if len(numbers):
+                part[: len(numbers)] = to_uint8(draw_images(pipe, seed, numbers, num_inference_steps) * 2 - 1)
+            joint = all_gather_rows(part)  # (P * batch_size, C, H, W), by rank and so by number; padded at the very end
+            if first == 0:
+                kept.append(joint.cpu())
+    return torch.cat(kept)[:count] if first == 0 else None
