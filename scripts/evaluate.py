@@ -7,6 +7,22 @@
         JSON file.
         Takes the keys of train_unet.py; --autoencoder DIR measures another one.
 
+    python scripts/evaluate.py pipeline --config configs/mnist.yaml --num_images 5000 \\
+            --schedulers ddim dpmsolver++ --steps 10 20 50
+        <output_dir>/pipeline, or --pipeline DIR, against as many images of the training split (all of it where it has
+        fewer): Frechet distance, KID, precision, recall, density and coverage in the features of --feature_extractor
+        (by default efficientnet-lite0), images/s, and how near samples are to training images: the median distance to
+        the nearest one, beside the same of held-out images. A model that knows its training set by heart has samples
+        much nearer than held-out images are. Also --seed and --batch_size; takes the keys of train_unet.py. By default
+        the pipeline's own scheduler, and num_inference_steps. Every scheduler is measured with every number of steps.
+        Beside the JSON file: -samples.png (a row per setting, the same noise in each column), -neighbours.png
+        (samples of the setting with the lowest Frechet distance and their nearest training images) and, of several
+        settings, the figure of their Frechet distances.
+        With `accelerate launch` in place of `python`, processes share the drawing; the samples are the same. On a CPU a
+        process draws with one thread, so launch as many as there are cores. Features of real images are kept in
+        --feature_cache, by default <output_dir>/cache/features. Mirrored training images are not searched: a mirrored
+        copy has nearly the same features.
+
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 25
         Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits.
 
@@ -14,6 +30,8 @@ Prints the figures and writes them as JSON (--json FILE; by default evaluation-<
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import math
 import shlex
@@ -23,29 +41,51 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import psutil
 import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from latent_ddpm.config import UNetConfig, parse_config
-from latent_ddpm.data import BadImages, eval_batches, open_image_dataset, to_float, to_uint8
+from latent_ddpm.data import BadImages, ImageDataset, eval_batches, open_image_dataset, to_float, to_uint8
 from latent_ddpm.digits import digit_probabilities, digit_tensors, judge, train_digit_classifier
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr
 from latent_ddpm.export import check_autoencoder_fits, code_count, latents_of, load_autoencoder, quantize_indices
-from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
-from latent_ddpm.grids import reconstruction_grid
-from latent_ddpm.launch import run
+from latent_ddpm.features import (
+    EXTRACTORS,
+    MIN_IMAGES,
+    cached_features,
+    check_installed,
+    compare_features,
+    extract_features,
+    frechet_distance,
+    load_extractor,
+    nearest,
+)
+from latent_ddpm.grids import make_grid, reconstruction_grid, save_png
+from latent_ddpm.launch import make_accelerator, run
 from latent_ddpm.losses import TRUNKS, load_lpips
-from latent_ddpm.random import Stream, normal
+from latent_ddpm.random import Stream, normal, permutation
+from latent_ddpm.sampling import draw_shared, find_scheduler, image_shape, load_pipeline, with_scheduler
 from latent_ddpm.sources import open_sources
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 
 def write_json(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    save_json(path, result)
     print(json.dumps(result, indent=1))
     print(f"written to {path}", file=sys.stderr)
+
+
+def save_json(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def images_per_second(function: Callable[[], object], images: int, device: torch.device) -> float:
@@ -152,12 +192,263 @@ def measure_autoencoder(argv: list[str]) -> None:
         result["encode_images_per_second"] = images_per_second(lambda: autoencoder.encode(batch), len(batch), device)
         result["decode_images_per_second"] = images_per_second(lambda: autoencoder.decode(latents), len(batch), device)
     result["peak_memory_gib"] = peak_memory(device)
-    result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    result["device"] = name_of(device)
     path = options.json or output_dir / "evaluation-autoencoder.json"
     command = "python scripts/evaluate.py autoencoder " + shlex.join(argv)
     write_json(path, {"command": command.strip(), **result})
     draw_autoencoder(path.with_suffix(".png"), counts, torch.cat(errors), originals, reconstructions)
     print(f"figure: {path.with_suffix('.png')}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A pipeline against its dataset
+# ---------------------------------------------------------------------------------------------------------------
+
+SHOWN_NEIGHBOURS = 6  # of each of twice as many samples
+
+
+@dataclasses.dataclass
+class Reals:
+    """The real images, as features.
+
+    Attributes:
+        images: the training images.
+        train: float32 (T, D).
+        indices: int64 (T,), which image each row is.
+        rows: int64 (n,), those that samples are compared with.
+        held_out_distance: median distance of held-out images to their nearest training image.
+        held_out: how many those are.
+    """
+
+    images: ImageDataset
+    train: torch.Tensor
+    indices: torch.Tensor
+    rows: torch.Tensor
+    held_out_distance: float
+    held_out: int
+
+
+def read_reals(
+    config: UNetConfig, count: int, extractor: str, network: torch.nn.Module, device: torch.device, cache: Path
+) -> Reals:
+    """Features of the training and held-out images, each as the latent cache sees it; `count` of them to compare."""
+    output_dir = Path(config.output_dir)
+    sources = open_sources(config)
+    bad_images = BadImages(output_dir / "bad_images.jsonl", sum(map(len, sources)), config.max_bad_image_share)
+    features, indices, datasets = [], [], []
+    for source, name in zip(sources, ("training", "held-out"), strict=True):
+        images = open_image_dataset(
+            source, config, output_dir / "cache", bad_images, train=False, is_main=True, wait=lambda: None
+        )
+        if name == "training" and len(images) < MIN_IMAGES:
+            raise UserError(f"There are only {len(images)} training images; at least {MIN_IMAGES} are needed.")
+        batches = eval_batches(images, 64, num_workers=config.dataloader_num_workers)
+        shown = tqdm(batches, f"features of {name} images", math.ceil(len(images) / 64), leave=False)
+        path = cache / f"{extractor}-{images.fingerprint}.safetensors"
+        for kept, new in zip((features, indices), cached_features(network, shown, device, path), strict=True):
+            kept.append(new)
+        datasets.append(images)
+    (train, held_out), (train_indices, _) = features, indices
+    # always the same ones, whatever the seed of the samples; not the first ones, which may be of one class
+    rows = torch.from_numpy(permutation(0, 0, len(train))[:count])
+    distance = float(nearest(held_out, train, 1)[0].median())
+    return Reals(datasets[0], train, train_indices, rows, distance, len(held_out))
+
+
+def neighbour_figures(distances: torch.Tensor, reals: Reals) -> dict[str, float | None]:
+    """Of samples' distances (N,) to their nearest training images: the median, and that over the held-out images'."""
+    median, reference = float(distances.median()), reals.held_out_distance
+    return {
+        "neighbour_distance": median,
+        # null where half of the held-out images are in the training set as well
+        "neighbour_distance_over_held_out": median / reference if reference else None,
+    }
+
+
+def draw_neighbours(
+    path: Path, title: str, samples: torch.Tensor, distances: torch.Tensor, found: torch.Tensor, reals: Reals
+) -> None:
+    """The samples closest to a training image, and the first ones by number: each before its nearest training images.
+
+    Args:
+        samples: uint8 (N, C, H, W).
+        distances, found: (N, SHOWN_NEIGHBOURS), of and to the nearest training images, as rows of `reals.train`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = (("closest to a training image", distances[:, 0].argsort()[:SHOWN_NEIGHBOURS]),)
+    panels += (("the first by number", torch.arange(SHOWN_NEIGHBOURS)),)
+    scale = max(1, 64 // samples.shape[-1])
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), constrained_layout=True)
+    for axis, (name, chosen) in zip(axes, panels, strict=True):
+        rows = [torch.stack([samples[i], *(reals.images.get(int(reals.indices[j])) for j in found[i])]) for i in chosen]
+        axis.imshow(make_grid(to_float(torch.cat(rows)), len(rows[0]), scale), cmap="gray", interpolation="nearest")
+        axis.axvline(scale * samples.shape[-1] + 2.5, color="red", linewidth=2)
+        near, far = distances[chosen, 0].min(), distances[chosen, 0].max()
+        axis.set_title(f"{name}: nearest at {near:.2f} to {far:.2f}")
+        axis.axis("off")
+    reference = f"held-out images: nearest at {reals.held_out_distance:.2f} (median)"
+    figure.suptitle(f"{title}: samples | their nearest training images; {reference}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_sweep(path: Path, settings: list[dict]) -> None:
+    """Frechet distances over steps, a line per scheduler."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), constrained_layout=True)
+    for scheduler in dict.fromkeys(setting["scheduler"] for setting in settings):
+        points = [(s["steps"], s["fd"]) for s in settings if s["scheduler"] == scheduler]
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=scheduler)
+    axis.set_xscale("log")
+    steps = sorted({setting["steps"] for setting in settings})
+    axis.set_xticks(steps, [str(number) for number in steps])
+    axis.minorticks_off()
+    axis.set_xlabel("sampling steps")
+    axis.set_ylabel(f"Frechet distance ({settings[0]['feature_extractor']}, {settings[0]['samples']:,} samples)")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def print_table(settings: list[dict]) -> None:
+    columns = ("scheduler", "steps", "fd", "kid", "precision", "recall", "density", "coverage")
+    columns += ("neighbour_distance_over_held_out", "images_per_second")
+    rows = [[f"{s[key]:.4g}" if isinstance(s[key], float) else str(s[key]) for key in columns] for s in settings]
+    heads = [*columns[:-2], "near/held-out", "images/s"]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
+    """The command line of `pipeline`, and what can be refused of it without loading anything."""
+    parser = argparse.ArgumentParser(prog="evaluate.py pipeline", add_help=False, allow_abbrev=False)
+    parser.add_argument("--pipeline")
+    parser.add_argument("--num_images", type=int, default=5000)
+    parser.add_argument("--feature_extractor", choices=EXTRACTORS, default="efficientnet-lite0")
+    parser.add_argument("--schedulers", nargs="+", default=[])
+    parser.add_argument("--steps", type=int, nargs="+")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--feature_cache", type=Path)
+    options, rest = parser.parse_known_args(argv)
+    check_installed(options.feature_extractor, "matplotlib")
+    config = parse_config(UNetConfig, rest)
+    options.steps = options.steps or [config.num_inference_steps]
+    for key, least in (("num_images", MIN_IMAGES), ("batch_size", 1), ("seed", 0)):
+        if getattr(options, key) < least:
+            raise UserError(f"--{key} is {getattr(options, key)}; it has to be at least {least}.")
+    if min(options.steps) < 1:
+        raise UserError(f"--steps is {min(options.steps)}; it has to be at least 1.")
+    for name in options.schedulers:
+        find_scheduler(name)
+    default = Path(config.output_dir) / "pipeline"
+    if options.pipeline is None and not (default / "model_index.json").exists():
+        raise UserError(f"There is no pipeline in {default}. Run train_unet.py first, or name one with --pipeline.")
+    options.pipeline = options.pipeline or str(default)
+    return options, config
+
+
+def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDPMPipeline, dict]:
+    """The pipeline and, by name, the schedulers to measure it with; what does not fit is refused."""
+    diffusers.utils.logging.disable_progress_bar()  # of loading
+    pipe = load_pipeline(options.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    wanted = (config.image_channels, config.resolution, config.resolution)
+    if image_shape(pipe) != wanted:
+        makes, says = ("x".join(map(str, shape)) for shape in (image_shape(pipe), wanted))
+        raise UserError(f"{options.pipeline} makes images of {makes}, the config says {says}.")
+    known = pipe.scheduler.config.num_train_timesteps
+    if max(options.steps) > known:
+        raise UserError(f"--steps {max(options.steps)} is more than the {known} that the model was trained with.")
+    if not options.schedulers:
+        return pipe, {type(pipe.scheduler).__name__: pipe.scheduler}
+    return pipe, {name: with_scheduler(pipe.scheduler, name) for name in options.schedulers}
+
+
+def command_of(argv: list[str], accelerator: Accelerator) -> str:
+    """The words that draw and measure the same again."""
+    launcher = "python"
+    if accelerator.num_processes > 1:
+        cpu = "--cpu " if accelerator.device.type == "cpu" else ""
+        launcher = f"accelerate launch {cpu}--num_processes {accelerator.num_processes}"
+    return f"{launcher} scripts/evaluate.py pipeline {shlex.join(argv)}".strip()
+
+
+def measure_pipeline(argv: list[str]) -> None:
+    options, config = pipeline_options(argv)
+    pipe, schedulers = load_for(options, config)
+    accelerator = make_accelerator(dataclasses.replace(config, mixed_precision="no", report_to="none"))
+    device, is_main = accelerator.device, accelerator.is_main_process
+    pipe.to(device)
+    path = options.json or Path(config.output_dir) / "evaluation-pipeline.json"
+    extractor = options.feature_extractor
+    result = {
+        "command": command_of(argv, accelerator),
+        "pipeline": options.pipeline,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "device": name_of(device),
+        "processes": accelerator.num_processes,
+    }
+    if is_main:
+        network = load_extractor(extractor, device)
+        cache = options.feature_cache or Path(config.output_dir) / "cache" / "features"
+        reals = read_reals(config, options.num_images, extractor, network, device, cache)
+        result["compared_with"] = f"{len(reals.rows)} of the {len(reals.train)} training images, a fixed random choice"
+        result["neighbours_searched"] = f"all {len(reals.train)} training images"
+        result |= {"held_out_images": reals.held_out, "held_out_neighbour_distance": reals.held_out_distance}
+
+    sweep = [(name, steps) for name in schedulers for steps in dict.fromkeys(options.steps)]
+    settings: list[dict] = []
+    sheet = []
+    for name, steps in sweep:
+        pipe.scheduler = schedulers[name]
+        accelerator.wait_for_everyone()  # or the wait for the first process would count as drawing
+        begun = time.perf_counter()
+        samples = draw_shared(pipe, options.seed, options.num_images, options.batch_size, steps)
+        seconds = time.perf_counter() - begun
+        if not is_main:
+            continue
+        batches = tqdm(samples.split(64), "features of samples", leave=False)
+        features = extract_features(network, batches, device)
+        distances, found = nearest(features, reals.train, SHOWN_NEIGHBOURS)
+        settings.append(
+            {
+                "scheduler": name,
+                "steps": steps,
+                "feature_extractor": extractor,
+                "samples": len(samples),
+                "reals": len(reals.rows),
+                **compare_features(features, reals.train[reals.rows]),
+                **neighbour_figures(distances[:, 0], reals),
+                "images_per_second": len(samples) / seconds,
+                "samples_sha256": hashlib.sha256(samples.numpy().tobytes()).hexdigest(),
+            }
+        )
+        # written again and again: a long sweep that is stopped leaves what it has
+        sheet.append(to_float(samples[: 16 if len(sweep) > 1 else 64]))
+        save_png(make_grid(torch.cat(sheet), columns=16), path.with_name(f"{path.stem}-samples.png"))
+        if settings[-1] is min(settings, key=lambda setting: setting["fd"]):
+            result["neighbours_shown"] = f"{name}, {steps} steps"
+            picture = path.with_name(f"{path.stem}-neighbours.png")
+            draw_neighbours(picture, result["neighbours_shown"], samples, distances, found, reals)
+        save_json(path, {**result, "settings": settings})
+    if is_main:
+        if len(settings) > 1:
+            draw_sweep(path.with_suffix(".png"), settings)
+        print_table(settings)
+        print(f"written to {path}, pictures beside it", file=sys.stderr)
+    accelerator.wait_for_everyone()
 
 
 def measure_digits(argv: list[str]) -> None:
@@ -204,7 +495,7 @@ def measure_digits(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    commands = {"autoencoder": measure_autoencoder, "digits": measure_digits}
+    commands = {"autoencoder": measure_autoencoder, "pipeline": measure_pipeline, "digits": measure_digits}
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
