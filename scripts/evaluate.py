@@ -358,8 +358,8 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     return options, config
 
 
-def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDPMPipeline, dict]:
-    """The pipeline and, by name, the schedulers to measure it with; what does not fit is refused."""
+def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDPMPipeline, list[tuple]]:
+    """The pipeline, and all (name, scheduler, steps) to measure it with; what does not fit is refused."""
     diffusers.utils.logging.disable_progress_bar()  # of loading
     pipe = load_pipeline(options.pipeline)
     pipe.set_progress_bar_config(disable=True)
@@ -370,9 +370,9 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
     known = pipe.scheduler.config.num_train_timesteps
     if max(options.steps) > known:
         raise UserError(f"--steps {max(options.steps)} is more than the {known} that the model was trained with.")
-    if not options.schedulers:
-        return pipe, {type(pipe.scheduler).__name__: pipe.scheduler}
-    return pipe, {name: with_scheduler(pipe.scheduler, name) for name in options.schedulers}
+    schedulers = {name: with_scheduler(pipe.scheduler, name) for name in options.schedulers}
+    schedulers = schedulers or {type(pipe.scheduler).__name__: pipe.scheduler}
+    return pipe, [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
 
 
 def command_of(argv: list[str], accelerator: Accelerator) -> str:
@@ -386,7 +386,7 @@ def command_of(argv: list[str], accelerator: Accelerator) -> str:
 
 def measure_pipeline(argv: list[str]) -> None:
     options, config = pipeline_options(argv)
-    pipe, schedulers = load_for(options, config)
+    pipe, sweep = load_for(options, config)
     accelerator = make_accelerator(dataclasses.replace(config, mixed_precision="no", report_to="none"))
     device, is_main = accelerator.device, accelerator.is_main_process
     pipe.to(device)
@@ -408,11 +408,10 @@ def measure_pipeline(argv: list[str]) -> None:
         result["neighbours_searched"] = f"all {len(reals.train)} training images"
         result |= {"held_out_images": reals.held_out, "held_out_neighbour_distance": reals.held_out_distance}
 
-    sweep = [(name, steps) for name in schedulers for steps in dict.fromkeys(options.steps)]
     settings: list[dict] = []
     sheet = []
-    for name, steps in sweep:
-        pipe.scheduler = schedulers[name]
+    for name, scheduler, steps in sweep:
+        pipe.scheduler = scheduler
         accelerator.wait_for_everyone()  # or the wait for the first process would count as drawing
         begun = time.perf_counter()
         samples = draw_shared(pipe, options.seed, options.num_images, options.batch_size, steps)

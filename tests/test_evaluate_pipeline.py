@@ -1,0 +1,157 @@
+"""scripts/evaluate.py pipeline: real processes on a training set that the pipeline knows by heart."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment
+from PIL import Image
+from test_sample_script import save_pipeline
+
+from latent_ddpm.config import UNetConfig, parse_config
+from latent_ddpm.errors import UserError
+from latent_ddpm.grids import make_grid, save_png
+from latent_ddpm.sampling import draw_shared, load_pipeline, with_scheduler
+
+spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+COUNT, BATCH, SEED = 18, 4, 5  # five batches, the last one short: on two processes one of them has nothing in the end
+SETTINGS = ["--num_images", COUNT, "--batch_size", BATCH, "--seed", SEED]
+SETTINGS += ["--schedulers", "ddim", "dpmsolver++-sde", "--steps", 2]
+LAUNCHER = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def evaluate(launcher, *words):
+    command = [sys.executable, *launcher, "scripts/evaluate.py", "pipeline", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with a pipeline, and as its training set what that draws with dpmsolver++-sde and 2 steps."""
+    folder = tmp_path_factory.mktemp("run")
+    pipe = load_pipeline(str(save_pipeline(folder / "pipeline")))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = with_scheduler(pipe.scheduler, "dpmsolver++-sde")
+    drawn = draw_shared(pipe, SEED, COUNT, BATCH, 2)
+    for i, image in enumerate(drawn):
+        save_png(Image.fromarray(image[0].numpy()), folder / "images" / f"{i:02d}.png")
+    return folder, drawn
+
+
+@pytest.fixture(scope="module")
+def config(run):
+    words = ["--train_data_dir", run[0] / "images", "--output_dir", run[0], "--resolution", 16, "--image_channels", 1]
+    return [str(word) for word in [*words, "--validation_fraction", 0.1, "--dataloader_num_workers", 0]]
+
+
+@pytest.fixture(scope="module")
+def measured(run, config):
+    return evaluate([], *config, *SETTINGS, "--json", run[0] / "new" / "one.json")
+
+
+def read(run, name):
+    return json.loads((run[0] / "new" / f"{name}.json").read_text())
+
+
+def test_every_setting_is_measured_and_memorising_is_seen(run, measured):
+    result = read(run, "one")
+    assert [(s["scheduler"], s["steps"]) for s in result["settings"]] == [("ddim", 2), ("dpmsolver++-sde", 2)]
+    for figures in result["settings"]:
+        assert figures["feature_extractor"] == "efficientnet-lite0" and figures["images_per_second"] > 0
+        assert (figures["samples"], figures["reals"], figures["kid_subset_size"]) == (18, 16, 16)
+        copied = figures is result["settings"][1]
+        assert (figures["neighbour_distance_over_held_out"] < 1e-3) == copied
+        assert (figures["precision"] > 0.9 and figures["coverage"] == 1) or not copied
+        assert figures["fd"] > 3 * result["settings"][1]["fd"] or copied
+        assert figures["neighbour_distance"] == pytest.approx(
+            figures["neighbour_distance_over_held_out"] * result["held_out_neighbour_distance"]
+        )
+    assert result["compared_with"] == "16 of the 16 training images, a fixed random choice"
+    assert result["held_out_images"] == 2 and result["held_out_neighbour_distance"] > 1
+    assert result["neighbours_shown"] == "dpmsolver++-sde, 2 steps"
+    assert (result["seed"], result["batch_size"], result["processes"]) == (SEED, BATCH, 1)
+    assert result["command"].startswith("python scripts/evaluate.py pipeline --train_data_dir ")
+    table = [line.split() for line in measured.splitlines()]
+    assert table[0][:4] == ["scheduler", "steps", "fd", "kid"] and len(table) == 3
+    assert table[1][:2] == ["ddim", "2"] and table[1][2] == f"{result['settings'][0]['fd']:.4g}"
+
+
+def test_pictures_and_features_lie_where_they_should(run, measured):
+    folder, drawn = run
+    for name in ("one.png", "one-neighbours.png"):
+        assert Image.open(folder / "new" / name).size[0] > 500
+    sheet = np.asarray(Image.open(folder / "new" / "one-samples.png"))
+    wanted = np.asarray(make_grid(drawn[:16].float() / 127.5 - 1, columns=16))
+    np.testing.assert_array_equal(sheet[18:38], wanted)  # the second setting's row
+    assert len(list((folder / "cache" / "features").glob("efficientnet-lite0-*.safetensors"))) == 2
+
+
+def test_two_processes_draw_and_measure_what_one_does(run, config, measured):
+    evaluate(LAUNCHER, *config, *SETTINGS, "--json", run[0] / "new" / "two.json")
+    one, two = (read(run, name) for name in ("one", "two"))
+    assert two["processes"] == 2 and two["command"].startswith("accelerate launch --cpu --num_processes 2 scripts/")
+    for a, b in zip(one["settings"], two["settings"], strict=True):
+        assert a["samples_sha256"] == b["samples_sha256"]
+        assert a["fd"] == pytest.approx(b["fd"], rel=1e-3)
+    files = [(run[0] / "new" / f"{name}-samples.png").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert len({figures["samples_sha256"] for figures in one["settings"]}) == 2
+
+
+def test_defaults_are_the_pipelines_own_and_a_sweep_is_the_cross_product(run, config):
+    options, parsed = script.pipeline_options([*config, "--num_inference_steps", "7"])
+    assert options.steps == [7] and options.pipeline == str(run[0] / "pipeline") and options.num_images == 5000
+    pipe, sweep = script.load_for(options, parsed)
+    assert sweep == [("DDIMScheduler", pipe.scheduler, 7)]
+    options, parsed = script.pipeline_options([*config, "--schedulers", "heun", "ddim", "--steps", "9", "3"])
+    _, sweep = script.load_for(options, parsed)
+    assert [(name, steps) for name, _, steps in sweep] == [("heun", 9), ("heun", 3), ("ddim", 9), ("ddim", 3)]
+    assert type(sweep[0][1]).__name__ == "HeunDiscreteScheduler"
+
+
+# ---------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--schedulers", "ddim", "eulr"], "eulr is unknown; did you mean euler"),
+        (["--num_images", "5"], "--num_images is 5; it has to be at least 6"),
+        (["--batch_size", "0"], "--batch_size is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--steps", "10", "0"], "--steps is 0"),
+        (["--steps", "1001"], "more than the 1000 that the model was trained with"),
+        (["--resolution", "32"], "makes images of 1x16x16, the config says 1x32x32"),
+        (["--pipeline", "./nowhere"], "there is no folder ./nowhere"),
+        (["--output_dir", "elsewhere"], "There is no pipeline in elsewhere/pipeline. Run train_unet.py first"),
+        (["--sede", "1"], "Unknown option --sede"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_drawn(config, words, message):
+    with pytest.raises(UserError, match=message):
+        script.measure_pipeline([*config, *words])
+
+
+def test_missing_packages_are_named_first(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UserError, match="the package torch_fidelity: pip install"):
+        script.measure_pipeline(["--config", "absent.yaml"])
+
+
+def test_too_few_images_to_compare_with(run, tmp_path):
+    for i in range(5):
+        save_png(Image.fromarray(np.full((16, 16), 40 * i, np.uint8)), tmp_path / "few" / f"{i}.png")
+    words = ["--train_data_dir", tmp_path / "few", "--output_dir", tmp_path, "--resolution", 16]
+    config = parse_config(UNetConfig, [str(word) for word in words])
+    with pytest.raises(UserError, match="only 4 training images; at least 6"):
+        script.read_reals(config, 6, "efficientnet-lite0", torch.nn.Identity(), torch.device("cpu"), tmp_path)
