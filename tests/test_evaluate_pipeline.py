@@ -137,7 +137,8 @@ def test_defaults_are_the_pipelines_own_and_a_sweep_is_the_cross_product(run, co
         (["--sede", "1"], "Unknown option --sede"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_drawn(config, words, message):
+def test_what_cannot_be_is_refused_before_anything_is_drawn(config, words, message, monkeypatch):
+    monkeypatch.setattr(script, "make_accelerator", lambda _: pytest.fail("it was not refused"))
     with pytest.raises(UserError, match=message):
         script.measure_pipeline([*config, *words])
 
