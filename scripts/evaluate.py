@@ -20,8 +20,9 @@
         settings, the figure of their Frechet distances.
         With `accelerate launch` in place of `python`, processes share the drawing; the samples are the same. On a CPU a
         process draws with one thread, so launch as many as there are cores. Features of real images are kept in
-        --feature_cache, by default <output_dir>/cache/features. Mirrored training images are not searched: a mirrored
-        copy has nearly the same features.
+        --feature_cache, by default <output_dir>/cache/features; --max_real_images N takes N of the training images, in
+        place of all, which on a CPU can take an hour. Mirrored training images are not searched: a mirrored copy has
+        nearly the same features.
 
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 25
         Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits.
@@ -69,7 +70,7 @@ from latent_ddpm.launch import make_accelerator, run
 from latent_ddpm.losses import TRUNKS, load_lpips
 from latent_ddpm.random import Stream, normal, permutation
 from latent_ddpm.sampling import draw_shared, find_scheduler, image_shape, load_pipeline, with_scheduler
-from latent_ddpm.sources import open_sources
+from latent_ddpm.sources import SubsetSource, open_sources
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 
@@ -229,11 +230,23 @@ class Reals:
 
 
 def read_reals(
-    config: UNetConfig, count: int, extractor: str, network: torch.nn.Module, device: torch.device, cache: Path
+    config: UNetConfig,
+    count: int,
+    most: int | None,
+    extractor: str,
+    network: torch.nn.Module,
+    device: torch.device,
+    cache: Path,
 ) -> Reals:
-    """Features of the training and held-out images, each as the latent cache sees it; `count` of them to compare."""
+    """Features of the training images, at most `most` of them, and of the held-out ones; `count` of them to compare.
+
+    Each image as the latent cache sees it.
+    """
     output_dir = Path(config.output_dir)
-    sources = open_sources(config)
+    train_source, validation_source = open_sources(config)
+    if most is not None and most < len(train_source):
+        train_source = SubsetSource(train_source, sorted(permutation(0, 0, len(train_source))[:most]))
+    sources = (train_source, validation_source)
     bad_images = BadImages(output_dir / "bad_images.jsonl", sum(map(len, sources)), config.max_bad_image_share)
     features, indices, datasets = [], [], []
     for source, name in zip(sources, ("training", "held-out"), strict=True):
@@ -340,6 +353,7 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--feature_cache", type=Path)
+    parser.add_argument("--max_real_images", type=int)
     options, rest = parser.parse_known_args(argv)
     check_installed(options.feature_extractor, "matplotlib")
     config = parse_config(UNetConfig, rest)
@@ -347,6 +361,8 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     for key, least in (("num_images", MIN_IMAGES), ("batch_size", 1), ("seed", 0)):
         if getattr(options, key) < least:
             raise UserError(f"--{key} is {getattr(options, key)}; it has to be at least {least}.")
+    if options.max_real_images is not None and options.max_real_images < MIN_IMAGES:
+        raise UserError(f"--max_real_images is {options.max_real_images}; it has to be at least {MIN_IMAGES}.")
     if min(options.steps) < 1:
         raise UserError(f"--steps is {min(options.steps)}; it has to be at least 1.")
     for name in options.schedulers:
@@ -403,9 +419,11 @@ def measure_pipeline(argv: list[str]) -> None:
     if is_main:
         network = load_extractor(extractor, device)
         cache = options.feature_cache or Path(config.output_dir) / "cache" / "features"
-        reals = read_reals(config, options.num_images, extractor, network, device, cache)
-        result["compared_with"] = f"{len(reals.rows)} of the {len(reals.train)} training images, a fixed random choice"
-        result["neighbours_searched"] = f"all {len(reals.train)} training images"
+        most = options.max_real_images
+        reals = read_reals(config, options.num_images, most, extractor, network, device, cache)
+        known = f"{len(reals.train)}{'' if most is None else ' randomly chosen'} training images"
+        result["compared_with"] = f"{len(reals.rows)} of {known}, a fixed random choice"
+        result["neighbours_searched"] = known
         result |= {"held_out_images": reals.held_out, "held_out_neighbour_distance": reals.held_out_distance}
 
     settings: list[dict] = []

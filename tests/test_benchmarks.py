@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PATIENCE, ROOT, environment
+from conftest import PATIENCE, ROOT, environment, launch
 from PIL import Image
 
 TINY = ["--resolution", "16", "--block_out_channels", "[8,16]", "--norm_num_groups", "4", "--num_vq_embeddings", "32"]
@@ -96,3 +96,56 @@ def test_profile_autoencoder(photos, tmp_path):
         assert {f"encoder {side}px", f"decoder {side}px", "encoder middle", "quantizer"} <= figures["shares"].keys()
     bad = [*words, "--variants", "plain+faster", "--train_data_dir", photos, *TINY]
     assert "There is no variant plain+faster" in script("profile_autoencoder.py", *bad, expect=2)
+
+
+@pytest.fixture(scope="module")
+def small_autoencoder(photos, tmp_path_factory):
+    """A stage 1 of two steps."""
+    folder = tmp_path_factory.mktemp("stage-1")
+    launch("train_autoencoder.py", folder, train_data_dir=photos, resolution=16, max_train_steps=2)
+    return folder / "autoencoder"
+
+
+SMALL_UNET = ["--unet_block_out_channels", "[16,32]", "--unet_norm_num_groups", "8", "--unet_attention_levels", "[]"]
+SMALL_UNET += ["--unet_layers_per_block", "1", "--train_batch_size", "8", "--dataloader_num_workers", "0"]
+SMALL_UNET += ["--resolution", "16", "--num_inference_steps", "2", "--lr_warmup_steps", "2"]
+
+
+def test_benchmark_diffusion_and_that_it_measures_what_was_trained(photos, small_autoencoder, tmp_path):
+    ours = "ours --prediction_type flow_prediction --inference_scheduler unipc --ema_sigma_rels [0.2]"
+    words = ["--minutes", 0.05, "--turn", 1.5, "--recipes", "stock", ours, "--num_images", 12, "--work_dir", tmp_path,
+             "--json", tmp_path / "r.json", "--train_data_dir", photos, "--autoencoder", small_autoencoder,
+             *SMALL_UNET]  # fmt: skip
+    script("benchmark_diffusion.py", *words)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert list(result["results"]) == ["stock", ours] and "--recipes stock 'ours --pred" in result["command"]
+    for name, figures in result["results"].items():
+        assert figures["fd"] > 0 and figures["samples"] == 12 and figures["trained_images"] >= 16
+        assert figures["sampling_steps"] == (50 if name == "stock" else 2)
+        assert ("fd_over_stock" in figures) == (name != "stock")
+    fd, stock = result["results"][ours]["fd"], result["results"]["stock"]["fd"]
+    assert result["results"][ours]["fd_over_stock"] == fd / stock
+    own = tmp_path / "ours-prediction_type-flow_prediction-inference_scheduler-unipc-ema_sigma_rels-0.2"
+    kinds = {"stock": ("DDIMScheduler", "epsilon"), own.name: ("UniPCMultistepScheduler", "flow_prediction")}
+    for name, kind in kinds.items():
+        saved = json.loads((tmp_path / name / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
+        assert (saved["_class_name"], saved["prediction_type"]) == kind
+    # stopped while measuring: what is trained is not trained again
+    (own / "evaluation.json").unlink()
+    script("benchmark_diffusion.py", *words)
+    assert json.loads((tmp_path / "r.json").read_text())["results"][ours]["fd"] == fd
+    assert "holds another run" in script("benchmark_diffusion.py", *words, "--seed", 3, expect=2)
+
+
+def test_profile_unet_shares_out_a_step(photos, small_autoencoder, tmp_path):
+    words = ["--json", tmp_path / "p.json", "--train_data_dir", photos, "--autoencoder", small_autoencoder,
+             "--max_train_steps", 12, "--output_dir", tmp_path, *SMALL_UNET]  # fmt: skip
+    script("profile_unet.py", *words)
+    result = json.loads((tmp_path / "p.json").read_text())
+    shares = result["shares_median"]
+    assert result["steps"] == 10 and all(0 < share < 1 for share in shares.values())
+    core = sum(shares[part] for part in ("forward", "backward", "optimizer"))
+    rest = result["share_neither_forward_backward_nor_optimizer_median"]
+    assert 0.5 < core < 1 and rest == pytest.approx(1 - core, abs=0.1)
+    others = sum(shares[part] for part in ("latents", "noise", "clipping", "averages", "logging"))
+    assert others == pytest.approx(rest, abs=0.1)

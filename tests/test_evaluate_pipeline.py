@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import PATIENCE, ROOT, environment
 from PIL import Image
 from test_sample_script import save_pipeline
 
@@ -30,7 +30,7 @@ LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_proces
 
 def evaluate(launcher, *words):
     command = [sys.executable, *launcher, "scripts/evaluate.py", "pipeline", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
