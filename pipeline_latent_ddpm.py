@@ -7,7 +7,7 @@ This one file is also uploaded beside the weights as `pipeline.py`, so it needs 
 
 Both load the same three components and draw the same images from the same generator. This class adds what
 later diffusers pipelines have: any scheduler, given latents, one generator per image, half precision,
-callbacks, CPU offload, and `encode` / `decode`.
+callbacks, CPU offload, `encode` / `decode`, variations of an image (SDEdit) and inpainting.
 """
 
 import inspect
@@ -15,10 +15,114 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Union
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    UNet2DModel,
+    VQModel,
+)
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def is_flow_matching(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler follows the straight paths (1 - sigma) * x0 + sigma * noise (arXiv 2210.02747)."""
+    return hasattr(scheduler, "scale_noise") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def noise_level(scheduler: SchedulerMixin, t: torch.Tensor) -> tuple[float, float]:
+    """What the scheduler's latents are made of when the U-Net is asked at timestep `t`.
+
+    Args:
+        scheduler: its timesteps are set, and its next step is the one at `t`.
+        t: scalar, the element of `scheduler.timesteps` that is next.
+
+    Returns:
+        (keep, spread) such that latents = keep * x0 + spread * noise. For flow matching (1 - sigma, sigma); for
+        schedulers that hold x0 + sigma * noise and scale the model's input (Euler, Heun, LMS, KDPM2) (1, sigma);
+        for the others the square roots of alpha_bar and 1 - alpha_bar (arXiv 2006.11239, equation 4).
+
+    Raises:
+        ValueError: the scheduler is none of these; the message names it.
+    """
+    if is_flow_matching(scheduler):
+        sigma = float(t) / scheduler.config.num_train_timesteps
+        return 1 - sigma, sigma
+    if not (hasattr(scheduler, "add_noise") and hasattr(scheduler, "alphas_cumprod")):
+        raise ValueError(f"{type(scheduler).__name__} does not say how noisy its latents are at a timestep")
+    # Asked of the scheduler rather than of its table: its sigmas may lie between the table's, and in the half
+    # steps of second-order schedulers only it knows which of its sigmas is meant.
+    scale = 1.0
+    if hasattr(scheduler, "scale_model_input"):
+        scale = float(scheduler.scale_model_input(torch.ones(()), t))
+    if scale < 1:
+        return 1.0, (scale**-2 - 1) ** 0.5  # scale = (1 + sigma**2) ** -0.5
+    alpha_bar = float(scheduler.alphas_cumprod[round(float(t))])
+    return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+
+def predict_original(
+    latents: torch.Tensor, prediction: torch.Tensor, scheduler: SchedulerMixin, t: torch.Tensor
+) -> torch.Tensor:
+    """The clean latents that a prediction of the U-Net amounts to.
+
+    Args:
+        latents: (B, C, h, w), as the scheduler holds them before its step at `t`, not scaled for the model.
+        prediction: (B, C, h, w), the U-Net's output: what `scheduler.config.prediction_type` says, or for flow
+            matching the velocity noise - x0.
+        scheduler: as for `noise_level`; no step at `t` has been made yet.
+        t: scalar, the timestep.
+
+    Returns:
+        (B, C, h, w) in model space, float32, not clipped.
+
+    Raises:
+        ValueError: as `noise_level`, or another prediction type.
+    """
+    keep, spread = noise_level(scheduler, t)
+    latents, prediction = latents.float(), prediction.float()
+    kind = "flow_prediction" if is_flow_matching(scheduler) else scheduler.config.prediction_type
+    if kind == "sample":
+        return prediction
+    if kind == "epsilon":
+        return (latents - spread * prediction) / keep
+    if kind == "flow_prediction":
+        return latents - spread * prediction
+    if kind == "v_prediction":  # arXiv 2202.00512, appendix D, where keep**2 + spread**2 = 1
+        norm = (keep**2 + spread**2) ** 0.5
+        return keep / norm**2 * latents - spread / norm * prediction
+    raise ValueError(f"{type(scheduler).__name__} has the unknown prediction_type {kind!r}")
+
+
+def skip_steps(scheduler: SchedulerMixin, steps: int) -> torch.Tensor:
+    """Has a scheduler, whose timesteps are set, begin after its first `steps` steps; the timesteps that remain.
+
+    Raises:
+        ValueError: it is a `PNDMScheduler` that begins with Runge-Kutta steps.
+    """
+    if steps == 0:
+        return scheduler.timesteps
+    if isinstance(scheduler, PNDMScheduler):
+        if not scheduler.config.skip_prk_steps:
+            raise ValueError("PNDMScheduler can not begin midway with skip_prk_steps=False: set skip_prk_steps=True")
+        # [t0, t1, t1, t2, ...]: it asks twice at the second timestep of whichever it begins with.
+        rest = scheduler.timesteps[steps + 1 :]
+        return torch.cat((rest[:2], rest[1:]))
+    skipped = steps * getattr(scheduler, "order", 1)  # second-order schedulers list most timesteps twice
+    if isinstance(scheduler, LMSDiscreteScheduler):
+        # It takes the index of a step for the number of steps made, so from a begin index it would use a past
+        # that it does not have.
+        scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[skipped:], scheduler.sigmas[skipped:]
+        return scheduler.timesteps
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    return scheduler.timesteps[skipped:]
 
 
 class LatentDDPMPipeline(DiffusionPipeline):
@@ -34,7 +138,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->vqvae"
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "pred_original_sample"]
 
     # Union, not |: from_pretrained of diffusers 0.35 reads these annotations, and fails on the newer spelling.
     def __init__(
@@ -96,8 +200,16 @@ class LatentDDPMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["LatentDDPMPipeline", int, Any, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        image: PipelineImageInput | None = None,
+        strength: float | None = None,
+        mask_image: PipelineImageInput | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draws images.
+        """Draws images; with `image`, variations of it (SDEdit, arXiv 2108.01073); with `mask_image`, fills holes.
+
+        Inpainting works on the unconditional U-Net: before each of its evaluations the latents outside of the mask
+        are replaced by the image's own at the same noise level (arXiv 2201.09865, equation 8, without resampling),
+        all with one noise, that of the start; after the last step by the clean ones. In the images returned, the
+        pixels outside of the mask are the input's own, not decoded ones.
 
         Args:
             batch_size: how many images.
@@ -107,21 +219,31 @@ class LatentDDPMPipeline(DiffusionPipeline):
             generator: of the starting noise and, where the scheduler draws any, of the noise in between. A list
                 holds one per image; image i then depends on generator i alone, whatever the batch around it.
             latents: standard normal starting noise (batch_size, in_channels, sample_size, sample_size) in place
-                of a draw; it is scaled here by the scheduler's `init_noise_sigma`.
+                of a draw; it is scaled here by the scheduler's `init_noise_sigma`, or added to `image`.
             output_type: "pil": list of PIL images, grayscale (mode L) for one channel; "np": float32
                 (B, H, W, C) in [0, 1]; "pt": float32 (B, C, H, W) in [0, 1] on the pipeline's device; "latent":
                 the final model-space latents, in the dtype of the U-Net.
             return_dict: False returns the tuple `(images,)`.
             callback_on_step_end: called after each step as `callback(pipe, step, t, {"latents": latents})`; the
                 dict it returns may hold "latents" to go on with. A diffusers `PipelineCallback` also works.
-            callback_on_step_end_tensor_inputs: what the callback is given, among `_callback_tensor_inputs`.
+            callback_on_step_end_tensor_inputs: what the callback is given: "latents" as the scheduler holds them
+                after the step, "pred_original_sample", the clean latents that the U-Net saw in those before it, in
+                model space.
+            image: one image for all or one per image drawn: PIL images, or float (B, C, H, W) in [0, 1], or what
+                else `VaeImageProcessor` takes. Resized, without regard to its proportions, to the model's size.
+            strength: in (0, 1], the share of the steps that are made, at least one: `image` is noised to where
+                they begin. All steps begin with pure noise, as without `image`. By default 0.8, and 1 with
+                `mask_image`.
+            mask_image: one for all or one per image drawn, in the forms of `image` with one channel, resized
+                likewise; white (at least 0.5) is painted anew. A latent with any such pixel is.
 
         Returns:
             `ImagePipelineOutput` whose `images` is as `output_type` says, or a tuple.
 
         Raises:
             ValueError: a bad batch_size, num_inference_steps, output_type, shape of latents, number of
-                generators or callback input; the message names it.
+                generators, images or masks, strength or callback input, a strength or mask without an image, a
+                scheduler that can not begin midway or does not tell its noise level; the message names it.
         """
         # A diffusers PipelineCallback says itself which tensors it wants.
         callback_on_step_end_tensor_inputs = getattr(
@@ -137,6 +259,17 @@ class LatentDDPMPipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
+        if image is None and (strength is not None or mask_image is not None):
+            raise ValueError("strength and mask_image need an image")
+        if strength is not None and not 0 < strength <= 1:
+            raise ValueError(f"strength must be in (0, 1], got {strength}")
+        if strength is None:
+            strength = 0.8 if mask_image is None else 1.0
+        original = repaint = None
+        if image is not None:
+            original = self._prepare_image(image, batch_size)  # (1 or B, C, H, W) in [0, 1]
+        if mask_image is not None:
+            repaint = self._prepare_mask(mask_image, batch_size)  # (1 or B, 1, H, W), bool
         self._interrupt = False
         device, dtype = self._execution_device, self.unet.dtype
 
@@ -144,12 +277,22 @@ class LatentDDPMPipeline(DiffusionPipeline):
 
         # Some schedulers' init_noise_sigma depends on the timesteps, so those are set first.
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
-        if latents is None:
+        steps = num_inference_steps if image is None else max(1, round(num_inference_steps * strength))
+        timesteps = skip_steps(self.scheduler, num_inference_steps - steps)
+        noise = latents
+        if noise is None:
             # In float32 as LDMPipeline draws it, so that a half-precision pipeline starts from the same noise.
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        noise = noise.to(device)
         # Flow matching schedulers have no init_noise_sigma: they start from the noise as it is.
-        latents = (latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)).to(dtype)
+        latents = (noise * getattr(self.scheduler, "init_noise_sigma", 1.0)).to(dtype)
+        if original is not None:
+            clean = self.encode(original * 2 - 1)
+            if steps < num_inference_steps:
+                latents = self._noised(clean, noise, timesteps[0])
+            if repaint is not None:
+                repaint_latents = torch.nn.functional.adaptive_max_pool2d(repaint.float(), shape[2:]).bool().to(device)
+                latents = torch.where(repaint_latents, latents, self._noised(clean, noise, timesteps[0]))
 
         # ------------------------------------------------------------------------------ denoising
 
@@ -157,17 +300,24 @@ class LatentDDPMPipeline(DiffusionPipeline):
         extra = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in step_arguments}
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
         order = getattr(self.scheduler, "order", 1)
-        warmup = len(timesteps) - num_inference_steps * order
+        warmup = len(timesteps) - steps * order
         self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self.progress_bar(total=steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
+                inputs = {}
                 prediction = self.unet(scale_model_input(latents, t), t).sample  # (B, C, h, w)
+                if "pred_original_sample" in callback_on_step_end_tensor_inputs:
+                    inputs["pred_original_sample"] = predict_original(latents, prediction, self.scheduler, t).to(dtype)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False, **extra)[0].to(dtype)
+                if repaint is not None:
+                    last = i == len(timesteps) - 1
+                    known = clean if last else self._noised(clean, noise, timesteps[i + 1])
+                    latents = torch.where(repaint_latents, latents, known)
 
                 if callback_on_step_end is not None:
-                    inputs = {"latents": latents}
+                    inputs["latents"] = latents
                     outputs = callback_on_step_end(
                         self, i, t, {name: inputs[name] for name in callback_on_step_end_tensor_inputs}
                     )
@@ -181,6 +331,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
         images = latents
         if output_type != "latent":
             images = (self.decode(latents) / 2 + 0.5).float()  # (B, C, H, W) in [0, 1]
+            if repaint is not None:
+                images = torch.where(repaint.to(images.device), images, original.to(images))
             if output_type in ("np", "pil"):
                 images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
@@ -190,6 +342,39 @@ class LatentDDPMPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
+
+    def _noised(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w): the model-space latents `clean` at the noise level of the scheduler's next step, at `t`."""
+        keep, spread = noise_level(self.scheduler, t)
+        return (keep * clean.float() + spread * noise.float()).to(clean.dtype)
+
+    def _prepare_image(self, image: PipelineImageInput, batch_size: int) -> torch.Tensor:
+        """Float32 (1 or B, C, H, W) in [0, 1], of the size and channels of the autoencoder's images."""
+        channels = self.vqvae.config.in_channels
+        return self._preprocess(
+            "image", image, batch_size, channels, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1
+        )
+
+    def _prepare_mask(self, mask: PipelineImageInput, batch_size: int) -> torch.Tensor:
+        """Bool (1 or B, 1, H, W): which pixels to paint anew."""
+        return self._preprocess("mask_image", mask, batch_size, 1, do_convert_grayscale=True) >= 0.5
+
+    def _preprocess(
+        self, name: str, image: PipelineImageInput, batch_size: int, channels: int, **options: bool
+    ) -> torch.Tensor:
+        factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
+        height, width = (side * factor for side in self._latents_shape(batch_size)[2:])
+        # Not normalized: a trip through [-1, 1] could round the pixels that inpainting keeps.
+        processor = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, **options)
+        image = processor.preprocess(image, height=height, width=width).float().contiguous()
+        if image.shape[1:] != (channels, height, width) or len(image) not in (1, batch_size):
+            raise ValueError(
+                f"{name} must be 1 or {batch_size} of {channels} channels ({height}x{width} pixels), "
+                f"got the shape {tuple(image.shape)}"
+            )
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(f"{name} must be in [0, 1], got [{image.min():.3g}, {image.max():.3g}]")
+        return image
 
     def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
         size = self.unet.config.sample_size

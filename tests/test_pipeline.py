@@ -13,8 +13,9 @@ import torch
 from conftest import PATIENCE
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from diffusers.callbacks import PipelineCallback
+from PIL import Image
 
-from pipeline_latent_ddpm import LatentDDPMPipeline
+from pipeline_latent_ddpm import LatentDDPMPipeline, noise_level, skip_steps
 
 # Not ours: diffusers' schedulers hand tensors to numpy in a way that numpy 2 frowns upon.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -44,8 +45,11 @@ SCHEDULERS = {
     "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
 }
 STOCHASTIC = {"ddpm", "dpmsolver++-sde", "euler-a", "kdpm2-a"}
+MIDWAY = [name for name in SCHEDULERS if name != "pndm"]  # its Runge-Kutta steps stand at the beginning only
+WITHOUT_SAMPLE = {"pndm", "pndm-plms", "euler-a", "kdpm2", "kdpm2-a"}  # diffusers has no prediction_type "sample" there
 
 
 def make_scheduler(name, **changes):
@@ -173,20 +177,25 @@ def test_every_scheduler_runs(name):
     assert pipe.num_timesteps == len(pipe.scheduler.timesteps)
 
 
+def level(t, flow):
+    """What the U-Net's input at timestep t is made of: keep * x0 + spread * noise."""
+    t = float(t)
+    if flow:
+        return 1 - t / 1000, t / 1000
+    # log sigma is interpolated between the whole timesteps, as second-order schedulers do
+    alphas = DDIMScheduler(**NOISE_TABLE).alphas_cumprod.double().numpy()
+    log_sigma = np.interp(t, np.arange(1000), np.log((1 - alphas) / alphas) / 2)
+    keep = (1 + np.exp(2 * log_sigma)) ** -0.5
+    return keep, (1 - keep**2) ** 0.5
+
+
 class GaussianUNet(UNet2DModel):
     """The exact predictor for data N(MEAN, STD**2): what a network would learn after infinite training."""
 
     MEAN, STD = 2.0, 0.5
 
     def forward(self, sample, timestep, return_dict=True):
-        t = float(timestep)
-        if self.flow:  # x = (1 - s) x0 + s e, target e - x0
-            keep, spread = 1 - t / 1000, t / 1000
-        else:  # log sigma is interpolated between the whole timesteps, as second-order schedulers do
-            alphas = DDIMScheduler(**NOISE_TABLE).alphas_cumprod.double().numpy()
-            log_sigma = np.interp(t, np.arange(1000), np.log((1 - alphas) / alphas) / 2)
-            keep = (1 + np.exp(2 * log_sigma)) ** -0.5
-            spread = (1 - keep**2) ** 0.5
+        keep, spread = level(timestep, self.flow)
         residual = (sample - keep * self.MEAN) / (keep**2 * self.STD**2 + spread**2)
         x0, noise = self.MEAN + keep * self.STD**2 * residual, spread * residual
         prediction = noise - x0 if self.flow else keep * noise - spread * x0  # v of arXiv 2202.00512, appendix D
@@ -336,6 +345,280 @@ def test_progress_bar_counts_steps_not_evaluations(name):
     assert [(bar.total, bar.count) for bar in bars] == [(5, 5)]
 
 
+# ---------------------------------------------------------------------------------- predicted x0
+
+
+class OracleUNet(UNet2DModel):
+    """The exact predictor for data of one point, `self.point`, in any `self.kind` of prediction."""
+
+    def forward(self, sample, timestep, return_dict=True):
+        keep, spread = level(timestep, self.kind == "flow")
+        noise = (sample - keep * self.point) / spread
+        prediction = {
+            "epsilon": noise,
+            "v_prediction": keep * noise - spread * self.point,
+            "sample": self.point,
+            "flow": noise - self.point,
+        }[self.kind]
+        return diffusers.models.unets.unet_2d.UNet2DOutput(sample=prediction)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_predicted_original_is_the_only_data_point(name, kind):
+    flow = name.startswith("flow")
+    if (flow and kind != "epsilon") or (kind == "sample" and name in WITHOUT_SAMPLE):
+        pytest.skip("there is no such scheduler")
+    unet = OracleUNet.from_config(make_unet().config)
+    unet.kind = "flow" if flow else kind
+    unet.point = torch.randn(2, 3, 8, 8, generator=seeded(1))
+    pipe = make_pipeline(unet=unet, scheduler=make_scheduler(name, **({} if flow else {"prediction_type": kind})))
+    seen = []
+    pipe(
+        batch_size=2,
+        num_inference_steps=7,
+        generator=seeded(),
+        output_type="latent",
+        callback_on_step_end=lambda pipe, step, t, inputs: seen.append(inputs["pred_original_sample"]) or {},
+        callback_on_step_end_tensor_inputs=["pred_original_sample"],
+    )
+    assert len(seen) == pipe.num_timesteps
+    assert max((x0 - unet.point).abs().max() for x0 in seen) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "name", ["ddim", "ddpm", "euler", "euler-leading", "euler-a", "heun", "kdpm2", "kdpm2-a", "lms"]
+)
+def test_predicted_original_is_the_schedulers_own(name, kind):
+    pipe = make_pipeline(scheduler=make_scheduler(name, prediction_type=kind))
+    own, seen, step = [], [], pipe.scheduler.step
+
+    def watched_step(prediction, t, latents, generator=None, **arguments):
+        if "generator" in step.__func__.__code__.co_varnames:
+            arguments["generator"] = generator
+        own.append(step(prediction, t, latents, **arguments | {"return_dict": True}))
+        return (own[-1].prev_sample,)
+
+    pipe.scheduler.step = watched_step
+    pipe(
+        num_inference_steps=5,
+        generator=seeded(),
+        output_type="latent",
+        callback_on_step_end=lambda pipe, step, t, inputs: seen.append(inputs["pred_original_sample"]) or {},
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+    )
+    assert len(own) == len(seen) >= 5
+    for theirs, ours in zip(own, seen, strict=True):
+        assert torch.allclose(ours, theirs.pred_original_sample, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------- an image to begin with
+
+
+def picture(count=1, seed=3, channels=3, side=16):
+    return torch.rand(count, channels, side, side, generator=seeded(seed))
+
+
+def to_pil(images):
+    return LatentDDPMPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
+
+
+def hole(top=4, left=5, height=6, width=7, side=16):
+    """A mask whose edges are not those of latents, 2x2 pixels each."""
+    mask = torch.zeros(1, 1, side, side)
+    mask[..., top : top + height, left : left + width] = 1
+    return mask
+
+
+@pytest.mark.parametrize("name", MIDWAY)
+@pytest.mark.parametrize("skipped", [1, 4])
+def test_noise_level_is_that_of_the_schedulers_own_noising(name, skipped):
+    scheduler = make_scheduler(name)
+    scheduler.set_timesteps(6)
+    timesteps = skip_steps(scheduler, skipped)
+    clean, noise = torch.randn(2, 2, 3, 8, 8, generator=seeded())
+    keep, spread = noise_level(scheduler, timesteps[0])
+    if name.startswith("flow"):
+        expected = scheduler.scale_noise(clean, timesteps[:1], noise)
+    else:
+        expected = scheduler.add_noise(clean, noise, timesteps[:1])
+    assert torch.allclose(keep * clean + spread * noise, expected, atol=1e-4)
+    if name != "lms":  # whose schedule is cut
+        begins_at = len(scheduler.timesteps) - len(timesteps)
+        assert getattr(scheduler, "begin_index", begins_at) == begins_at
+
+
+@pytest.mark.parametrize("name", MIDWAY)
+def test_every_scheduler_takes_gaussian_data_from_midway_back_to_it(name):
+    unet = GaussianUNet.from_config(make_unet().config)
+    unet.flow = name.startswith("flow")
+    pipe = make_pipeline(unet=unet, scheduler=make_scheduler(name))
+    clean, noise = torch.randn(2, 8, 3, 8, 8, generator=seeded())
+    clean = clean * unet.STD + unet.MEAN
+    pipe.encode = lambda images: clean
+    begins = []
+    found = pipe(
+        batch_size=8,
+        num_inference_steps=50,
+        image=picture(),
+        strength=0.5,
+        latents=noise,
+        generator=seeded(1),
+        output_type="latent",
+        callback_on_step_end=lambda pipe, step, t, inputs: begins.append(t) or {},
+    ).images
+    assert pipe.num_timesteps == len(begins)
+    assert pipe.num_timesteps == {"heun": 49, "flow-heun": 49, "kdpm2": 49, "kdpm2-a": 49, "pndm-plms": 26}.get(
+        name, 25
+    )
+    if name in STOCHASTIC:
+        assert found.mean().item() == pytest.approx(unet.MEAN, abs=0.03)
+        assert found.std().item() == pytest.approx(unet.STD, rel=0.15)
+    else:  # the probability flow is a straight line, now from a true x_t
+        keep, spread = level(begins[0], unet.flow)
+        scale = unet.STD / (keep**2 * unet.STD**2 + spread**2) ** 0.5
+        expected = unet.MEAN + scale * (keep * clean + spread * noise - keep * unet.MEAN)
+        # The linear multistep's past of several steps must not be missed when it begins midway.
+        assert torch.allclose(found, expected, atol=0.01 if name == "lms" else 0.1)
+
+
+def test_strength_one_leaves_nothing_of_the_image():
+    pipe = make_pipeline(scheduler=make_scheduler("euler"))
+    arguments = {"batch_size": 2, "num_inference_steps": 4, "output_type": "latent"}
+    without = pipe(generator=seeded(), **arguments).images
+    assert torch.equal(pipe(image=picture(), strength=1.0, generator=seeded(), **arguments).images, without)
+    by_default = pipe(image=picture(), generator=seeded(), **arguments).images
+    assert torch.equal(by_default, pipe(image=picture(), strength=0.8, generator=seeded(), **arguments).images)
+    assert not torch.allclose(by_default, without, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++", "flow-euler"])
+def test_little_strength_leaves_nearly_the_image(name):
+    pipe = make_pipeline(scheduler=make_scheduler(name))
+    clean = pipe.encode(picture() * 2 - 1)
+    distances = []
+    for steps, strength in ((1000, 0.0001), (20, 0.3), (20, 0.9)):
+        found = pipe(
+            num_inference_steps=steps, image=picture(), strength=strength, generator=seeded(), output_type="latent"
+        ).images
+        distances.append(((found - clean).std() / clean.std()).item())
+    assert pipe.num_timesteps == 18
+    assert distances[0] < 0.2 and distances[0] < distances[1] < distances[2]
+
+
+def test_image_and_mask_in_every_form():
+    pipe = make_pipeline()
+    arguments = {"batch_size": 2, "num_inference_steps": 3, "output_type": "pt", "strength": 0.7}
+    whole = torch.from_numpy((picture(2) * 255).round().numpy() / 255)  # torch divides otherwise in the last bit
+    draw = lambda image, mask: pipe(image=image, mask_image=mask, generator=seeded(), **arguments).images  # noqa: E731
+    expected = draw(whole, hole())
+    mask = to_pil(hole())[0]
+    assert torch.equal(draw(to_pil(whole), mask), expected)
+    assert torch.equal(draw([*whole], hole().expand(2, -1, -1, -1)), expected)
+    assert torch.equal(draw(whole.permute(0, 2, 3, 1).numpy(), [mask, mask.convert("RGB")]), expected)
+    one = draw(to_pil(whole)[0], mask)
+    assert torch.allclose(one[0], expected[0], atol=1e-4) and not torch.allclose(one[1], expected[1], atol=0.1)
+    larger = to_pil(whole.repeat_interleave(3, 2).repeat_interleave(3, 3))
+    assert draw(larger, mask.resize((48, 48), Image.Resampling.NEAREST)).shape == expected.shape
+
+
+def test_colour_is_for_models_of_colour():
+    gray = make_pipeline(channels=1)
+    coloured = to_pil(picture())[0]
+    found = gray(image=coloured, mask_image=hole(0, 0, 2, 2), num_inference_steps=2).images[0]
+    assert found.mode == "L"
+    np.testing.assert_array_equal(np.asarray(found)[4:], np.asarray(coloured.convert("L"))[4:])
+
+
+# ---------------------------------------------------------------------------------- a mask
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_only_the_inside_of_the_mask_changes(name):
+    pipe = make_pipeline(scheduler=make_scheduler(name))
+    image, outside = picture(2), ~hole().bool().expand(2, 3, -1, -1)
+    for strength in (1.0,) if name == "pndm" else (1.0, 0.5):
+        arguments = {"batch_size": 2, "num_inference_steps": 5, "image": image, "strength": strength}
+        found = pipe(mask_image=hole(), generator=seeded(), output_type="pt", **arguments).images
+        assert torch.equal(found[outside], image[outside])
+        assert (found - image)[~outside].abs().mean() > 0.05
+        latents = pipe(mask_image=hole(), generator=seeded(), output_type="latent", **arguments).images
+        kept = torch.ones(8, 8, dtype=bool)
+        kept[2:5, 2:6] = False  # every latent that a pixel of the hole touches
+        clean = pipe.encode(image * 2 - 1)
+        assert torch.equal(latents[..., kept], clean[..., kept])
+        assert not (latents == clean)[..., ~kept].any()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_unet_sees_the_image_at_its_noise_level_outside_of_the_mask(name):
+    pipe = make_pipeline(scheduler=make_scheduler(name))
+    noise = torch.randn(1, 3, 8, 8, generator=seeded())
+    clean = pipe.encode(picture() * 2 - 1)
+    seen, forward = [], pipe.unet.forward
+
+    def watched_forward(sample, t, **arguments):
+        seen.append((sample.clone(), t))
+        return forward(sample, t, **arguments)
+
+    pipe.unet.forward = watched_forward
+    strength = 1.0 if name == "pndm" else 0.7
+    pipe(num_inference_steps=5, image=picture(), mask_image=hole(), strength=strength, latents=noise)
+    assert len(seen) == pipe.num_timesteps
+    for sample, t in seen:
+        keep, spread = level(t, name.startswith("flow"))
+        assert torch.allclose(sample[..., 6:], (keep * clean + spread * noise)[..., 6:], atol=1e-3)
+        assert not torch.allclose(sample[..., 2:5, 2:6], (keep * clean + spread * noise)[..., 2:5, 2:6], atol=1e-2) or (
+            t == seen[0][1] and strength < 1
+        )
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmsolver++-sde", "euler-a", "flow-heun"])
+def test_painted_image_follows_from_its_own_generator(name):
+    pipe = make_pipeline(scheduler=make_scheduler(name))
+    arguments = {"num_inference_steps": 5, "eta": 1.0, "strength": 0.6, "mask_image": hole(), "output_type": "latent"}
+    images = picture(3)
+    together = pipe(batch_size=3, image=images, generator=[seeded(i) for i in (7, 8, 9)], **arguments).images
+    alone = pipe(batch_size=1, image=images[1:2], generator=[seeded(8)], **arguments).images
+    assert torch.allclose(together[1:2], alone, atol=1e-4)
+    other = pipe(batch_size=1, image=images[1:2], generator=[seeded(9)], **arguments).images
+    assert not torch.allclose(other, alone, atol=0.1)
+
+
+def test_each_image_has_its_own_mask():
+    pipe = make_pipeline()
+    masks = torch.cat((torch.zeros(1, 1, 16, 16), torch.ones(1, 1, 16, 16)))
+    arguments = {"batch_size": 2, "num_inference_steps": 3, "output_type": "pt"}
+    found = pipe(image=picture(2), mask_image=masks, generator=seeded(), **arguments).images
+    assert torch.equal(found[0], picture(2)[0])
+    assert torch.equal(found[1], pipe(generator=seeded(), **arguments).images[1])  # all is new: no image at all
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ddim", "euler", "kdpm2", "flow-euler", "unipc"])
+def test_half_precision_with_an_image(folder, dtype, name):
+    pipe = LatentDDPMPipeline.from_pretrained(folder).to(dtype)
+    pipe.scheduler = make_scheduler(name)
+    pipe.set_progress_bar_config(disable=True)
+    kinds = []
+    arguments = {"num_inference_steps": 4, "image": picture(), "mask_image": hole(), "strength": 0.6}
+    found = pipe(
+        generator=seeded(),
+        output_type="pt",
+        callback_on_step_end=lambda pipe, step, t, inputs: kinds.extend(x.dtype for x in inputs.values()) or {},
+        callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+        **arguments,
+    ).images
+    assert found.dtype == torch.float32 and found.isfinite().all() and set(kinds) == {dtype}
+    outside = ~hole().bool().expand(1, 3, -1, -1)
+    assert torch.equal(found[outside], picture()[outside])
+    latents = pipe(generator=seeded(), output_type="latent", **arguments).images
+    full = make_pipeline(scheduler=make_scheduler(name))
+    close = full(generator=seeded(), output_type="latent", **arguments).images
+    assert latents.dtype == dtype and (close - latents.float()).abs().mean() < 0.05 * close.std()
+
+
 # ---------------------------------------------------------------------------------- outputs
 
 
@@ -418,6 +701,37 @@ def test_half_precision(folder, dtype, name):
 def test_errors_name_what_was_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_pipeline()(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": 0.5}, "strength and mask_image need an image"),
+        ({"mask_image": torch.ones(1, 1, 16, 16)}, "strength and mask_image need an image"),
+        ({"image": torch.zeros(1, 3, 16, 16), "strength": 0.0}, r"strength must be in \(0, 1\], got 0.0"),
+        ({"image": torch.zeros(1, 3, 16, 16), "strength": 1.5}, r"strength must be in \(0, 1\], got 1.5"),
+        ({"image": torch.zeros(2, 3, 16, 16)}, r"image must be 1 or 1 of 3 channels .* got the shape \(2, 3"),
+        ({"image": torch.zeros(1, 1, 16, 16)}, r"image must be .* of 3 channels \(16x16 pixels\), got the shape"),
+        ({"image": -torch.ones(1, 3, 16, 16)}, r"image must be in \[0, 1\], got \[-1, -1\]"),
+        ({"image": torch.full((1, 3, 16, 16), torch.nan)}, r"image must be in \[0, 1\], got \[nan"),
+        (
+            {"image": torch.zeros(1, 3, 16, 16), "mask_image": torch.zeros(3, 1, 16, 16)},
+            r"mask_image must be 1 or 1 of 1 channels",
+        ),
+        ({"image": "photo.png"}, "incorrect format"),
+    ],
+)
+def test_errors_about_images_name_what_was_wrong(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(**arguments)
+
+
+def test_schedulers_that_do_not_fit_are_refused_by_name():
+    midway = {"num_inference_steps": 10, "image": picture(), "strength": 0.5}
+    with pytest.raises(ValueError, match="PNDMScheduler can not begin midway with skip_prk_steps=False"):
+        make_pipeline(scheduler=make_scheduler("pndm"))(**midway)
+    with pytest.raises(ValueError, match="EDMEulerScheduler does not say how noisy"):
+        make_pipeline(scheduler=diffusers.EDMEulerScheduler())(**midway)
 
 
 def test_error_when_the_unet_does_not_say_its_size():
