@@ -1,8 +1,10 @@
-"""Pictures for people: grids of samples, originals over their reconstructions, PNG files written whole."""
+"""Pictures for people: grids of samples, originals over their reconstructions, files written whole: PNG, WebP, GIF."""
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -92,11 +94,33 @@ def save_png(image: Image.Image, path: str | os.PathLike) -> None:
     Raises:
         OSError: the folder can not be made or written; no partial file is left behind.
     """
+    _save_whole(image, Path(path), format="PNG")
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, milliseconds: int = 100) -> None:
+    """Writes frames that repeat for ever, as `save_png` writes: lossless WebP, or GIF (256 colours a frame).
+
+    Args:
+        frames: at least one, of one size, of mode L or RGB. Equal neighbours may be stored as one longer frame.
+        path: ends in .webp or .gif.
+        milliseconds: how long each frame stands.
+
+    Raises:
+        ValueError: another ending.
+        OSError: as `save_png`.
+    """
     path = Path(path)
+    options = {".webp": {"format": "WEBP", "lossless": True}, ".gif": {"format": "GIF"}}.get(path.suffix.lower())
+    if options is None:
+        raise ValueError(f"an animation's name ends in .webp or .gif, got {path.name}")
+    _save_whole(frames[0], path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, **options)
+
+
+def _save_whole(image: Image.Image, path: Path, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        image.save(aside, format="PNG")
+        image.save(aside, **options)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -3,7 +3,10 @@
     load_pipeline(name)             a folder or a Hub repository -> LatentDDPMPipeline
     with_scheduler(scheduler, name) another scheduler for the same model
     draw_images(...)                the images of given numbers
+    draw_film(...)                  and what the U-Net saw in each on the way
     draw_shared(...)                images 0 .. count - 1, shared out between the processes
+    own_blocks(count, batch_size)   how they are shared out
+    slerp(a, b, fraction)           noise between two noises
 
 Image number n follows from (seed, n) alone: its starting noise is `normal(seed, Stream.SAMPLE, n)`, and where the
 scheduler draws noise itself, that comes from a generator of this image.
@@ -15,6 +18,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -42,6 +46,7 @@ SCHEDULERS = {
     "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
 }
 SCHEDULERS |= {class_name: (class_name, {}) for class_name, _ in list(SCHEDULERS.values())}
 SCHEDULERS["PNDMScheduler"] = SCHEDULERS["pndm"]
@@ -131,8 +136,38 @@ def image_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
     return (pipe.vqvae.config.out_channels, *(factor * side for side in latent_shape(pipe)[1:]))
 
 
+def slerp(a: torch.Tensor, b: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation from `a` to `b` (Shoemake, "Animating Rotation with Quaternion Curves", 1985).
+
+    Between standard normal noises it stays standard normal: in many dimensions they are nearly orthogonal, so the
+    squares of the two weights sum to about 1. On the straight line the variance would sink to 1/2 at the middle, noise
+    that the model has never begun with.
+
+    Args:
+        a: (B, ...), not zero.
+        b: likewise, and not on one line with `a`.
+        fraction: (B,), in [0, 1]; 0 gives `a` and 1 gives `b`, to the last bit.
+
+    Returns:
+        (B, ...) in the dtype of `a`.
+    """
+    shape = (-1, *[1] * (a.ndim - 1))
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
+    angle = cosine.clamp(-1, 1).acos()
+    fraction = fraction.to(angle)
+    weights = (torch.sin((1 - fraction) * angle) / angle.sin(), torch.sin(fraction * angle) / angle.sin())
+    weight_a, weight_b = (weight.to(a.dtype).view(shape) for weight in weights)
+    return weight_a * a + weight_b * b
+
+
 def draw_images(
-    pipe: LatentDDPMPipeline, seed: int, numbers: torch.Tensor, num_inference_steps: int, eta: float = 0.0
+    pipe: LatentDDPMPipeline,
+    seed: int,
+    numbers: torch.Tensor,
+    num_inference_steps: int,
+    eta: float = 0.0,
+    noise: torch.Tensor | None = None,
+    **inputs: Any,
 ) -> torch.Tensor:
     """The images of the given numbers.
 
@@ -142,12 +177,14 @@ def draw_images(
         numbers: int64 (B,).
         num_inference_steps: denoising steps.
         eta: noise of DDIM, see `LatentDDPMPipeline`.
+        noise: (B, D, h, w), to begin with in place of the numbers' own.
+        inputs: what else `LatentDDPMPipeline` takes: `image`, `strength`, `mask_image`, a callback.
 
     Returns:
         float32 (B, C, H, W) in [0, 1] on the pipeline's device.
 
     Raises:
-        UserError: the scheduler can not work on what this model predicts.
+        UserError: the scheduler can not work on what this model predicts, or not begin with an image.
     """
     generators = [torch.Generator().manual_seed(seed_for_step(seed, int(n), 0)) for n in numbers]
     try:
@@ -156,17 +193,58 @@ def draw_images(
             num_inference_steps=num_inference_steps,
             eta=eta,
             generator=generators,
-            latents=normal(seed, Stream.SAMPLE, numbers, latent_shape(pipe)),
+            latents=normal(seed, Stream.SAMPLE, numbers, latent_shape(pipe)) if noise is None else noise,
             output_type="pt",
+            **inputs,
         ).images
     except (NotImplementedError, ValueError) as error:
-        if "prediction_type" not in str(error):
+        if not any(words in str(error) for words in ("prediction_type", "begin midway", "does not say how noisy")):
             raise
         raise UserError(f"{type(pipe.scheduler).__name__} can not sample this model: {one_line(error)}") from error
 
 
+def draw_film(
+    pipe: LatentDDPMPipeline, rows: int, seed: int, numbers: torch.Tensor, num_inference_steps: int, **inputs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of the given numbers, and of the first `rows` of them the predicted x0 after each step, decoded.
+
+    Returns:
+        What `draw_images` returns, and float32 (rows, S, C, H, W) in [0, 1] on the CPU, where S counts the evaluations
+        of the U-Net.
+
+    Raises:
+        UserError: as `draw_images`.
+    """
+    film = []
+
+    def expose(pipe: LatentDDPMPipeline, step: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict:
+        film.append((pipe.decode(tensors["pred_original_sample"][:rows]) / 2 + 0.5).float().cpu())
+        return {}
+
+    images = draw_images(
+        pipe,
+        seed,
+        numbers,
+        num_inference_steps,
+        callback_on_step_end=expose,
+        callback_on_step_end_tensor_inputs=["pred_original_sample"],
+        **inputs,
+    )
+    return images, torch.stack(film, dim=1)
+
+
+def own_blocks(count: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """The blocks of numbers that this process draws: block k holds k * batch_size and following, below `count`.
+
+    Process k % P of P draws it. What stands together in a batch can change the last bits of an image; so it does not
+    depend on P.
+    """
+    for start in range(process_index() * batch_size, count, process_count() * batch_size):
+        yield torch.arange(start, min(start + batch_size, count))
+
+
 @contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
     """On a CPU, arithmetic by one thread: the order of a sum must not depend on how the cores are shared out."""
     before = torch.get_num_threads()
     if device.type == "cpu":
@@ -201,7 +279,7 @@ def draw_shared(
     first, processes = process_index(), process_count()
     rounds = math.ceil(count / (batch_size * processes))
     kept = []
-    with _one_thread(pipe.device):
+    with one_thread(pipe.device):
         for k in tqdm(range(rounds), desc="sampling", unit="round", disable=first > 0, leave=False, dynamic_ncols=True):
             start = min((k * processes + first) * batch_size, count)
             numbers = torch.arange(start, min(start + batch_size, count))

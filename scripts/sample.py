@@ -2,9 +2,25 @@
 
     python scripts/sample.py runs/mnist/pipeline --num_images 64 --output_dir samples/mnist
     python scripts/sample.py you/mnist-ldm --scheduler dpmsolver++ --num_inference_steps 15 --seed 1
+    python scripts/sample.py you/mnist-ldm --num_images 4 --interpolate 8 --film_strip
+    python scripts/sample.py you/mnist-ldm --num_images 9 --image digit.png --strength 0.6
+    python scripts/sample.py you/mnist-ldm --num_images 9 --image digit.png --mask hole.png
+    accelerate launch --num_processes 8 scripts/sample.py you/mnist-ldm --num_images 50000
 
 Writes `grid.png` (of the first 64 images), `00000.png`, `00001.png`, ... and `samples.json`, which records
-every setting. Image number i follows from (seed, i) alone, so neither --batch_size nor --num_images changes it.
+every setting. Image number i follows from (seed, i) alone, so neither --batch_size nor --num_images changes it
+(but for rounding, where a batch is of another size), and the files are the same on any number of processes.
+
+--interpolate N adds `interpolation.png`, a row for each pair of neighbours 0-1, 1-2, ... with N images from the one to
+the other, and `interpolation.webp`, the walk through all of them. Of a scheduler that draws noise itself, all
+images of a pair but the last take the first one's. --film_strip adds `film_strip.png`, a row for each of the first 8
+images with what the model predicts after each step, and `film_strip.webp`.
+
+--image is cropped to a square at its centre and resized, as in training; it stands first in the grid. What is white
+in --mask is painted anew; the other pixels stay as they are.
+
+On a CPU each process computes with one thread, or the last bits would depend on their number: start as many
+processes as there are cores.
 """
 
 import argparse
@@ -15,12 +31,33 @@ from pathlib import Path
 
 import diffusers
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from latent_ddpm.errors import UserError
-from latent_ddpm.grids import make_grid, save_png
-from latent_ddpm.sampling import SCHEDULERS, draw_images, find_scheduler, load_pipeline, one_line, with_scheduler
+from latent_ddpm.grids import make_grid, save_animation, save_png
+from latent_ddpm.images import as_seen, decode, resize_and_crop
+from latent_ddpm.launch import run
+from latent_ddpm.random import Stream, normal
+from latent_ddpm.sampling import (
+    SCHEDULERS,
+    draw_film,
+    draw_images,
+    find_scheduler,
+    image_shape,
+    latent_shape,
+    load_pipeline,
+    one_line,
+    one_thread,
+    own_blocks,
+    slerp,
+    with_scheduler,
+)
+from pipeline_latent_ddpm import LatentDDPMPipeline
 
 GRID_LIMIT = 64
+FILM_ROWS = 8
+ANIMATION_SIDE = 128  # pixels; smaller images are enlarged to about that
 
 
 def positive(text: str) -> int:
@@ -39,6 +76,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scheduler", help="in place of the pipeline's own: " + ", ".join(SCHEDULERS))
     parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 is deterministic, 1 is like DDPM")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image", type=Path, help="begin with this image, noised")
+    parser.add_argument("--strength", type=float, help="how far from --image, up to 1; 0.8, and 1 with --mask")
+    parser.add_argument("--mask", type=Path, help="paint anew only what is white in this image")
+    parser.add_argument("--interpolate", type=int, metavar="N", help="N images from each number to the next")
+    parser.add_argument("--film_strip", action="store_true", help="show the predictions on the way")
+    parser.add_argument("--animation", choices=("webp", "gif"), default="webp")
     parser.add_argument("--output_dir", type=Path, default=Path("samples"))
     parser.add_argument("--no-individual", action="store_true", help="write the grid only, not one file per image")
     parser.add_argument("--device", help="such as cpu, cuda, cuda:1, mps; by default the fastest there is")
@@ -56,6 +99,81 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name} can not be used here: {one_line(error)}") from error
 
 
+def check_settings(args: argparse.Namespace) -> None:
+    """A slip of the finger is told before anything is loaded.
+
+    Raises:
+        UserError: settings that are out of range, or that need another.
+    """
+    if not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed} must be at least 0 and below 2**64")
+    if args.scheduler is not None:
+        find_scheduler(args.scheduler)
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise UserError(f"--strength {args.strength} must be above 0 and at most 1")
+    if args.image is None and (args.strength is not None or args.mask is not None):
+        raise UserError("--strength and --mask are about an image: name it with --image FILE")
+    if args.interpolate is not None and args.interpolate < 2:
+        raise UserError(f"--interpolate {args.interpolate} must be at least 2: both ends count")
+    if args.interpolate is not None and args.num_images < 2:
+        raise UserError(f"--interpolate needs --num_images of at least 2, not {args.num_images}")
+
+
+def read_image(flag: str, path: Path, channels: int, side: int) -> torch.Tensor:
+    """An image file as float32 (1, channels, side, side) in [0, 1].
+
+    Raises:
+        UserError: there is no such file, or it is not an image.
+    """
+    try:
+        pixels = resize_and_crop(as_seen(decode(path.read_bytes()), channels), side)  # uint8 (side, side, channels)
+    except Exception as error:  # Pillow's decoders raise all kinds on damaged files
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise UserError(f"{flag} {path} can not be read: {reason}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+
+
+def draw_between(
+    pipe: LatentDDPMPipeline, args: argparse.Namespace, **settings: torch.Tensor | float | int
+) -> list[tuple[int, torch.Tensor]]:
+    """The images between neighbours that this process draws: (place, float32 (C, H, W) in [-1, 1]), pair after pair."""
+    between = args.interpolate - 2
+    images = []
+    for places in own_blocks((args.num_images - 1) * between, args.batch_size):
+        numbers, fraction = places // between, (1 + places % between) / (args.interpolate - 1)
+        ends = (normal(args.seed, Stream.SAMPLE, n, latent_shape(pipe)) for n in (numbers, numbers + 1))
+        part = draw_images(pipe, args.seed, numbers, noise=slerp(*ends, fraction), **settings).cpu() * 2 - 1
+        images += zip(places.tolist(), part, strict=True)
+    return images
+
+
+def in_order(own: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+    """The tensors of all processes, by their numbers."""
+    return [tensor for _, tensor in sorted(gather_object(own), key=lambda pair: pair[0])]
+
+
+def write_interpolation(ends: torch.Tensor, between: list[torch.Tensor], args: argparse.Namespace) -> None:
+    """The grid and the animation of all pairs, from the numbered images (N, C, H, W) and those between them."""
+    length = args.interpolate - 2
+    rows = [[ends[p], *between[p * length : (p + 1) * length], ends[p + 1]] for p in range(len(ends) - 1)]
+    grid = make_grid(torch.stack([image for row in rows for image in row]), columns=args.interpolate)
+    save_png(grid, args.output_dir / "interpolation.png")
+    walk = [image for row in rows for image in row[:-1]] + [ends[-1]]  # where two rows meet is one image
+    write_animation([image[None] for image in walk], "interpolation", args)
+
+
+def write_film(film: torch.Tensor, args: argparse.Namespace) -> None:
+    """The strip and the animation of predictions (rows, steps, C, H, W)."""
+    save_png(make_grid(film.flatten(0, 1), columns=film.shape[1]), args.output_dir / "film_strip.png")
+    write_animation(list(film.unbind(1)), "film_strip", args)
+
+
+def write_animation(frames: list[torch.Tensor], name: str, args: argparse.Namespace) -> None:
+    scale = max(1, ANIMATION_SIDE // frames[0].shape[-1])
+    pictures = [make_grid(frame, scale=scale, padding=2 if len(frame) > 1 else 0) for frame in frames]
+    save_animation(pictures, args.output_dir / f"{name}.{args.animation}")
+
+
 def sample(args: argparse.Namespace) -> None:
     """Runs the command.
 
@@ -64,15 +182,16 @@ def sample(args: argparse.Namespace) -> None:
     """
     # ---------------------------------------------------------------------------------- set-up
 
-    if not 0 <= args.seed < 2**64:
-        raise UserError(f"--seed {args.seed} must be at least 0 and below 2**64")
-    if args.scheduler is not None:
-        find_scheduler(args.scheduler)  # a slip of the finger is told before anything is loaded
+    check_settings(args)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir} can not be made: {error.strerror}") from error
-    device = pick_device(args.device)
+    # Left to itself, it takes processes without a GPU for processes that do not belong together.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    device = pick_device(args.device) if state.num_processes == 1 else state.device
+    if args.device is not None and args.device.split(":")[0] != device.type:
+        raise UserError(f"--device {args.device}: accelerate has put its processes on {device.type}")
     pipe = load_pipeline(args.pipeline).to(device, getattr(torch, args.dtype))
     if args.scheduler is not None:
         pipe.scheduler = with_scheduler(pipe.scheduler, args.scheduler)
@@ -81,24 +200,51 @@ def sample(args: argparse.Namespace) -> None:
             f"--num_inference_steps {args.num_inference_steps} is more than the "
             f"{pipe.scheduler.config.num_train_timesteps} steps the model was trained with"
         )
-    pipe.set_progress_bar_config(leave=False)
+    pipe.set_progress_bar_config(leave=False, disable=not state.is_main_process)
+    settings = {"num_inference_steps": args.num_inference_steps, "eta": args.eta}
+    channels, height, _ = image_shape(pipe)
+    if args.image is not None:
+        settings |= {"image": read_image("--image", args.image, channels, height), "strength": args.strength}
+    if args.mask is not None:
+        settings["mask_image"] = read_image("--mask", args.mask, 1, height)
 
     # ---------------------------------------------------------------------------------- sampling
 
-    for_grid, files = [], []
-    for start in range(0, args.num_images, args.batch_size):
-        numbers = torch.arange(start, min(start + args.batch_size, args.num_images))
-        images = draw_images(pipe, args.seed, numbers, args.num_inference_steps, args.eta)
-        images = images.cpu() * 2 - 1  # (B, C, H, W) in [-1, 1]
-        for_grid.append(images[: max(0, GRID_LIMIT - start)])
-        if not args.no_individual:
-            for number, image in zip(numbers.tolist(), images, strict=True):
-                files.append(f"{number:05d}.png")
-                save_png(make_grid(image[None], padding=0), args.output_dir / files[-1])
+    kept, film, between = [], [], []  # of this process: (number, float32 tensor in [-1, 1])
+    keep = args.num_images if args.interpolate else GRID_LIMIT
+    with one_thread(device):
+        for numbers in own_blocks(args.num_images, args.batch_size):
+            rows = min(len(numbers), FILM_ROWS - int(numbers[0])) if args.film_strip else 0
+            if rows > 0:
+                images, strips = draw_film(pipe, rows, args.seed, numbers, **settings)
+                film += zip(numbers.tolist(), strips * 2 - 1)  # noqa: B905 - fewer strips than numbers
+            else:
+                images = draw_images(pipe, args.seed, numbers, **settings)
+            images = images.cpu() * 2 - 1  # (B, C, H, W) in [-1, 1]
+            kept += [(n, image) for n, image in zip(numbers.tolist(), images, strict=True) if n < keep]
+            if not args.no_individual:
+                for number, image in zip(numbers.tolist(), images, strict=True):
+                    save_png(make_grid(image[None], padding=0), args.output_dir / f"{number:05d}.png")
+        if args.interpolate:
+            between = draw_between(pipe, args, **settings)
+    kept, film, between = in_order(kept), in_order(film), in_order(between)
 
     # ---------------------------------------------------------------------------------- what is written last
 
-    save_png(make_grid(torch.cat(for_grid)), args.output_dir / "grid.png")
+    if state.is_main_process:
+        first = [settings["image"][0] * 2 - 1] if args.image is not None else []
+        save_png(make_grid(torch.stack(first + kept[:GRID_LIMIT])), args.output_dir / "grid.png")
+        if args.interpolate:
+            write_interpolation(torch.stack(kept), between, args)
+        if args.film_strip:
+            write_film(torch.stack(film), args)
+        write_record(args, pipe, device)
+        print(f"{args.num_images} images in {args.output_dir}")
+    state.wait_for_everyone()
+
+
+def write_record(args: argparse.Namespace, pipe: LatentDDPMPipeline, device: torch.device) -> None:
+    """`samples.json`: every setting, but not the number of processes, which changes nothing."""
     record = {
         "pipeline": args.pipeline,
         "num_images": args.num_images,
@@ -108,16 +254,21 @@ def sample(args: argparse.Namespace) -> None:
         "scheduler_config": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
         "eta": args.eta,
         "seed": args.seed,
-        "device": str(device),
+        "image": args.image,
+        "strength": args.strength,
+        "mask": args.mask,
+        "interpolate": args.interpolate,
+        "film_strip": args.film_strip,
+        "animation": args.animation,
+        "device": device.type,
         "dtype": args.dtype,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "files": files,
+        "files": [] if args.no_individual else [f"{number:05d}.png" for number in range(args.num_images)],
     }
     aside = args.output_dir / f".samples.json.{os.getpid()}.tmp"
     aside.write_text(json.dumps(record, indent=2, default=str) + "\n")
     os.replace(aside, args.output_dir / "samples.json")
-    print(f"{args.num_images} images in {args.output_dir}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,10 +276,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sample(parse_args(argv))
     except UserError as error:
+        if "WORLD_SIZE" in os.environ:  # of several processes only the first speaks: `run` sees to it
+            raise
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

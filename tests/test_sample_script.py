@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline, UNet2DModel, VQModel
+from conftest import ROOT, environment
 from PIL import Image
 
 from latent_ddpm.random import Stream, normal
+from latent_ddpm.sampling import slerp
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -107,6 +111,12 @@ def test_files_grid_and_record(pipeline, tmp_path):
         "scheduler": "DPMSolverMultistepScheduler",
         "eta": 0.0,
         "seed": 4,
+        "image": None,
+        "strength": None,
+        "mask": None,
+        "interpolate": None,
+        "film_strip": False,
+        "animation": "webp",
         "device": "cpu",
         "dtype": "float32",
         "torch": torch.__version__,
@@ -169,7 +179,7 @@ def test_scheduler_keeps_the_noise_table_of_the_model(name):
     assert changed.config.get("clip_sample") is False
 
 
-@pytest.mark.parametrize("name", [n for n in script.SCHEDULERS if n.islower() and n != "flow-euler"])
+@pytest.mark.parametrize("name", [n for n in script.SCHEDULERS if n.islower() and not n.startswith("flow")])
 def test_scheduler_runs_with_few_steps(pipeline, tmp_path, name):
     for steps in (1, 2):
         arguments = ("--num_images", 1, "--scheduler", name, "--num_inference_steps", steps)
@@ -183,9 +193,156 @@ def test_clipping_is_for_pixels_only():
 
 def test_flow_matching_pipeline(tmp_path, capsys):
     pipeline = save_pipeline(tmp_path / "flow", FlowMatchEulerDiscreteScheduler())
-    assert run(pipeline, tmp_path / "out", "--num_images", 2, "--scheduler", "flow-euler") == 0
-    assert pixels(tmp_path / "out").std() > 1
+    for name in ("flow-euler", "flow-heun"):
+        assert run(pipeline, tmp_path / name, "--num_images", 2, "--scheduler", name, "--film_strip") == 0
+        assert pixels(tmp_path / name).std() > 1
+    assert np.abs(pixels(tmp_path / "flow-euler") - pixels(tmp_path / "flow-heun")).max() > 3
     assert "flow matching" in refusal(capsys, pipeline, tmp_path / "out", "--scheduler", "heun")
+
+
+# ---------------------------------------------------------------------------------- between images, and on the way
+
+
+def cells(path, side=16, padding=2):
+    """The images of a grid, (rows, columns, side, side)."""
+    grid = np.asarray(Image.open(path)).astype(int)
+    rows, columns = ((length - padding) // (side + padding) for length in grid.shape)
+    blocks = grid[padding:, padding:].reshape(rows, side + padding, columns, side + padding)
+    return blocks.transpose(0, 2, 1, 3)[:, :, :side, :side]
+
+
+def frames(path, mode="L"):
+    animation = Image.open(path)
+    shown = []
+    for i in range(animation.n_frames):
+        animation.seek(i)
+        shown.append(np.asarray(animation.convert(mode)).astype(int))
+    return np.stack(shown)
+
+
+def test_slerp_keeps_the_variance_and_the_ends():
+    a, b = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    ends = [slerp(a, b, torch.full((3,), f)) for f in (0.0, 1.0)]
+    assert torch.equal(ends[0], a) and torch.equal(ends[1], b)
+    middle = slerp(a, b, torch.tensor([0.2, 0.5, 0.7]))
+    assert middle.var(dim=(1, 2, 3)) == pytest.approx(torch.ones(3), abs=0.1)  # (a + b) / 2 has 0.5
+    turned = slerp(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([1 / 3]))
+    assert turned[0].tolist() == pytest.approx([0.75**0.5, 2 * 0.5])  # a third of the way of 90 degrees
+
+
+@pytest.mark.parametrize("arguments", [(), ("--scheduler", "euler-a")])
+def test_interpolation_goes_from_number_to_number(pipeline, tmp_path, arguments):
+    assert run(pipeline, tmp_path, "--num_images", 4, "--batch_size", 3, "--interpolate", 5, *arguments) == 0
+    images, rows = pixels(tmp_path), cells(tmp_path / "interpolation.png")
+    assert rows.shape == (3, 5, 16, 16)
+    np.testing.assert_array_equal(rows[:, 0], images[:-1])
+    np.testing.assert_array_equal(rows[:, -1], images[1:])
+    pipe = LatentDDPMPipeline.from_pretrained(pipeline)
+    if not arguments:
+        noise = normal(0, Stream.SAMPLE, torch.arange(1, 3), (3, 8, 8))
+        between = slerp(noise[:1], noise[1:], torch.tensor([0.25]))
+        expected = pipe(num_inference_steps=3, latents=between).images[0]
+        assert np.abs(rows[1, 1] - np.asarray(expected).astype(int)).max() <= 1
+    shown = frames(tmp_path / "interpolation.webp")
+    assert shown.shape == (3 * 4 + 1, 128, 128)
+    walk = np.concatenate((rows[:, :-1].reshape(12, 16, 16), images[-1:]))
+    np.testing.assert_array_equal(shown[:, ::8, ::8], walk)
+
+
+def test_interpolation_of_two_frames_is_the_ends(pipeline, tmp_path):
+    assert run(pipeline, tmp_path, "--num_images", 2, "--interpolate", 2, "--animation", "gif") == 0
+    np.testing.assert_array_equal(cells(tmp_path / "interpolation.png")[0], pixels(tmp_path))
+    assert frames(tmp_path / "interpolation.gif").shape == (2, 128, 128)
+
+
+def test_film_strip_shows_what_is_predicted_after_each_step(pipeline, tmp_path):
+    # The last step of DDIM leaves the prediction itself. Ten images, in three blocks, of which eight are shown.
+    assert run(pipeline, tmp_path, "--num_images", 10, "--batch_size", 4, "--film_strip", "--animation", "gif") == 0
+    rows = cells(tmp_path / "film_strip.png")
+    assert rows.shape == (8, 3, 16, 16)
+    assert np.abs(rows[:, -1] - pixels(tmp_path)[:8]).max() <= 1
+    assert np.abs(rows[:, 0] - rows[:, -1]).max() > 3
+    shown = frames(tmp_path / "film_strip.gif")
+    assert shown.shape == (3, 3 * (8 * 16 + 2) + 2, 3 * (8 * 16 + 2) + 2)
+    assert np.abs(shown[1, 2:130:8, 2:130:8] - rows[0, 1]).max() <= 1
+    plain = tmp_path / "plain"
+    assert run(pipeline, plain, "--num_images", 10, "--batch_size", 4) == 0
+    np.testing.assert_array_equal(pixels(plain), pixels(tmp_path))  # to watch changes nothing
+
+
+# ---------------------------------------------------------------------------------- an image to begin with
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """A colour image of another shape than the model's, and a mask of its middle."""
+    folder = tmp_path_factory.mktemp("photo")
+    levels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(folder / "photo.png")
+    mask = np.zeros((16, 24), dtype=np.uint8)
+    mask[4:12, 8:16] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+def test_variations_of_an_image(pipeline, photo, tmp_path):
+    begin = np.asarray(Image.open(photo / "photo.png").convert("L").crop((4, 0, 20, 16))).astype(int)
+    arguments = ("--num_images", 3, "--image", photo / "photo.png", "--num_inference_steps", 10)
+    for strength in (0.1, 1.0):
+        assert run(pipeline, tmp_path / str(strength), *arguments, "--strength", strength) == 0
+    near, far = pixels(tmp_path / "0.1"), pixels(tmp_path / "1.0")
+    assert len(np.unique(near.reshape(3, -1), axis=0)) == 3
+    grid = cells(tmp_path / "0.1" / "grid.png").reshape(4, 16, 16)
+    np.testing.assert_array_equal(grid, np.concatenate((begin[None], near)))
+    assert run(pipeline, tmp_path / "none", "--num_images", 3, "--num_inference_steps", 10) == 0
+    np.testing.assert_array_equal(far, pixels(tmp_path / "none"))
+    assert np.abs(near - far).max() > 3
+    record = json.loads((tmp_path / "0.1" / "samples.json").read_text())
+    assert (record["image"], record["strength"], record["mask"]) == (str(photo / "photo.png"), 0.1, None)
+
+
+def test_a_masked_image_keeps_its_other_pixels(pipeline, photo, tmp_path):
+    begin = np.asarray(Image.open(photo / "photo.png").convert("L").crop((4, 0, 20, 16))).astype(int)
+    arguments = ("--image", photo / "photo.png", "--mask", photo / "mask.png", "--film_strip", "--interpolate", 3)
+    assert run(pipeline, tmp_path, "--num_images", 3, *arguments) == 0
+    inside = np.zeros((16, 16), dtype=bool)
+    inside[4:12, 4:12] = True
+    for images in (pixels(tmp_path), cells(tmp_path / "interpolation.png").reshape(6, 16, 16)):
+        assert (images[:, ~inside] == begin[~inside]).all()
+        assert (np.abs(images[:, inside] - begin[inside]).mean(axis=1) > 3).all()
+
+
+# ---------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_write_the_files_of_one(pipeline, photo, tmp_path):
+    words = ["scripts/sample.py", str(pipeline), "--num_images", "7", "--batch_size", "2", "--num_inference_steps", "3"]
+    words += [
+        "--scheduler",
+        "dpmsolver++-sde",
+        "--interpolate",
+        "4",
+        "--film_strip",
+        "--image",
+        str(photo / "photo.png"),
+    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    folders = {}
+    # With two threads alone, one each together: neither may show.
+    for name, command, threads in (("one", [sys.executable], 2), ("two", launcher, 1)):
+        done = subprocess.run(
+            [*command, *words, "--output_dir", str(tmp_path / name)],
+            cwd=ROOT,
+            env=environment(threads),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("7 images in") == 1
+        folders[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    assert len(folders["one"]) == 7 + 1 + 2 + 2 + 1
+    assert folders["one"] == folders["two"]
 
 
 # ---------------------------------------------------------------------------------- refusals
@@ -249,6 +406,14 @@ def test_unreachable_hub_id(tmp_path, capsys, monkeypatch):
         (("--seed", -1), "--seed -1"),
         (("--num_inference_steps", 1001), "more than the 1000 steps"),
         (("--device", "nonsense"), "--device nonsense"),
+        (("--strength", 0.5), "name it with --image"),
+        (("--mask", "mask.png"), "name it with --image"),
+        (("--image", "photo.png", "--strength", 0), "--strength 0.0 must be above 0 and at most 1"),
+        (("--image", "photo.png", "--strength", 1.01), "--strength 1.01 must be"),
+        (("--image", "nowhere.png"), "--image nowhere.png can not be read: No such file or directory"),
+        (("--image", __file__), "test_sample_script.py can not be read: not an image"),
+        (("--interpolate", 1), "--interpolate 1 must be at least 2"),
+        (("--interpolate", 3, "--num_images", 1), "--num_images of at least 2, not 1"),
     ],
 )
 def test_bad_settings(pipeline, tmp_path, capsys, arguments, message):
