@@ -130,7 +130,7 @@ def read_image(flag: str, path: Path, channels: int, side: int) -> torch.Tensor:
     except Exception as error:  # Pillow's decoders raise all kinds on damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise UserError(f"{flag} {path} can not be read: {reason}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    return torch.tensor(pixels).permute(2, 0, 1)[None].float() / 255
 
 
 def draw_between(
