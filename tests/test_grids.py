@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_ddpm.grids import make_grid, reconstruction_grid, save_png
+from latent_ddpm.grids import make_grid, reconstruction_grid, save_animation, save_png
 
 
 @settings(max_examples=40, deadline=None)
@@ -107,3 +107,22 @@ def test_save_png_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monk
     monkeypatch.undo()
     assert np.asarray(Image.open(path)).max() == 10
     assert [p.name for p in tmp_path.iterdir()] == ["image.png"]
+
+
+@pytest.mark.parametrize("ending", ["webp", "gif"])
+def test_animation_holds_every_frame(tmp_path, ending):
+    path = tmp_path / "new" / f"film.{ending}"
+    levels = [0, 128, 255]
+    save_animation([Image.new("L", (5, 4), level) for level in levels], path, milliseconds=250)
+    with Image.open(path) as animation:
+        assert (animation.n_frames, animation.size, animation.info["loop"]) == (3, (5, 4), 0)
+        for i, level in enumerate(levels):
+            animation.seek(i)
+            assert (np.asarray(animation.convert("L")) == level).all() and animation.info["duration"] == 250
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_animation_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"ends in .webp or .gif, got film.mp4"):
+        save_animation([Image.new("L", (5, 4))], tmp_path / "film.mp4")
+    assert list(tmp_path.iterdir()) == []

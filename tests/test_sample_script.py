@@ -10,8 +10,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline, UNet2DModel, VQModel
 from conftest import ROOT, environment
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LDMPipeline, UNet2DModel, VQModel
 from PIL import Image
 
 from latent_ddpm.random import Stream, normal
@@ -217,6 +217,7 @@ def frames(path, mode="L"):
     for i in range(animation.n_frames):
         animation.seek(i)
         shown.append(np.asarray(animation.convert(mode)).astype(int))
+        assert animation.info["duration"] == 100  # equal neighbours would have been merged into a longer one
     return np.stack(shown)
 
 
@@ -316,33 +317,37 @@ def test_a_masked_image_keeps_its_other_pixels(pipeline, photo, tmp_path):
 
 
 def test_two_processes_write_the_files_of_one(pipeline, photo, tmp_path):
-    words = ["scripts/sample.py", str(pipeline), "--num_images", "7", "--batch_size", "2", "--num_inference_steps", "3"]
-    words += [
-        "--scheduler",
-        "dpmsolver++-sde",
-        "--interpolate",
-        "4",
-        "--film_strip",
-        "--image",
-        str(photo / "photo.png"),
-    ]
+    words = [str(pipeline), "--num_images", "7", "--batch_size", "2", "--num_inference_steps", "3", "--film_strip"]
+    words += ["--scheduler", "dpmsolver++-sde", "--interpolate", "4", "--image", str(photo / "photo.png")]
+    torch.set_num_threads(2)  # neither this nor the launcher's one thread per process may show
+    assert script.main([*words, "--output_dir", str(tmp_path / "one")]) == 0
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    folders = {}
-    # With two threads alone, one each together: neither may show.
-    for name, command, threads in (("one", [sys.executable], 2), ("two", launcher, 1)):
-        done = subprocess.run(
-            [*command, *words, "--output_dir", str(tmp_path / name)],
-            cwd=ROOT,
-            env=environment(threads),
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert done.stdout.count("7 images in") == 1
-        folders[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-    assert len(folders["one"]) == 7 + 1 + 2 + 2 + 1
-    assert folders["one"] == folders["two"]
+    done = subprocess.run(
+        [*launcher, "scripts/sample.py", *words, "--output_dir", str(tmp_path / "two")],
+        cwd=ROOT,
+        env={key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == f"7 images in {tmp_path / 'two'}\n"
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert len(one) == 7 + 1 + 2 + 2 + 1  # images, grid, interpolation, film strip, record
+    assert one == two
+
+
+def test_on_a_cpu_one_thread_computes(pipeline, tmp_path, monkeypatch):
+    threads = []
+    watched = lambda *arguments, **settings: threads.append(torch.get_num_threads()) or draw(*arguments, **settings)  # noqa: E731
+    draw = script.draw_images
+    monkeypatch.setattr(script, "draw_images", watched)
+    torch.set_num_threads(2)
+    assert run(pipeline, tmp_path, "--num_images", 2, "--interpolate", 3) == 0
+    torch.set_num_threads(1)
+    assert threads == [1, 1]
 
 
 # ---------------------------------------------------------------------------------- refusals
