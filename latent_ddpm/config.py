@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from latent_ddpm.errors import UserError
 
+MAX_SIGMA_REL = 0.28  # of an average of weights; the plain mean of all has 12^-0.5 = 0.289 (ema.gamma_of)
 LPIPS_MIN_PIXELS = {"vgg": 16, "alex": 31, "squeeze": 17}  # below, a pooling layer of the trunk has no output
 
 SECTIONS = ("train_autoencoder", "train_unet")
@@ -362,8 +363,8 @@ class UNetConfig(RunConfig):
         for key in ("snr_gamma", "noise_shift", "logit_std"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
         rels = self.ema_sigma_rels
-        fits = len(set(rels)) == len(rels) > 0 and all(0 < rel <= 0.28 for rel in rels)
-        _require(fits, "ema_sigma_rels", rels, "one or more different numbers above 0 and at most 0.28")
+        fits = len(set(rels)) == len(rels) > 0 and all(0 < rel <= MAX_SIGMA_REL for rel in rels)
+        _require(fits, "ema_sigma_rels", rels, f"one or more different numbers above 0 and at most {MAX_SIGMA_REL}")
         _require(self.ema_snapshots >= 0, "ema_snapshots", self.ema_snapshots, "0 or more")
         self._check_noise()
         _require(0 < self.beta_start <= self.beta_end < 1, "beta_start", self.beta_start, "0 < beta_start <= beta_end")

@@ -22,7 +22,7 @@ from conftest import (
     losses,
     read_metrics,
 )
-from diffusers import AutoencoderKL, DiffusionPipeline, VQModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel, VQModel
 from PIL import Image
 
 from latent_ddpm.checkpoint import CheckpointFolder
@@ -32,12 +32,12 @@ OTHER_GAN = {**GAN, "disc_loss": "non_saturating", "disc_norm": "actnorm", "disc
              "disc_lecam_weight": 0.1, "optimizer": "muon"}  # fmt: skip
 
 
-def script(name, *words):
+def script(name, *words, expect=0):
     done = subprocess.run(
         [sys.executable, f"scripts/{name}", *map(str, words)],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == expect, done.stderr[-3000:]
     return done
 
 
@@ -242,6 +242,10 @@ def test_stage_2_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(traine
     assert losses(output_dir, "unet") == losses(tmp_path, "unet")
     weights = "pipeline/unet/diffusion_pytorch_model.safetensors"
     assert (output_dir / weights).read_bytes() == (tmp_path / weights).read_bytes()
+    snapshots = sorted(path.name for path in (output_dir / "ema").glob("*.safetensors"))
+    assert len(snapshots) == 2 * 12 and snapshots[0] == "ema-00000001-0.05.safetensors"
+    for name in snapshots:
+        assert (output_dir / "ema" / name).read_bytes() == (tmp_path / "ema" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -376,3 +380,21 @@ def test_the_other_commands(trained, tmp_path):
         "sample.py", output_dir / "pipeline", "--num_images", 4, "--num_inference_steps", 2, "--output_dir", tmp_path
     )
     assert (tmp_path / "grid.png").exists() and len(list(tmp_path.glob("0000*.png"))) == 4
+
+    # an average of another width, made afterwards, and one that was tracked: that is the pipeline's own
+    text = script("reconstruct_ema.py", *config, "--sigma_rels", 0.2, 0.1, "--num_images", 6,
+                  "--evaluation_words", "--steps 2 --schedulers ddim").stdout  # fmt: skip
+    assert "width 0.2 at step" in text and "width 0.1: Frechet distance" in text
+    measured = json.loads((output_dir / "ema" / "ema.json").read_text())["results"]
+    assert list(measured) == ["0.2", "0.1"] and measured["0.2"]["samples"] == 6
+    assert Image.open(output_dir / "ema" / "ema.png").size[0] > 300
+    unets = [
+        UNet2DModel.from_pretrained(folder / "unet").state_dict()
+        for folder in (output_dir / "pipeline", *(output_dir / "ema" / f"pipeline-{width}" for width in (0.1, 0.2)))
+    ]
+    distances = [
+        sum(float((a - b).square().sum()) for a, b in zip(unets[0].values(), unet.values(), strict=True)) ** 0.5
+        for unet in unets[1:]
+    ]
+    assert distances[0] < 0.1 * distances[1]
+    assert "a width is above 0" in script("reconstruct_ema.py", *config, "--sigma_rels", 0.3, expect=2).stderr
