@@ -1,6 +1,7 @@
 """From what we train to what stock diffusers loads: VQModel or AutoencoderKL, UNet2DModel, LDMPipeline."""
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -148,6 +149,11 @@ def quantize_indices(vqvae: VQModel, latents: torch.Tensor) -> torch.Tensor:
     """Indices of the codes of `encode(x).latents` (B, D, h, w): int64 (B, h, w)."""
     _, _, (_, _, indices) = vqvae.quantize(latents)
     return indices.view(latents.shape[0], *latents.shape[2:])
+
+
+def folder_name(recipe: str) -> str:
+    """A folder's name for a recipe of a benchmark and its keys: "ours --optimizer muon" -> "ours-optimizer-muon"."""
+    return re.sub(r"[^\w.=-]+", "-", recipe.replace("--", "")).strip("-")
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -7,7 +7,7 @@
 ema, simvq, fsq and kl; the other options are the keys of train_autoencoder.py. A recipe can have keys of its own, in
 quotes: `--recipes ema "ema --block_out_channels [16,32,64]"`. Each trains for `--minutes`, in turns of `--turn`
 seconds, so that whatever else the machine does meets all alike. Writes JSON, and a figure and a grid of
-reconstructions beside it.
+reconstructions beside it; with `--save_dir DIR` also what each has trained, for stage 2 (`--autoencoder DIR/stock`).
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, VQModel
 from tqdm.auto import tqdm
 
 from latent_ddpm.config import AutoencoderConfig, parse_config
@@ -39,9 +40,10 @@ from latent_ddpm.data import (
 from latent_ddpm.ema import EMA
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder
-from latent_ddpm.export import new_vqmodel, quantize_indices
+from latent_ddpm.export import fold_normalization, folder_name, new_vqmodel, quantize_indices, to_stock
 from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
 from latent_ddpm.grids import reconstruction_grid, save_png
+from latent_ddpm.latents import Moments, overall_std
 from latent_ddpm.launch import run
 from latent_ddpm.losses import reconstruction_loss
 from latent_ddpm.models.equivariance import transform_of
@@ -74,6 +76,10 @@ class Stock:
     def reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latents = self.model.encode(images).latents
         return self.model.decode(latents).sample, quantize_indices(self.model, latents)
+
+    def stock_model(self, held_out: list[dict[str, torch.Tensor]], device: torch.device) -> VQModel:
+        """As it is, with diffusers' own scaling_factor."""
+        return self.model
 
 
 class Ours:
@@ -109,6 +115,15 @@ class Ours:
     def reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.ema.model(images)
         return output.reconstruction, output.quantized.indices
+
+    @torch.no_grad()
+    def stock_model(self, held_out: list[dict[str, torch.Tensor]], device: torch.device) -> VQModel | AutoencoderKL:
+        """The averaged weights, with latents of unit variance on held-out images."""
+        moments = Moments(self.config.latent_channels)
+        for batch in held_out:
+            moments.add(self.ema.model.encode(to_float(batch["image"].to(device))))
+        mean, variance = moments.result()
+        return fold_normalization(to_stock(self.ema.model.cpu(), self.config), mean, overall_std(variance))
 
 
 def make_recipe(words: list[str], argv: list[str], device: torch.device) -> tuple[Stock | Ours, AutoencoderConfig]:
@@ -189,6 +204,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=[*EXTRACTORS, "none"])
     parser.add_argument("--frechet_images", type=int, default=1000)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--save_dir", type=Path)
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
@@ -277,6 +293,10 @@ def main(argv: list[str]) -> int:
                 distance = frechet_distance(originals, made, options.feature_extractor, device, 64, scratch)
                 results[contestant.name] |= {"rfd": distance, "rfd_images": len(made)}
                 write()
+        for contestant in contestants if options.save_dir is not None else []:
+            folder = options.save_dir / folder_name(contestant.name)
+            contestant.recipe.stock_model(held_out, device).save_pretrained(folder, safe_serialization=True)
+            print(f"{contestant.name}: {folder}")
     for name, figures in results.items():
         print(name, json.dumps({key: value for key, value in figures.items() if key != "curve"}))
     print(f"written to {options.json}", file=sys.stderr)

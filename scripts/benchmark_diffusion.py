@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 import shlex
 import statistics
 import subprocess
@@ -37,7 +36,13 @@ from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
 from latent_ddpm.ema import PowerEMA
 from latent_ddpm.errors import UserError
-from latent_ddpm.export import check_autoencoder_fits, export_pipeline, fold_normalization, load_autoencoder
+from latent_ddpm.export import (
+    check_autoencoder_fits,
+    export_pipeline,
+    fold_normalization,
+    folder_name,
+    load_autoencoder,
+)
 from latent_ddpm.features import EXTRACTORS, check_installed
 from latent_ddpm.latents import LatentCache, latents_for_run
 from latent_ddpm.launch import run
@@ -155,7 +160,7 @@ class Contestant:
         if kind not in RECIPES:
             raise UserError(f"There is no recipe {kind}; there are {', '.join(RECIPES)}.")
         self.name, self.words, self.recipe = name, [*argv, *own], RECIPES[kind]
-        self.folder = work_dir / re.sub(r"[^\w.=-]+", "-", name.replace("--", "")).strip("-")
+        self.folder = work_dir / folder_name(name)
         self.data_words = [*self.words, "--output_dir", str(work_dir / "data")]  # images and latents, of all recipes
         self.config = parse_config(UNetConfig, self.data_words)
         if self.config.gradient_accumulation_steps > 1:

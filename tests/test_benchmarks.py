@@ -9,6 +9,8 @@ import pytest
 from conftest import PATIENCE, ROOT, environment, launch
 from PIL import Image
 
+from latent_ddpm.export import load_autoencoder
+
 TINY = ["--resolution", "16", "--block_out_channels", "[8,16]", "--norm_num_groups", "4", "--num_vq_embeddings", "32"]
 TINY += ["--train_batch_size", "8", "--lr_warmup_steps", "2", "--dataloader_num_workers", "0"]
 
@@ -24,7 +26,7 @@ def test_benchmark_autoencoder(photos, tmp_path):
     recipes = ["stock", "ema --equivariance_share 0.5", "simvq", "fsq", "fsq --fsq_levels [4,4,2]"]
     recipes.append("kl --kl_weight 1e-4 --block_out_channels [4,8]")
     script("benchmark_autoencoder.py", "--minutes", 0.04, "--turn", 0.6, "--json", tmp_path / "r.json", "--recipes",
-           *recipes, "--frechet_images", 20, "--train_data_dir", photos, *TINY)  # fmt: skip
+           *recipes, "--frechet_images", 20, "--train_data_dir", photos, "--save_dir", tmp_path, *TINY)  # fmt: skip
     result = json.loads((tmp_path / "r.json").read_text())
     assert list(result["results"]) == recipes and "--recipes stock 'ema --equi" in result["command"]
     for name, figures in result["results"].items():
@@ -36,6 +38,9 @@ def test_benchmark_autoencoder(photos, tmp_path):
     assert parameters[5] < 0.5 * parameters[1]
     assert Image.open(tmp_path / "r.png").size[0] > 100
     assert Image.open(tmp_path / "r-reconstructions.png").size[1] >= 6 * 2 * 16
+    for name in ("stock", "fsq", "kl-kl_weight-1e-4-block_out_channels-4-8"):
+        scale = load_autoencoder(tmp_path / name).config.scaling_factor
+        assert (scale == 0.18215) == (name == "stock")
 
 
 def test_benchmark_autoencoder_knows_its_recipes(photos, tmp_path):
