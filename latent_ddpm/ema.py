@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latent_ddpm.errors import UserError
@@ -134,13 +134,25 @@ class PowerEMA:
             aside.replace(path)
 
 
-def reconstruct(folder: Path, sigma_rel: float, step: int | None = None) -> tuple[dict[str, torch.Tensor], int]:
+def _read_snapshots(folder: Path) -> list[tuple[Path, dict]]:
+    """Files of `PowerEMA.save_snapshots`, each with its sigma_rel, gamma and step."""
+    found = []
+    for path in sorted(folder.glob("ema-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found.append((path, json.loads(file.metadata()["average"])))
+    return found
+
+
+def reconstruct(
+    folder: Path, sigma_rel: float, step: int | None = None, without: float | None = None
+) -> tuple[dict[str, torch.Tensor], int]:
     """An average of any width from the snapshots of a run (arXiv 2312.02696, section 3.2).
 
     Args:
         folder: of `PowerEMA.save_snapshots`.
         sigma_rel: relative width of the average.
         step: at which it is taken; by default the newest snapshot's. Later snapshots are not used.
+        without: a width whose snapshots are not used.
 
     Returns:
         The parameters by name, float32, and the step.
@@ -148,10 +160,7 @@ def reconstruct(folder: Path, sigma_rel: float, step: int | None = None) -> tupl
     Raises:
         UserError: there are no snapshots up to that step.
     """
-    found = []
-    for path in sorted(folder.glob("ema-*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found.append((path, json.loads(file.metadata()["average"])))
+    found = [(path, about) for path, about in _read_snapshots(folder) if about["sigma_rel"] != without]
     found = [(path, about) for path, about in found if step is None or about["step"] <= step]
     if not found:
         until = "" if step is None else f" up to step {step}"
@@ -160,8 +169,23 @@ def reconstruct(folder: Path, sigma_rel: float, step: int | None = None) -> tupl
     factors = posthoc_coefficients([(about["gamma"], about["step"]) for _, about in found], (gamma_of(sigma_rel), step))
     sums: dict[str, torch.Tensor] = {}
     for factor, (path, _) in zip(factors.tolist(), found, strict=True):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                term = file.get_tensor(name).double() * factor
-                sums[name] = sums[name] + term if name in sums else term
+        for name, value in load_file(path).items():
+            term = value.double() * factor
+            sums[name] = sums[name] + term if name in sums else term
     return {name: value.float() for name, value in sums.items()}, step
+
+
+def reconstruction_error(folder: Path, sigma_rel: float) -> float:
+    """How far the average made from the other widths' snapshots is from the tracked one, relative to its norm.
+
+    Raises:
+        UserError: this width was not tracked, or none other was.
+    """
+    tracked = [(about["step"], path) for path, about in _read_snapshots(folder) if about["sigma_rel"] == sigma_rel]
+    if not tracked:
+        raise UserError(f"The width {sigma_rel:g} was not tracked in {folder}; ema_sigma_rels says which are.")
+    step, path = max(tracked)
+    made, _ = reconstruct(folder, sigma_rel, step, without=sigma_rel)
+    truth = {name: value.float() for name, value in load_file(path).items()}
+    difference = sum(float((made[name] - value).double().square().sum()) for name, value in truth.items())
+    return (difference / sum(float(value.double().square().sum()) for value in truth.values())) ** 0.5

@@ -7,7 +7,8 @@ Takes the snapshots of <output_dir>/ema (`ema_snapshots` of train_unet.py) and l
 is relative to the training time; --step N makes the averages as they would have been after N steps. With --num_images
 each is measured as `scripts/evaluate.py pipeline` does (whose other options go in --evaluation_words "..."), and JSON
 and a figure of the Frechet distance over the width are written (--json FILE, by default <output_dir>/ema/ema.json).
-Takes the keys of train_unet.py.
+--check WIDTH says how far a width that was tracked is from what the others' snapshots make of it. Takes the keys of
+train_unet.py.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from diffusers import UNet2DModel
 
 from latent_ddpm.config import MAX_SIGMA_REL, UNetConfig, parse_config
-from latent_ddpm.ema import reconstruct
+from latent_ddpm.ema import reconstruct, reconstruction_error
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import replace_folder
 from latent_ddpm.features import EXTRACTORS, check_installed
@@ -73,7 +74,8 @@ def draw(path: Path, results: dict[str, dict], exported: float) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--sigma_rels", type=float, nargs="+", required=not {"-h", "--help"} & set(argv))
+    parser.add_argument("--sigma_rels", type=float, nargs="+", default=[])
+    parser.add_argument("--check", type=float)
     parser.add_argument("--step", type=int)
     parser.add_argument("--num_images", type=int, default=0)
     parser.add_argument("--feature_extractor", choices=EXTRACTORS, default="efficientnet-lite0")
@@ -89,6 +91,11 @@ def main(argv: list[str]) -> int:
     for width in options.sigma_rels:
         if not 0 < width <= MAX_SIGMA_REL:
             raise UserError(f"--sigma_rels has {width:g}; a width is above 0 and at most {MAX_SIGMA_REL}.")
+    if options.check is not None:
+        error = reconstruction_error(Path(config.output_dir) / "ema", options.check)
+        print(f"width {options.check:g}: relative error of the reconstruction {error:.2e}")
+    elif not options.sigma_rels:
+        raise UserError("Say which averages to make: --sigma_rels 0.05 0.1 (--help shows more).")
     if not (Path(config.output_dir) / "pipeline" / "model_index.json").exists():
         raise UserError(f"There is no pipeline in {config.output_dir}. Run train_unet.py first.")
     diffusers.utils.logging.disable_progress_bar()  # of loading

@@ -397,4 +397,5 @@ def test_the_other_commands(trained, tmp_path):
         for unet in unets[1:]
     ]
     assert distances[0] < 0.1 * distances[1]
+    assert "width 0.05: relative error" in script("reconstruct_ema.py", *config, "--check", 0.05).stdout
     assert "a width is above 0" in script("reconstruct_ema.py", *config, "--sigma_rels", 0.3, expect=2).stderr
