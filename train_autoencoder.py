@@ -134,6 +134,7 @@ def main(argv: list[str]) -> int:
                     "a checkpoint before it entered, and with another --output_dir."
                 ) from error
             disc_optimizer.load_state_dict(state["disc_optimizer"])
+    autoencoder, patch_gan = model, discriminator  # as they are, without what accelerate wraps around them
     model, optimizer = accelerator.prepare(model, optimizer)
     if discriminator is not None:
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
@@ -145,8 +146,6 @@ def main(argv: list[str]) -> int:
             "gradient_accumulation_steps 1."
         )
     device = accelerator.device
-    autoencoder = accelerator.unwrap_model(model)
-    patch_gan = accelerator.unwrap_model(discriminator) if discriminator is not None else None
     networks = [network for network in (model, discriminator) if network is not None]
     ema.model.to(device)
     epoch_counts = epoch_counts.to(device)

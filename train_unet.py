@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     latent_size = check_autoencoder_fits(autoencoder, config)
     torch.manual_seed(config.seed)
     unet = make_unet(config, autoencoder.config.latent_channels, latent_size)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
 
     # ---------------------------------------------------------------------------------------------- latents
     accelerator = make_accelerator(config)
@@ -73,7 +75,6 @@ def main(argv: list[str]) -> int:
     model, optimizer = accelerator.prepare(unet, optimizer)
     if state and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    unet = accelerator.unwrap_model(model)
     for averaged in ema.models:
         averaged.to(device)
     alphas_cumprod = noise_table(config)

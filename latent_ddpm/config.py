@@ -288,6 +288,8 @@ class UNetConfig(RunConfig):
         unet_attention_head_dim: channels per attention head.
         unet_norm_num_groups: groups of each group norm.
         unet_dropout: dropout inside the residual blocks.
+        gradient_checkpointing: compute the U-Net's activations again on the way back in place of keeping them: less
+            memory, more time.
         num_train_timesteps: diffusion steps of the training schedule.
         beta_schedule: noise schedule, by the names of diffusers (squaredcos_cap_v2 is cosine, arXiv 2102.09672).
         beta_start: first beta of the linear schedules.
@@ -319,6 +321,7 @@ class UNetConfig(RunConfig):
     unet_attention_head_dim: int = 32
     unet_norm_num_groups: int = 32
     unet_dropout: float = 0.0
+    gradient_checkpointing: bool = False
     num_train_timesteps: int = 1000
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     beta_start: float = 1e-4
@@ -528,18 +531,12 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 
 # Keys that may change between the start of a run and its continuation without making it another run.
 FREE_KEYS = {
-    *(
-        "output_dir",
-        "max_train_steps",
-        "max_train_images",
-        "resume_from_checkpoint",
-        "report_to",
-        "autoencoder",
-        "latents_dir",
-    ),
+    *("output_dir", "resume_from_checkpoint", "report_to", "autoencoder", "latents_dir"),
+    *("max_train_steps", "max_train_images"),
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("dataloader_num_workers", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots"),
+    "gradient_checkpointing",
 }
 
 

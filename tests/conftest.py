@@ -42,13 +42,13 @@ STAGE_2 = {
 }
 
 
-def command(script, output_dir, processes=None, **flags):
+def command(script, output_dir, processes=None, dynamo="no", **flags):
     """The words that run a training script: plainly, or by accelerate when `processes` is given."""
     stage = STAGE_1 if script == "train_autoencoder.py" else STAGE_2
     words = [sys.executable, script]
     if processes:
         words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", dynamo]
         words += ["--main_process_port", "0", script]
     for key, value in {**COMMON, **stage, "output_dir": output_dir, **flags}.items():
         if value is not None:
@@ -97,7 +97,7 @@ def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=N
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     stage = "autoencoder" if script == "train_autoencoder.py" else "unet"
     while time.monotonic() < deadline and process.poll() is None:
         if any(r["stage"] == stage and r["step"] >= step for r in read_metrics(metrics)):

@@ -362,6 +362,22 @@ def test_a_folder_that_holds_another_run_is_refused(trained):
     assert "latents of 8x8 do not fit the U-Net" in text
 
 
+@pytest.mark.parametrize("stage", ["autoencoder", "unet"])
+def test_compiled_and_checkpointed_it_is_the_same_run(trained, photos, tmp_path, stage):
+    """Through torch.compile (its eager backend: no compiler needed), and with activations computed twice."""
+    output_dir, flags, _ = trained
+    options = {"max_train_steps": 6, "checkpointing_steps": 6, "validation_steps": 6, **flags}
+    more = {**GAN, "report_to": "tensorboard"} if stage == "autoencoder" else {"gradient_checkpointing": "true"}
+    if stage == "unet":
+        options["autoencoder"] = output_dir / "autoencoder"
+    launch(f"train_{stage}.py", tmp_path, processes=1, dynamo="eager", **options, **more)
+    plain = losses(output_dir, stage)
+    for step, loss in losses(tmp_path, stage).items():
+        assert loss == pytest.approx(plain[step], rel=1e-4)
+    names = set(checkpoint_tensors(tmp_path, stage, 6))
+    assert names == set(checkpoint_tensors(output_dir, stage, 8))  # so a plain run can go on from it
+
+
 def test_the_other_commands(trained, tmp_path):
     output_dir, flags, _ = trained
     config = ["--config", str(output_dir / "train_unet.yaml")]
