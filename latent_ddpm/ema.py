@@ -151,21 +151,22 @@ def reconstruct(
     Args:
         folder: of `PowerEMA.save_snapshots`.
         sigma_rel: relative width of the average.
-        step: at which it is taken; by default the newest snapshot's. Later snapshots are not used.
+        step: at which it is taken; by default the newest snapshot's.
         without: a width whose snapshots are not used.
 
     Returns:
         The parameters by name, float32, and the step.
 
     Raises:
-        UserError: there are no snapshots up to that step.
+        UserError: there are no snapshots, or none as late as that step.
     """
     found = [(path, about) for path, about in _read_snapshots(folder) if about["sigma_rel"] != without]
-    found = [(path, about) for path, about in found if step is None or about["step"] <= step]
     if not found:
-        until = "" if step is None else f" up to step {step}"
-        raise UserError(f"There are no averages{until} in {folder}; train_unet.py writes them (ema_snapshots).")
-    step = max(about["step"] for _, about in found) if step is None else step
+        raise UserError(f"There are no averages in {folder}; train_unet.py writes them (ema_snapshots).")
+    newest = max(about["step"] for _, about in found)
+    if step is not None and not 0 < step <= newest:
+        raise UserError(f"The averages in {folder} end at step {newest}; there is none at {step}.")
+    step = newest if step is None else step
     factors = posthoc_coefficients([(about["gamma"], about["step"]) for _, about in found], (gamma_of(sigma_rel), step))
     sums: dict[str, torch.Tensor] = {}
     for factor, (path, _) in zip(factors.tolist(), found, strict=True):
