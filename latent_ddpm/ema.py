@@ -14,6 +14,8 @@ from torch import nn
 
 from latent_ddpm.errors import UserError
 
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
 
 def _lerp(averaged: nn.Module, model: nn.Module, share: float) -> None:
     """averaged <- averaged + share * (model - averaged) for parameters; buffers are copied."""
@@ -129,8 +131,9 @@ class PowerEMA:
         for rel, gamma, averaged in zip(self.sigma_rels, self.gammas, self.models, strict=True):
             path = folder / f"ema-{step:08d}-{rel:g}.safetensors"
             aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            weights = {name: p.to("cpu", torch.float16).contiguous() for name, p in averaged.named_parameters()}
-            save_file(weights, aside, {"average": json.dumps({"sigma_rel": rel, "gamma": gamma, "step": step})})
+            # clamped: the weights of a run that diverges may be larger than float16 can say
+            half = {name: p.cpu().clamp(-FLOAT16_MAX, FLOAT16_MAX).half() for name, p in averaged.named_parameters()}
+            save_file(half, aside, {"average": json.dumps({"sigma_rel": rel, "gamma": gamma, "step": step})})
             aside.replace(path)
 
 

@@ -21,8 +21,9 @@
         With `accelerate launch` in place of `python`, processes share the drawing; the samples are the same. On a CPU a
         process draws with one thread, so launch as many as there are cores. Features of real images are kept in
         --feature_cache, by default <output_dir>/cache/features; --max_real_images N takes N of the training images, in
-        place of all, which on a CPU can take an hour. Mirrored training images are not searched: a mirrored copy has
-        nearly the same features.
+        place of all, which on a CPU can take an hour. --reconstructions also measures what the autoencoder makes of the
+        compared images: where samples are near to that, it is the autoencoder that has to become better. Mirrored
+        training images are not searched: a mirrored copy has nearly the same features.
 
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 25
         Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits.
@@ -268,6 +269,19 @@ def read_reals(
     return Reals(datasets[0], train, train_indices, rows, distance, len(held_out))
 
 
+@torch.no_grad()
+def measure_reconstructions(
+    pipe: LatentDDPMPipeline, reals: Reals, network: torch.nn.Module, device: torch.device
+) -> dict[str, float]:
+    """The compared training images, through the autoencoder and back, against themselves: what no sample can beat."""
+    features = []
+    for rows in tqdm(reals.rows.split(64), "features of reconstructions", leave=False):
+        images = torch.stack([reals.images.get(int(reals.indices[row])) for row in rows])
+        made = pipe.decode(pipe.encode(to_float(images.to(device))))
+        features.append(extract_features(network, [to_uint8(made)], device))
+    return compare_features(torch.cat(features), reals.train[reals.rows])
+
+
 def neighbour_figures(distances: torch.Tensor, reals: Reals) -> dict[str, float | None]:
     """Of samples' distances (N,) to their nearest training images: the median, and that over the held-out images'."""
     median, reference = float(distances.median()), reals.held_out_distance
@@ -354,6 +368,7 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--feature_cache", type=Path)
     parser.add_argument("--max_real_images", type=int)
+    parser.add_argument("--reconstructions", action="store_true")
     options, rest = parser.parse_known_args(argv)
     check_installed(options.feature_extractor, "matplotlib")
     config = parse_config(UNetConfig, rest)
@@ -424,6 +439,8 @@ def measure_pipeline(argv: list[str]) -> None:
         known = f"{len(reals.train)}{'' if most is None else ' randomly chosen'} training images"
         result["compared_with"] = f"{len(reals.rows)} of {known}, a fixed random choice"
         result["neighbours_searched"] = known
+        if options.reconstructions:
+            result["reconstructions"] = measure_reconstructions(pipe, reals, network, device)
         result |= {"held_out_images": reals.held_out, "held_out_neighbour_distance": reals.held_out_distance}
 
     settings: list[dict] = []
@@ -464,6 +481,8 @@ def measure_pipeline(argv: list[str]) -> None:
         if len(settings) > 1:
             draw_sweep(path.with_suffix(".png"), settings)
         print_table(settings)
+        if options.reconstructions:
+            print(f"Frechet distance of reconstructions: {result['reconstructions']['fd']:.4g}")
         print(f"written to {path}, pictures beside it", file=sys.stderr)
     accelerator.wait_for_everyone()
 

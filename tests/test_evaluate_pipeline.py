@@ -56,7 +56,7 @@ def config(run):
 
 @pytest.fixture(scope="module")
 def measured(run, config):
-    return evaluate([], *config, *SETTINGS, "--json", run[0] / "new" / "one.json")
+    return evaluate([], *config, *SETTINGS, "--reconstructions", "--json", run[0] / "new" / "one.json")
 
 
 def read(run, name):
@@ -76,13 +76,15 @@ def test_every_setting_is_measured_and_memorising_is_seen(run, measured):
         assert figures["neighbour_distance"] == pytest.approx(
             figures["neighbour_distance_over_held_out"] * result["held_out_neighbour_distance"]
         )
-    assert result["compared_with"] == "16 of the 16 training images, a fixed random choice"
+    # the training set was drawn by this autoencoder's decoder; its random encoder loses some of it
+    assert result["reconstructions"]["fd"] > 0 and "Frechet distance of reconstructions: " in measured
+    assert result["compared_with"] == "16 of 16 training images, a fixed random choice"
     assert result["held_out_images"] == 2 and result["held_out_neighbour_distance"] > 1
     assert result["neighbours_shown"] == "dpmsolver++-sde, 2 steps"
     assert (result["seed"], result["batch_size"], result["processes"]) == (SEED, BATCH, 1)
     assert result["command"].startswith("python scripts/evaluate.py pipeline --train_data_dir ")
     table = [line.split() for line in measured.splitlines()]
-    assert table[0][:4] == ["scheduler", "steps", "fd", "kid"] and len(table) == 3
+    assert table[0][:4] == ["scheduler", "steps", "fd", "kid"] and len(table) == 4
     assert table[1][:2] == ["ddim", "2"] and table[1][2] == f"{result['settings'][0]['fd']:.4g}"
 
 
@@ -117,6 +119,21 @@ def test_defaults_are_the_pipelines_own_and_a_sweep_is_the_cross_product(run, co
     _, sweep = script.load_for(options, parsed)
     assert [(name, steps) for name, _, steps in sweep] == [("heun", 9), ("heun", 3), ("ddim", 9), ("ddim", 3)]
     assert type(sweep[0][1]).__name__ == "HeunDiscreteScheduler"
+
+
+def test_a_part_of_the_training_images_is_a_fixed_random_choice(run, config, tmp_path):
+    _, parsed = script.pipeline_options(config)
+    network = torch.nn.Flatten()  # pixels as features
+    wrapped = lambda images: (network(images.float()),)  # noqa: E731
+    part, whole = (
+        script.read_reals(parsed, 6, most, "pixels", wrapped, torch.device("cpu"), tmp_path) for most in (8, None)
+    )
+    assert len(part.train) == 8 and len(whole.train) == 16 and part.held_out == whole.held_out == 2
+    rows = {tuple(row) for row in whole.train.int().tolist()}
+    assert {tuple(row) for row in part.train.int().tolist()} < rows
+    for row, index in zip(part.train[:3], part.indices[:3], strict=True):
+        pixels = part.images.get(int(index)).expand(3, -1, -1).flatten().float()
+        assert torch.equal(row, pixels)
 
 
 # ---------------------------------------------------------------------------------- refusals
@@ -155,4 +172,4 @@ def test_too_few_images_to_compare_with(run, tmp_path):
     words = ["--train_data_dir", tmp_path / "few", "--output_dir", tmp_path, "--resolution", 16]
     config = parse_config(UNetConfig, [str(word) for word in words])
     with pytest.raises(UserError, match="only 4 training images; at least 6"):
-        script.read_reals(config, 6, "efficientnet-lite0", torch.nn.Identity(), torch.device("cpu"), tmp_path)
+        script.read_reals(config, 6, None, "efficientnet-lite0", torch.nn.Identity(), torch.device("cpu"), tmp_path)
