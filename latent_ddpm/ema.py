@@ -14,6 +14,8 @@ from torch import nn
 
 from latent_ddpm.errors import UserError
 
+UPDATE_STEPS = 4  # averages over hundreds of steps need not see each; reading all weights is most of their cost
+UPDATE_OFTEN_UNTIL = 256  # steps
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -92,8 +94,9 @@ def posthoc_coefficients(snapshots: Sequence[tuple[float, int]], wanted: tuple[f
 class PowerEMA:
     """Averages whose length grows with training, so that they never weigh the first steps' weights (arXiv 2312.02696).
 
-    Update t (counted from 1) has the decay (1 - 1/t)^(gamma + 1), which makes the weight of the model after step k
-    the integral of the power function from k - 1 to k. Every process keeps its own, as with `EMA`.
+    An update at time t (counted from 1), n steps after the one before it, has the decay (1 - n/t)^(gamma + 1), which
+    makes the weight of the model then the integral of the power function from t - n to t. n is 1 at first, later
+    UPDATE_STEPS. Every process keeps its own, as with `EMA`.
 
     Args:
         model: the trained model, not wrapped for distribution.
@@ -112,9 +115,13 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step `step`, counted from 0."""
+        """Take in the weights after optimizer step `step`, counted from 0; call it after every step."""
+        t = step + 1
+        since = 1 if t <= UPDATE_OFTEN_UNTIL else UPDATE_STEPS
+        if t % since:
+            return
         for gamma, averaged in zip(self.gammas, self.models, strict=True):
-            _lerp(averaged, model, 1 - (1 - 1 / (step + 1)) ** (gamma + 1))
+            _lerp(averaged, model, 1 - (1 - since / t) ** (gamma + 1))
 
     def state_dict(self) -> dict:
         """The averages, for a checkpoint."""

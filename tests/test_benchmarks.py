@@ -54,10 +54,13 @@ def test_benchmark_discriminator_and_that_it_goes_on_where_it_was_killed(photos,
     words = ["--seeds", 1, "--work_dir", tmp_path / "work", "--json", tmp_path / "r.json", "--train_data_dir",
              photos, *TINY, "--max_train_steps", 8, "--disc_start", 4, "--checkpointing_steps", 2, "--disc_weight", 0.5,
              "--disc_adaptive_steps", 1, "--disc_channels", 8, "--disc_layers", 1, "--validation_fraction", 0.2,
-             "--recipes", "", "--disc_norm actnorm"]  # fmt: skip
+             "--recipes", "--disc_norm actnorm"]  # fmt: skip
     script("benchmark_discriminator.py", *words)
     whole = json.loads((tmp_path / "r.json").read_text())
-    with_it = tmp_path / "work" / "seed-1" / "with"  # as a kill in the middle of this run would leave it
+    name = "with --disc_norm actnorm"
+    with_it = (
+        tmp_path / "work" / "seed-1" / "with-disc_norm-actnorm"
+    )  # as a kill in the middle of this run would leave it
     for path in [*with_it.glob("autoencoder/*"), *with_it.glob("evaluation-*.json"), tmp_path / "r.json"]:
         path.unlink()
     (with_it / "autoencoder").rmdir()
@@ -65,13 +68,10 @@ def test_benchmark_discriminator_and_that_it_goes_on_where_it_was_killed(photos,
     script("benchmark_discriminator.py", *words)
     result = json.loads((tmp_path / "r.json").read_text())
     assert [r["seed"] for r in result["results"]] == [1]
-    first = result["results"][0]
-    assert first["with"]["psnr"] != first["without"]["psnr"]
-    assert list(result["recipes"]) == ["with", "with --disc_norm actnorm"]
-    for name, figures in result["recipes"].items():
-        assert figures["psnr_lost"][0] == first["without"]["psnr"] - first[name]["psnr"]
-        assert figures["rfd_over_without"][0] == first[name]["rfd"] / first["without"]["rfd"]
-    assert first["with"]["psnr"] != first["with --disc_norm actnorm"]["psnr"]
+    first, figures = result["results"][0], result["recipes"][name]
+    assert list(result["recipes"]) == [name] and first[name]["psnr"] != first["without"]["psnr"]
+    assert figures["psnr_lost"][0] == first["without"]["psnr"] - first[name]["psnr"]
+    assert figures["rfd_over_without"][0] == first[name]["rfd"] / first["without"]["rfd"]
     assert Image.open(tmp_path / "r.png").size[0] > 100
     assert result["recipes"] == whole["recipes"]
     words += ["--lr_warmup_steps", 3]

@@ -29,7 +29,14 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr, ssim
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.models.vqvae import ResnetBlock, Upsample
-from latent_ddpm.optim import Muon, learning_rate_factor, make_optimizer, orthogonalize
+from latent_ddpm.optim import (
+    Muon,
+    _iterate,
+    _iterate_on_gram,
+    learning_rate_factor,
+    make_optimizer,
+    orthogonalize,
+)
 
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 
@@ -84,14 +91,17 @@ def _walk(steps, seed=0):
         yield step, model, passed
 
 
-def test_power_averages_weigh_as_the_power_function():
-    for step, model, passed in _walk(60):  # noqa: B007
+@pytest.mark.parametrize("steps", [60, 300])
+def test_power_averages_weigh_as_the_power_function(steps):
+    for step, model, passed in _walk(steps):  # noqa: B007
         if step == 0:
             ema = PowerEMA(model, [0.1, 0.05])
         ema.update(model, step)
+    seen = [t for t in range(1, steps + 1) if t <= 256 or t % 4 == 0]  # every fourth step, once there are many
+    assert seen[-1] == steps
     for gamma, averaged in zip(ema.gammas, ema.models, strict=True):
-        edges = (torch.arange(61) / 60) ** (gamma + 1)
-        expected = sum(weight * p for weight, p in zip(edges.diff(), passed, strict=True))
+        edges = (torch.tensor([0, *seen]) / steps) ** (gamma + 1)
+        expected = sum(weight * passed[t - 1] for weight, t in zip(edges.diff(), seen, strict=True))
         assert torch.allclose(averaged.weight, expected, atol=1e-5)
 
 
@@ -196,6 +206,18 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     nearest = u @ v
     assert torch.cosine_similarity(made.flatten(1), nearest.flatten(1)).min() > 0.95
     assert torch.allclose(orthogonalize(1e4 * matrices), made, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 216), (1, 16, 2000)])
+def test_orthogonalizing_by_the_gram_matrix_is_the_plain_iteration(shape):
+    torch.manual_seed(0)
+    # singular values from 1 down to 1e-3: what Muon meets
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrices = u * torch.logspace(0, -3, shape[1]) @ v
+    normalized = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    made = _iterate_on_gram(normalized, 5)
+    assert torch.allclose(made, _iterate(normalized, 5), atol=2e-3)
+    assert torch.equal(orthogonalize(matrices), made)
 
 
 def _two_layers():
