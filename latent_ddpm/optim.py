@@ -132,7 +132,10 @@ def clip_gradients(
     Returns:
         The norm before clipping, and whether the step counts (bool), both scalars.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if norm.device.type != "cpu" or norm > max_norm:  # elsewhere looking at it would cost more than multiplying by 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     kept = norm.isfinite()
     optimizer.found_inf = (~kept).float()
     return norm, kept

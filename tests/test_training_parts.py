@@ -33,6 +33,7 @@ from latent_ddpm.optim import (
     Muon,
     _iterate,
     _iterate_on_gram,
+    clip_gradients,
     learning_rate_factor,
     make_optimizer,
     orthogonalize,
@@ -164,6 +165,20 @@ def test_learning_rate(scheduler):
     assert factors[110] == pytest.approx(1.0 if scheduler == "constant" else 0.0)
     no_warmup = AutoencoderConfig(lr_scheduler=scheduler, lr_warmup_steps=0, max_train_steps=5)
     assert learning_rate_factor(0, no_warmup) == 1.0
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 500.0])
+def test_clipping_is_torchs(max_norm):
+    networks = [_two_layers() for _ in range(2)]
+    for network in networks:
+        _gradients(network, 1)
+        network[0].bias.grad = None
+    optimizer = make_optimizer(networks[0].parameters(), AutoencoderConfig(), 1e-3)
+    norm, kept = clip_gradients(optimizer, networks[0].parameters(), max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(networks[1].parameters(), max_norm)
+    assert norm == expected and kept and 0.5 < norm < 500
+    for ours, theirs in zip(*(network.parameters() for network in networks), strict=True):
+        assert ours.grad is theirs.grad is None or torch.equal(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("decay_steps", [None, 20])
