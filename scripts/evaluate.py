@@ -69,7 +69,7 @@ from latent_ddpm.features import (
 from latent_ddpm.grids import make_grid, reconstruction_grid, save_png
 from latent_ddpm.launch import make_accelerator, run
 from latent_ddpm.losses import TRUNKS, load_lpips
-from latent_ddpm.random import Stream, normal, permutation
+from latent_ddpm.random import permutation
 from latent_ddpm.sampling import draw_shared, find_scheduler, image_shape, load_pipeline, with_scheduler
 from latent_ddpm.sources import SubsetSource, open_sources
 from pipeline_latent_ddpm import LatentDDPMPipeline
@@ -495,26 +495,13 @@ def measure_digits(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
-    if not (options.pipeline / "model_index.json").exists():
-        raise UserError(f"{options.pipeline} is not a pipeline's folder.")
-    pipeline = LatentDDPMPipeline.from_pretrained(options.pipeline, use_safetensors=True)
-    shape = (pipeline.unet.config.in_channels, pipeline.unet.config.sample_size, pipeline.unet.config.sample_size)
-    pipeline.set_progress_bar_config(desc="sampling")
-    images = torch.cat(
-        [
-            pipeline(
-                latents=normal(options.seed, Stream.SAMPLE, numbers, shape),
-                batch_size=len(numbers),
-                num_inference_steps=options.num_inference_steps,
-                output_type="pt",
-            ).images
-            for numbers in torch.arange(options.num_images).split(250)
-        ]
-    )
+    pipeline = load_pipeline(str(options.pipeline))
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = draw_shared(pipeline, options.seed, options.num_images, 250, options.num_inference_steps)
     digits, labels = digit_tensors()
     held_out = torch.arange(len(digits)) % 10 == 0
     known = digit_probabilities(train_digit_classifier(digits[~held_out], labels[~held_out]), digits[held_out])
-    judged = judge(digit_probabilities(train_digit_classifier(digits, labels), images * 2 - 1))
+    judged = judge(digit_probabilities(train_digit_classifier(digits, labels), to_float(drawn)))
     write_json(
         options.json or options.pipeline.parent / "evaluation-digits.json",
         {
