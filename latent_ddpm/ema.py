@@ -1,5 +1,6 @@
 """Averages of a model's weights: the model that is validated, sampled and exported."""
 
+import contextlib
 import copy
 import json
 import os
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from latent_ddpm.checkpoint import fsync_path
 from latent_ddpm.errors import UserError
 
 UPDATE_STEPS = 4  # averages over hundreds of steps need not see each; reading all weights is most of their cost
@@ -128,28 +130,58 @@ class PowerEMA:
         return {str(rel): averaged.state_dict() for rel, averaged in zip(self.sigma_rels, self.models, strict=True)}
 
     def load_state_dict(self, state: dict) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`.
+
+        Raises:
+            UserError: the state has averages of other widths.
+        """
+        if set(state) != {str(rel) for rel in self.sigma_rels}:
+            raise UserError(
+                f"The checkpoint's averages have the widths {', '.join(state)}; ema_sigma_rels asks for "
+                f"{self.sigma_rels}. Go on with the checkpoint's (scripts/reconstruct_ema.py makes others)."
+            )
         for rel, averaged in zip(self.sigma_rels, self.models, strict=True):
             averaged.load_state_dict(state[str(rel)])
 
     def save_snapshots(self, folder: Path, step: int) -> None:
-        """Write each average after `step` steps to `folder`, in float16 and whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write each average after `step` steps to `folder`, in float16 and whole or not at all.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
+        averaged_at = step if step <= UPDATE_OFTEN_UNTIL else step - step % UPDATE_STEPS
         for rel, gamma, averaged in zip(self.sigma_rels, self.gammas, self.models, strict=True):
             path = folder / f"ema-{step:08d}-{rel:g}.safetensors"
             aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             # clamped: the weights of a run that diverges may be larger than float16 can say
             half = {name: p.cpu().clamp(-FLOAT16_MAX, FLOAT16_MAX).half() for name, p in averaged.named_parameters()}
-            save_file(half, aside, {"average": json.dumps({"sigma_rel": rel, "gamma": gamma, "step": step})})
-            aside.replace(path)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(half, aside, {"average": json.dumps({"sigma_rel": rel, "gamma": gamma, "step": averaged_at})})
+                fsync_path(aside)
+                aside.replace(path)
+            except (OSError, SafetensorError) as error:
+                with contextlib.suppress(OSError):
+                    aside.unlink()
+                raise UserError(
+                    f"Could not write the average {path}: {error}. Checkpoints are untouched; make room (or set "
+                    f"ema_snapshots lower) and start again with --resume_from_checkpoint latest."
+                ) from error
 
 
 def _read_snapshots(folder: Path) -> list[tuple[Path, dict]]:
-    """Files of `PowerEMA.save_snapshots`, each with its sigma_rel, gamma and step."""
+    """Files of `PowerEMA.save_snapshots`, each with its sigma_rel, gamma and step.
+
+    Raises:
+        UserError: one is not such a file, or cut short.
+    """
     found = []
     for path in sorted(folder.glob("ema-*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found.append((path, json.loads(file.metadata()["average"])))
+        try:
+            with safe_open(path, "pt") as file:
+                found.append((path, json.loads(file.metadata()["average"])))
+        except (OSError, SafetensorError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}). Remove it: the other averages will do.") from error
     return found
 
 
@@ -168,7 +200,7 @@ def reconstruct(
         The parameters by name, float32, and the step.
 
     Raises:
-        UserError: there are no snapshots, or none as late as that step.
+        UserError: there are no snapshots, none as late as that step, or a damaged one.
     """
     found = [(path, about) for path, about in _read_snapshots(folder) if about["sigma_rel"] != without]
     if not found:

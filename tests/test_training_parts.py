@@ -24,7 +24,15 @@ from latent_ddpm.diffusion import (
     sampling_scheduler,
     target,
 )
-from latent_ddpm.ema import EMA, PowerEMA, gamma_of, profile_products, reconstruct, reconstruction_error
+from latent_ddpm.ema import (
+    EMA,
+    PowerEMA,
+    _read_snapshots,
+    gamma_of,
+    profile_products,
+    reconstruct,
+    reconstruction_error,
+)
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr, ssim
 from latent_ddpm.models.unet import make_unet
@@ -149,6 +157,39 @@ def test_the_error_of_a_reconstruction_leaves_the_tracked_average_out(tmp_path):
     assert float((with_itself - truth).norm()) < 0.4 * float((made - truth).norm())
     with pytest.raises(UserError, match="was not tracked"):
         reconstruction_error(tmp_path, 0.2)
+
+
+def test_a_snapshot_knows_when_its_average_was_last_updated(tmp_path):
+    for step, model, _ in _walk(303):
+        if step == 0:
+            ema = PowerEMA(model, [0.1])
+        ema.update(model, step)
+        if step + 1 in (9, 303):
+            ema.save_snapshots(tmp_path, step + 1)
+    steps = [about["step"] for _, about in _read_snapshots(tmp_path)]
+    assert steps == [9, 300]
+    made, at = reconstruct(tmp_path, 0.1)
+    assert at == 300 and torch.allclose(made["weight"], ema.model.weight, atol=1e-2)
+
+
+def test_snapshots_that_cannot_be_written_or_read_get_a_sentence(tmp_path):
+    ema = PowerEMA(torch.nn.Linear(40, 40), [0.1, 0.05])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Could not write the average .*--resume_from_checkpoint latest"):
+        ema.save_snapshots(tmp_path / "file", 4)
+    ema.save_snapshots(tmp_path, 4)
+    path = tmp_path / "ema-00000004-0.05.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"ema-00000004-0.05.safetensors is damaged .* Remove it"):
+        reconstruct(tmp_path, 0.1)
+    path.unlink()
+    assert reconstruct(tmp_path, 0.1)[1] == 4
+
+
+def test_averages_of_other_widths_are_refused():
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(UserError, match=r"widths 0.1, 0.05; ema_sigma_rels asks for \[0.1, 0.2\]"):
+        PowerEMA(model, [0.1, 0.2]).load_state_dict(PowerEMA(model, [0.1, 0.05]).state_dict())
 
 
 def test_nothing_to_make_an_average_of(tmp_path):
