@@ -51,6 +51,9 @@ SCHEDULERS = {
 SCHEDULERS |= {class_name: (class_name, {}) for class_name, _ in list(SCHEDULERS.values())}
 SCHEDULERS["PNDMScheduler"] = SCHEDULERS["pndm"]
 
+# what diffusers' schedulers raise for a setting that they know of and do not support
+UNSUPPORTED = (NotImplementedError, ValueError)
+
 
 def one_line(error: Exception) -> str:
     """An exception's message without its line breaks."""
@@ -120,7 +123,7 @@ def with_scheduler(scheduler: diffusers.SchedulerMixin, name: str) -> diffusers.
         config.setdefault("clip_sample", False)
     try:
         return scheduler_class.from_config(config, **overrides)
-    except (ImportError, NotImplementedError, ValueError) as error:
+    except (ImportError, *UNSUPPORTED) as error:
         raise UserError(f"--scheduler {name}: {one_line(error)}") from error
 
 
@@ -197,7 +200,7 @@ def draw_images(
             output_type="pt",
             **inputs,
         ).images
-    except (NotImplementedError, ValueError) as error:
+    except UNSUPPORTED as error:
         if not any(words in str(error) for words in ("prediction_type", "begin midway", "does not say how noisy")):
             raise
         raise UserError(f"{type(pipe.scheduler).__name__} can not sample this model: {one_line(error)}") from error

@@ -86,7 +86,7 @@ class Ours(Trainer):
         self.ema = PowerEMA(self.unet, config.ema_sigma_rels)
         table = noise_table(config)
         self.table = table.to(device) if table is not None else None
-        self.timed = dataclasses.replace(config, lr_warmup_steps=0, max_train_steps=SCHEDULE_STEPS)
+        self.timed = dataclasses.replace(config, lr_warmup_steps=0, lr_decay_steps=None, max_train_steps=SCHEDULE_STEPS)
 
     def step(self, progress: float) -> None:
         warmed_up = min(1.0, (self.steps + 1) / max(1, self.config.lr_warmup_steps))
