@@ -3,9 +3,9 @@
     python scripts/profile_unet.py --json docs/results/NAME.json --config configs/mnist.yaml --max_train_steps 300
 
 Takes the keys of train_unet.py, runs it with a clock in what it calls, and says how a step's time is shared out:
-forward, backward, optimizer step, and all the rest (latents, noise, clipping, averages, logging). The first tenth of
-the steps warms up. Grids, checkpoints and snapshots are left out. On a GPU each part waits for the card, which costs
-some of what it measures.
+forward (with the loss), backward, optimizer step, and all the rest (latents, noise, clipping, averages, logging). The
+first tenth of the steps warms up. Grids, checkpoints and snapshots are left out. On a GPU each part waits for the
+card, which costs some of what it measures.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from diffusers import UNet2DModel
 
 import train_unet
 from latent_ddpm.config import UNetConfig, parse_config
+from latent_ddpm.diffusion import TrainingBatch
 from latent_ddpm.ema import PowerEMA
 from latent_ddpm.latents import LatentCache
 from latent_ddpm.launch import run
@@ -36,6 +37,7 @@ from latent_ddpm.tracking import Tracker
 # what is timed: (owner, name, part)
 PARTS = (
     (UNet2DModel, "forward", "forward"),
+    (TrainingBatch, "loss", "forward"),
     (Accelerator, "backward", "backward"),
     (AcceleratedOptimizer, "step", "optimizer"),
     (AcceleratedOptimizer, "zero_grad", "optimizer"),
