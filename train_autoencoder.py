@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from latent_ddpm.checkpoint import CheckpointFolder
+from latent_ddpm.checkpoint import CheckpointFolder, must_fit
 from latent_ddpm.config import AutoencoderConfig, in_steps, parse_config, save_config
 from latent_ddpm.data import (
     BadImages,
@@ -120,9 +120,10 @@ def main(argv: list[str]) -> int:
     epoch_counts = torch.zeros(model.quantizer.num_embeddings)  # uses of each code since the epoch began; kl: none
     ema = EMA(model, config.ema_decay)
     if state:
-        model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        with must_fit(config.resume_from_checkpoint):
+            model.load_state_dict(state["model"])
+            ema.model.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
         epoch_counts = state["epoch_counts"]
         if discriminator is not None and state["discriminator"] is not None:
             disc_begins = state.get("disc_begins", config.disc_start)

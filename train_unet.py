@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latent_ddpm.checkpoint import CheckpointFolder
+from latent_ddpm.checkpoint import CheckpointFolder, must_fit
 from latent_ddpm.config import UNetConfig, in_steps, parse_config, save_config
 from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
@@ -67,11 +67,12 @@ def main(argv: list[str]) -> int:
     optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
     ema = PowerEMA(unet, config.ema_sigma_rels)
     if state:
+        with must_fit(config.resume_from_checkpoint):
+            unet.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
         if state["latents"] != latents.folder.name:
             logger.warning("The images, their transform or the autoencoder are not those of the checkpoint.")
-        unet.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
     model, optimizer = accelerator.prepare(unet, optimizer)
     if state and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])

@@ -6,12 +6,14 @@ SHA-256 of the other two). It is written beside its place, fsynced and renamed; 
 another name, and a damaged one fails its manifest.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,24 @@ _FILES = ("state.safetensors", "state.json")
 
 class DamagedCheckpoint(Exception):
     """A checkpoint's files are not those that were written."""
+
+
+@contextlib.contextmanager
+def must_fit(wanted: str | None) -> Iterator[None]:
+    """What torch says of a state that does not fit, in words; `wanted` is the run's resume_from_checkpoint.
+
+    Raises:
+        UserError: the state loaded within is of other networks, another optimizer or the other stage.
+    """
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()
+        raise UserError(
+            f"resume_from_checkpoint {wanted} is of another network or optimizer than this config's "
+            f"({reason[min(1, len(reason) - 1)].strip()}). Go on with the config it was trained with, the "
+            f"train_*.yaml of its run."
+        ) from error
 
 
 def fsync_path(path: Path) -> None:

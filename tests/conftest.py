@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from preloaded import PATIENCE, ROOT, Script
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
-PATIENCE = 900  # seconds until a process counts as hung; a busy machine takes five times its usual time
+# what the tests' own process, those it starts and the server of scripts see, whatever the shell has
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # tiny networks, so that a training run is seconds
 COMMON = {"seed": 0, "dataloader_num_workers": 0, "logging_steps": 1, "checkpoints_total_limit": 10}
@@ -69,18 +71,25 @@ def environment(threads=1):
 
 
 def launch(script, output_dir, expect=0, processes=None, **flags):
-    """Run a training script to its end; returns stderr and stdout together."""
-    done = subprocess.run(
-        command(script, output_dir, processes, **flags),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    """Run a training script to its end; returns stdout and stderr together."""
+    words = command(script, output_dir, processes, **flags)
+    done = finished(words) if processes else Script(words[1:]).finish()
     text = done.stdout + done.stderr
     assert done.returncode == expect, text[-4000:]
     return text
+
+
+def run_script(name, *words, expect=0):
+    """Run one of scripts/ to its end; returns it with what it wrote."""
+    done = Script([f"scripts/{name}", *words]).finish()
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+def finished(words, **settings):
+    """A command's end, from Python's start on; `settings` are subprocess.run's."""
+    settings = {"cwd": ROOT, "env": environment(), "timeout": PATIENCE} | settings
+    return subprocess.run(words, capture_output=True, text=True, **settings)
 
 
 def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=None, group=False, **flags):
@@ -89,14 +98,12 @@ def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=N
     With `group`, the whole process group gets the signal, as from a terminal's Ctrl-C.
     """
     metrics = Path(output_dir) / "metrics.jsonl"
-    process = subprocess.Popen(
-        command(script, output_dir, processes, **flags),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    words = command(script, output_dir, processes, **flags)
+    if processes:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(words, cwd=ROOT, env=environment(), start_new_session=True, **quiet)
+    else:
+        process = Script(words[1:])
     deadline = time.monotonic() + PATIENCE
     stage = "autoencoder" if script == "train_autoencoder.py" else "unet"
     while time.monotonic() < deadline and process.poll() is None:

@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import PATIENCE, ROOT, environment, launch
+from conftest import launch, run_script
 from PIL import Image
 
 from latent_ddpm.export import load_autoencoder
@@ -16,9 +14,7 @@ TINY += ["--train_batch_size", "8", "--lr_warmup_steps", "2", "--dataloader_num_
 
 
 def script(name, *words, expect=0):
-    command = [sys.executable, f"scripts/{name}", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == expect, done.stderr[-3000:]
+    done = run_script(name, *words, expect=expect)
     return done.stdout + done.stderr
 
 

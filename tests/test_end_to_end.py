@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -11,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    PATIENCE,
-    ROOT,
     assert_same_tensors,
     checkpoint_tensors,
     command,
-    environment,
+    finished,
     launch,
     launch_and_stop,
     losses,
     read_metrics,
+    run_script,
 )
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel, VQModel
 from PIL import Image
@@ -30,15 +28,6 @@ from latent_ddpm.checkpoint import CheckpointFolder
 GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_adaptive_steps": 2, "disc_channels": 8, "disc_layers": 1}
 OTHER_GAN = {**GAN, "disc_loss": "non_saturating", "disc_norm": "actnorm", "disc_ramp_steps": 8, "disc_r1_weight": 1.0,
              "disc_lecam_weight": 0.1, "optimizer": "muon"}  # fmt: skip
-
-
-def script(name, *words, expect=0):
-    done = subprocess.run(
-        [sys.executable, f"scripts/{name}", *map(str, words)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +157,7 @@ def test_every_example_of_kl_has_noise_of_its_own(trained_kl, tmp_path):
     """Also over the end of an epoch, where the images come again."""
     _, _, kl = trained_kl
     words = [sys.executable, "-c", NUMBERS, *command("train_autoencoder.py", tmp_path, **kl)[2:]]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    done = finished(words)
     assert json.loads(done.stdout.splitlines()[-1]) == list(range(64))  # 8 steps of 2 micro-batches of 4; 46 images
 
 
@@ -194,14 +183,14 @@ def test_kl_leaves_what_it_promises(trained_kl, tmp_path):
     images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
     config = ["--config", output_dir / "train_unet.yaml"]
-    assert "46 latents of 3x8x8" in script("cache_latents.py", *config).stderr
-    script("evaluate.py", "autoencoder", *config, "--json", tmp_path / "e.json")
+    assert "46 latents of 3x8x8" in run_script("cache_latents.py", *config).stderr
+    run_script("evaluate.py", "autoencoder", *config, "--json", tmp_path / "e.json")
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["psnr"] > 3 and "ssim" in result
     assert not {"codebook_usage", "perplexity", "bits_per_pixel"} & set(result)
     assert Image.open(tmp_path / "e.png").size[0] > 500
     words = ["--num_images", 2, "--num_inference_steps", 2, "--output_dir", tmp_path]
-    script("sample.py", output_dir / "pipeline", *words)
+    run_script("sample.py", output_dir / "pipeline", *words)
     assert (tmp_path / "grid.png").exists()
 
 
@@ -357,6 +346,16 @@ def test_a_folder_that_holds_another_run_is_refused(trained):
     assert "--resume_from_checkpoint latest" in text
     text = launch("train_unet.py", output_dir.parent / "other", expect=2, **flags)
     assert "Run train_autoencoder.py" in text
+    other = {"autoencoder": output_dir / "autoencoder", **flags}
+    for stage, more, reason in (
+        ("unet", {"unet_block_out_channels": "[16,48]"}, "size mismatch for "),
+        ("unet", {"optimizer": "muon"}, "different number of parameter groups"),
+        ("autoencoder", {}, "is of another network or optimizer"),
+    ):
+        checkpoint = output_dir / "checkpoints" / f"{stage}-00000012"
+        text = launch("train_unet.py", output_dir.parent / "other", expect=2, resume_from_checkpoint=checkpoint,
+                      **other, **more)  # fmt: skip
+        assert reason in text and f"{checkpoint} is of another network" in text and "Traceback" not in text
     text = launch("train_unet.py", output_dir.parent / "other", expect=2, autoencoder=output_dir / "autoencoder",
                   unet_block_out_channels="[8,8,8,8,8]", unet_attention_levels="[]", **flags)  # fmt: skip
     assert "latents of 8x8 do not fit the U-Net" in text
@@ -383,23 +382,23 @@ def test_the_other_commands(trained, tmp_path):
     config = ["--config", str(output_dir / "train_unet.yaml")]
     (meta,) = (output_dir / "latents").glob("*/meta.json")
     written = meta.stat().st_mtime_ns
-    assert "46 latents of 3x8x8" in script("cache_latents.py", *config).stderr
+    assert "46 latents of 3x8x8" in run_script("cache_latents.py", *config).stderr
     assert meta.stat().st_mtime_ns == written
-    script("evaluate.py", "autoencoder", *config, "--feature_extractor", "efficientnet-lite0",
+    run_script("evaluate.py", "autoencoder", *config, "--feature_extractor", "efficientnet-lite0",
            "--json", tmp_path / "e.json")  # fmt: skip
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["images"] == 2 and result["psnr"] > 5 and 0 < result["codebook_usage"] <= 1 and "ssim" in result
     assert result["bits_per_pixel"] == pytest.approx(5 * 64 / 256) and result["peak_memory_gib"] > 0.1  # 32 codes
     assert result["rfd"] > 0 and result["rfd_feature_extractor"] == "efficientnet-lite0"
     assert Image.open(tmp_path / "e.png").size[0] > 500
-    script(
+    run_script(
         "sample.py", output_dir / "pipeline", "--num_images", 4, "--num_inference_steps", 2, "--output_dir", tmp_path
     )
     assert (tmp_path / "grid.png").exists() and len(list(tmp_path.glob("0000*.png"))) == 4
 
     # an average of another width, made afterwards, and one that was tracked: that is the pipeline's own
-    assert "width 0.1 at step" in script("reconstruct_ema.py", *config, "--sigma_rels", 0.1).stdout
-    text = script("reconstruct_ema.py", *config, "--sigma_rels", 0.2, "--num_images", 6,
+    assert "width 0.1 at step" in run_script("reconstruct_ema.py", *config, "--sigma_rels", 0.1).stdout
+    text = run_script("reconstruct_ema.py", *config, "--sigma_rels", 0.2, "--num_images", 6,
                   "--evaluation_words", "--steps 2 --schedulers ddim").stdout  # fmt: skip
     assert "width 0.2 at step" in text and "width 0.2: Frechet distance" in text
     measured = json.loads((output_dir / "ema" / "ema.json").read_text())["results"]
@@ -414,5 +413,5 @@ def test_the_other_commands(trained, tmp_path):
         for unet in unets[1:]
     ]
     assert distances[0] < 0.1 * distances[1]
-    assert "width 0.05: relative error" in script("reconstruct_ema.py", *config, "--check", 0.05).stdout
-    assert "a width is above 0" in script("reconstruct_ema.py", *config, "--sigma_rels", 0.3, expect=2).stderr
+    assert "width 0.05: relative error" in run_script("reconstruct_ema.py", *config, "--check", 0.05).stdout
+    assert "a width is above 0" in run_script("reconstruct_ema.py", *config, "--sigma_rels", 0.3, expect=2).stderr

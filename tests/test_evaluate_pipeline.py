@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import PATIENCE, ROOT, environment
+from conftest import ROOT, finished, run_script
 from PIL import Image
 from test_sample_script import save_pipeline
 
@@ -29,8 +28,9 @@ LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_proces
 
 
 def evaluate(launcher, *words):
-    command = [sys.executable, *launcher, "scripts/evaluate.py", "pipeline", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    if not launcher:
+        return run_script("evaluate.py", "pipeline", *words).stdout
+    done = finished([sys.executable, *launcher, "scripts/evaluate.py", "pipeline", *map(str, words)])
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
