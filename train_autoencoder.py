@@ -33,8 +33,9 @@ from latent_ddpm.evaluate import evaluate_autoencoder
 from latent_ddpm.export import fold_normalization, replace_folder, to_stock
 from latent_ddpm.grids import reconstruction_grid
 from latent_ddpm.health import SkippedSteps, Watch, check_images
+from latent_ddpm.hub import is_best
 from latent_ddpm.latents import Moments, overall_std
-from latent_ddpm.launch import check_before_loading, make_accelerator, run
+from latent_ddpm.launch import check_before_loading, make_accelerator, make_publisher, run
 from latent_ddpm.losses import (
     HeldWeight,
     adaptive_weight,
@@ -179,7 +180,9 @@ def main(argv: list[str]) -> int:
         first_step,
         config.max_train_steps,
         images_per_step,
+        len(train_set),
     )
+    publisher = make_publisher(config, accelerator, tracker.say)
 
     watch = Watch(
         tracker.say,
@@ -235,6 +238,30 @@ def main(argv: list[str]) -> int:
             watch.validation(measured, tracker.step / config.max_train_steps)
         accelerator.wait_for_everyone()
         tracker.pause()
+
+    def export() -> None:
+        moments = Moments(config.latent_channels)
+        shares = eval_batches(train_set, config.train_batch_size, accelerator.process_index, accelerator.num_processes)
+        with torch.no_grad():
+            for batch in shares:
+                moments.add(ema.model.encode(to_float(batch["image"].to(device))))
+                if len(batch["image"]) and moments.images * accelerator.num_processes >= NORMALIZATION_IMAGES:
+                    break
+        mean, variance = moments.result(device)
+        std = overall_std(variance)
+        if not std > 1e-6:
+            tracker.say("The latents do not vary, so they are exported as they are, without a scale of their own.")
+            std = 1.0
+        if accelerator.is_main_process:
+            stock = fold_normalization(to_stock(ema.model, config), mean.cpu(), std)
+            replace_folder(
+                output_dir / "autoencoder", lambda aside: stock.save_pretrained(aside, safe_serialization=True)
+            )
+
+    def publish(step: int) -> None:
+        export()
+        if publisher is not None:
+            publisher.push(f"Autoencoder after {step} steps")
 
     # ---------------------------------------------------------------------------------------------- training
     stop = StopSignal()
@@ -354,6 +381,8 @@ def main(argv: list[str]) -> int:
             bad_images.check()
         if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
             validate()
+            if config.push_to_hub and config.hub_strategy == "best" and is_best(output_dir, "autoencoder"):
+                publish(ended_at)
         if stop.should_stop() and ended_at < config.max_train_steps:
             save(ended_at)
             tracker.close()
@@ -361,26 +390,19 @@ def main(argv: list[str]) -> int:
             return stop.exit_status
         if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:
             save(ended_at)
+            if config.push_to_hub and config.hub_strategy == "checkpoint" and ended_at < config.max_train_steps:
+                publish(ended_at)
             tracker.pause()
     tracker.close()
 
     # ------------------------------------------------------------------------------------------------ export
-    moments = Moments(config.latent_channels)
-    shares = eval_batches(train_set, config.train_batch_size, accelerator.process_index, accelerator.num_processes)
-    with torch.no_grad():
-        for batch in shares:
-            moments.add(ema.model.encode(to_float(batch["image"].to(device))))
-            if len(batch["image"]) and moments.images * accelerator.num_processes >= NORMALIZATION_IMAGES:
-                break
-    mean, variance = moments.result(device)
-    std = overall_std(variance)
-    if not std > 1e-6:
-        tracker.say("The latents do not vary, so they are exported as they are, without a scale of their own.")
-        std = 1.0
+    export()
+    if publisher is not None and config.hub_strategy != "best":
+        publisher.push(f"Autoencoder after {config.max_train_steps} steps")
     if accelerator.is_main_process:
-        stock = fold_normalization(to_stock(ema.model.cpu(), config), mean, std)
-        replace_folder(output_dir / "autoencoder", lambda aside: stock.save_pretrained(aside, safe_serialization=True))
         logger.info("the autoencoder is in %s", output_dir / "autoencoder")
+    if publisher is not None:
+        publisher.finish()
     accelerator.wait_for_everyone()
     return 0
 

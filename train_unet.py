@@ -30,8 +30,9 @@ from latent_ddpm.export import (
 )
 from latent_ddpm.grids import make_grid
 from latent_ddpm.health import SkippedSteps
+from latent_ddpm.hub import is_best
 from latent_ddpm.latents import latents_for_run
-from latent_ddpm.launch import check_before_loading, make_accelerator, run
+from latent_ddpm.launch import check_before_loading, make_accelerator, make_publisher, run
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
@@ -60,7 +61,9 @@ def main(argv: list[str]) -> int:
     config = in_steps(config, accelerator.num_processes)
     device = accelerator.device
     autoencoder.to(device)
-    latents = latents_for_run(config, autoencoder, device, accelerator.is_main_process, accelerator.wait_for_everyone)
+    latents, held_out = latents_for_run(
+        config, autoencoder, device, accelerator.is_main_process, accelerator.wait_for_everyone
+    )
     fold_normalization(autoencoder, latents.mean, latents.std)
 
     # -------------------------------------------------------------------------------------- model and optimizer
@@ -106,7 +109,9 @@ def main(argv: list[str]) -> int:
         first_step,
         config.max_train_steps,
         images_per_step,
+        len(latents),
     )
+    publisher = make_publisher(config, accelerator, tracker.say)
 
     # ------------------------------------------------------------------------------------------- the chapters
     def save(step: int) -> None:
@@ -125,8 +130,21 @@ def main(argv: list[str]) -> int:
             )
         accelerator.wait_for_everyone()
 
-    def sample_grid() -> None:
+    @torch.no_grad()
+    def validate() -> None:
         if accelerator.is_main_process:
+            # the averaged weights on held-out images; their noise and times are the same at every validation
+            total, micro_batch = 0.0, config.train_batch_size
+            for start in range(0, len(held_out), micro_batch):
+                numbers = torch.arange(start, min(start + micro_batch, len(held_out)))
+                batch = training_batch(
+                    held_out.batch(numbers.numpy()).to(device), numbers.to(device), config, alphas_cumprod
+                )
+                with accelerator.autocast():
+                    total += float(batch.loss(ema.model(batch.noisy, batch.timesteps).sample)) * len(numbers)
+            if len(held_out):
+                tracker.log(validation_loss=total / len(held_out))
+
             pipeline = LatentDDPMPipeline(vqvae=autoencoder, unet=ema.model, scheduler=sampling_scheduler(config))
             pipeline.set_progress_bar_config(disable=True)
             numbers = torch.arange(config.num_validation_samples, device=device)
@@ -141,6 +159,16 @@ def main(argv: list[str]) -> int:
             tracker.bar.write(f"unet step {tracker.step}: samples in {path}")
         accelerator.wait_for_everyone()
         tracker.pause()
+
+    def export() -> None:
+        if accelerator.is_main_process:
+            scheduler = sampling_scheduler(config)
+            export_pipeline(output_dir / "pipeline", autoencoder, ema.model, scheduler, config.num_inference_steps)
+
+    def publish(step: int) -> None:
+        export()
+        if publisher is not None:
+            publisher.push(f"U-Net after {step} steps")
 
     # ---------------------------------------------------------------------------------------------- training
     snapshot_steps = math.ceil(config.max_train_steps / config.ema_snapshots) if config.ema_snapshots else 0
@@ -182,7 +210,9 @@ def main(argv: list[str]) -> int:
             skipped.report(tracker.say)
             tracker.log(loss=mean_loss, grad_norm=float(grad_norm), learning_rate=rate * config.learning_rate)
         if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
-            sample_grid()
+            validate()
+            if config.push_to_hub and config.hub_strategy == "best" and is_best(output_dir, "unet"):
+                publish(ended_at)
         if stop.should_stop() and ended_at < config.max_train_steps:
             save(ended_at)
             tracker.close()
@@ -190,19 +220,19 @@ def main(argv: list[str]) -> int:
             return stop.exit_status
         if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:
             save(ended_at)
+            if config.push_to_hub and config.hub_strategy == "checkpoint" and ended_at < config.max_train_steps:
+                publish(ended_at)
             tracker.pause()
     tracker.close()
 
     # ------------------------------------------------------------------------------------------------ export
+    export()
+    if publisher is not None and config.hub_strategy != "best":
+        publisher.push(f"U-Net after {config.max_train_steps} steps")
     if accelerator.is_main_process:
-        export_pipeline(
-            output_dir / "pipeline",
-            autoencoder.cpu(),
-            ema.model.cpu(),
-            sampling_scheduler(config),
-            config.num_inference_steps,
-        )
         logger.info("the pipeline is in %s", output_dir / "pipeline")
+    if publisher is not None:
+        publisher.finish()
     accelerator.wait_for_everyone()
     return 0
 

@@ -71,6 +71,13 @@ class RunConfig:
         checkpointing_steps: steps between checkpoints.
         checkpoints_total_limit: keep so many of the newest checkpoints.
         resume_from_checkpoint: `latest`, or a checkpoint's folder.
+        push_to_hub: publish what the run makes; no failure of the Hub stops training.
+        hub_model_id: `user/name` or `name` of the repository; unset takes the name of output_dir.
+        hub_private_repo: make the repository private.
+        hub_token: a token that may write, on the command line only; better HF_TOKEN, or `hf auth login` once.
+        hub_strategy: push at the end, at every checkpoint in the background, or whenever validation was never better
+            (and at the end what was best).
+        hub_license: what the card says of the model's licence, by the Hub's identifiers (apache-2.0, cc-by-4.0, ...).
     """
 
     output_dir: str = "outputs/run"
@@ -111,6 +118,12 @@ class RunConfig:
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
+    hub_token: str | None = None
+    hub_strategy: Literal["end", "checkpoint", "best"] = "end"
+    hub_license: str | None = None
 
     def validate(self) -> None:
         """Raise UserError naming the key when a value or a combination is impossible."""
@@ -466,7 +479,13 @@ def read_yaml(path: str | Path, config_class: type[Config]) -> dict:
             owner = [name for stage, name in SECTION_OF.items() if key in keys_of(stage)]
             hint = f" It belongs in the section {owner[0]}." if owner else _nearest(key, keys_of(RunConfig))
             raise UserError(f"{path}: unknown key '{key}' at the top level.{hint}")
-    return content | sections[SECTION_OF[config_class]]
+    values = content | sections[SECTION_OF[config_class]]
+    if values.get("hub_token"):
+        raise UserError(
+            f"{path} holds a hub_token. A config is saved with the run and published with the model: take the token "
+            f"out of the file, make a new one on the Hub if the file was shared, and set HF_TOKEN."
+        )
+    return values
 
 
 def _parser(config_class: type[Config]) -> ArgumentParser:
@@ -536,6 +555,7 @@ FREE_KEYS = {
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("dataloader_num_workers", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_license"),
     "gradient_checkpointing",
 }
 

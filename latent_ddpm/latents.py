@@ -24,7 +24,7 @@ from latent_ddpm.data import BadImages, ImageDataset, open_image_dataset, range_
 from latent_ddpm.distributed import all_reduce_sum, process_count, process_index
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import StockAutoencoder, latents_of
-from latent_ddpm.sources import open_sources
+from latent_ddpm.sources import ImageSource, open_sources
 
 SHARD_IMAGES = 1024
 _VERSION = 1
@@ -180,6 +180,7 @@ def build_cache(
     device: torch.device,
     wait: Callable[[], None],
     num_workers: int = 0,
+    must_vary: bool = True,
 ) -> LatentCache:
     """Open the cache under `folder` that belongs to `key`, after encoding what is missing of it.
 
@@ -192,6 +193,7 @@ def build_cache(
         device: where `encode` works.
         wait: a barrier over the processes, each of which encodes its share of the shards.
         num_workers: processes that decode images.
+        must_vary: whether the latents' own standard deviation will be used.
 
     Raises:
         UserError: the latents are not finite or do not vary, so the autoencoder cannot be used.
@@ -221,7 +223,7 @@ def build_cache(
     channels = int(all_reduce_max(channels))
     mean, variance = (moments or Moments(channels)).result(device)
     std = overall_std(variance)
-    if not (np.isfinite(std) and std > 1e-4 and bool(mean.isfinite().all())):
+    if must_vary and not (np.isfinite(std) and std > 1e-4 and bool(mean.isfinite().all())):
         raise UserError(f"The autoencoder gives latents of standard deviation {std:.3g}; it cannot be used.")
     if process_index() == 0:
         meta = {
@@ -242,8 +244,10 @@ def latents_for_run(
     device: torch.device,
     is_main: bool,
     wait: Callable[[], None],
-) -> LatentCache:
-    """The latent cache of a run's training set, made if it is missing; call it in every process.
+) -> tuple[LatentCache, LatentCache]:
+    """The latents of a run's training set and of its held-out images, made if they are missing; call in every process.
+
+    Both are normalized by the training set's mean and standard deviation.
 
     Args:
         config: names the data, the transform and the folders.
@@ -256,25 +260,27 @@ def latents_for_run(
         UserError: no data, too many undecodable images, or an unusable autoencoder.
     """
     output_dir = Path(config.output_dir)
-    train_source, validation_source = open_sources(config)
-    total = len(train_source) + len(validation_source)
-    bad_images = BadImages(output_dir / "bad_images.jsonl", total, config.max_bad_image_share)
-    # train=False: the cache holds centre crops, whatever stage 1 was shown
-    images = open_image_dataset(
-        train_source, config, output_dir / "cache", bad_images, train=False, is_main=is_main, wait=wait
-    )
-    cache = build_cache(
-        lambda batch: latents_of(autoencoder, batch),
-        images,
-        Path(config.latents_dir) if config.latents_dir else output_dir / "latents",
-        cache_key(config.autoencoder_dir, images, config.resolution, config.image_channels, config.random_flip),
-        config.train_batch_size,
-        device,
-        wait,
-        config.dataloader_num_workers,
-    )
+    sources = open_sources(config)
+    bad_images = BadImages(output_dir / "bad_images.jsonl", sum(map(len, sources)), config.max_bad_image_share)
+    folder = Path(config.latents_dir) if config.latents_dir else output_dir / "latents"
+
+    def cache_of(source: ImageSource, folder: Path, flip: bool, must_vary: bool) -> LatentCache:
+        # train=False: the cache holds centre crops, whatever stage 1 was shown
+        images = open_image_dataset(
+            source, config, output_dir / "cache", bad_images, train=False, is_main=is_main, wait=wait
+        )
+        key = cache_key(config.autoencoder_dir, images, config.resolution, config.image_channels, flip)
+        workers = config.dataloader_num_workers
+        batch_size = config.train_batch_size
+        return build_cache(
+            lambda batch: latents_of(autoencoder, batch),
+            images, folder, key, batch_size, device, wait, workers, must_vary,
+        )  # fmt: skip
+
+    train = cache_of(sources[0], folder, config.random_flip, True)
+    held_out = cache_of(sources[1], folder / "held_out", False, False)
     bad_images.check()
-    return cache
+    return train, dataclasses.replace(held_out, mean=train.mean, std=train.std)
 
 
 def all_reduce_max(value: torch.Tensor) -> torch.Tensor:

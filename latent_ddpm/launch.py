@@ -20,11 +20,17 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from latent_ddpm.config import RunConfig, check_same_run
 from latent_ddpm.errors import UserError
+from latent_ddpm.hub import Publisher, check_can_publish
 from latent_ddpm.tracking import check_tracker
 
 
 def check_before_loading(config: RunConfig, stage: str) -> Path:
     """Refuse what can be refused without touching data or models; returns the path of the run's saved config."""
+    if config.hub_token:
+        os.environ["HF_TOKEN"] = config.hub_token  # where the Hub's client looks, and nothing is saved from
+        config.hub_token = None
+    if config.push_to_hub:
+        check_can_publish(config.hub_model_id)
     check_tracker(config.report_to)
     saved = Path(config.output_dir) / f"train_{stage}.yaml"
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
@@ -66,6 +72,14 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     for noisy in ("httpx", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return accelerator
+
+
+def make_publisher(config: RunConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Publisher | None:
+    """What publishes the run, in the main process of a run with push_to_hub."""
+    if not (config.push_to_hub and accelerator.is_main_process):
+        return None
+    private = True if config.hub_private_repo else None
+    return Publisher(Path(config.output_dir), config.hub_model_id, private, config.hub_license, say)
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:

@@ -1,5 +1,6 @@
 """How a run shows itself: progress bar, metrics.jsonl, pictures, and the tracker of choice."""
 
+import importlib.util
 import json
 import logging
 import math
@@ -7,11 +8,14 @@ import os
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
+import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from latent_ddpm import __version__
 from latent_ddpm.errors import UserError
 from latent_ddpm.grids import save_png
 
@@ -20,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 def check_tracker(name: str) -> None:
     """Raise UserError when the package behind `report_to` is not installed."""
-    import importlib.util
-
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(f"report_to {name} needs the package {name}: pip install {name}, or --report_to none.")
 
@@ -37,6 +39,7 @@ class Tracker:
         first_step: lines at or after this step are from an attempt that was cut off and are removed.
         last_step: where the progress bar ends.
         images_per_step: of all processes together.
+        training_images: in the training set.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Tracker:
         first_step: int,
         last_step: int,
         images_per_step: int,
+        training_images: int,
     ) -> None:
         self.accelerator, self.stage, self.images_per_step = accelerator, stage, images_per_step
         self.path, self.samples = output_dir / "metrics.jsonl", output_dir / "samples"
@@ -56,6 +60,7 @@ class Tracker:
         if self.main:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._cut(first_step)
+            self._note_machine(output_dir / "run.json", training_images)
         # TensorBoard's hyper-parameters are numbers and strings
         plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.items()}
         accelerator.init_trackers(stage, config=plain)
@@ -83,6 +88,23 @@ class Tracker:
         aside = self.path.with_suffix(f".{os.getpid()}.tmp")
         aside.write_text("".join(keep))
         aside.replace(self.path)
+
+    def _note_machine(self, path: Path, training_images: int) -> None:
+        """Write what the stage runs on to run.json, for the model card."""
+        noted = json.loads(path.read_text()) if path.exists() else {}
+        device = self.accelerator.device
+        noted[self.stage] = {
+            "training_images": training_images,
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{device.type}, {torch.get_num_threads()} threads",
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "versions": {"latent_ddpm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        }
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        aside.write_text(json.dumps(noted, indent=1) + "\n")
+        aside.replace(path)
 
     def advance(self) -> None:
         """One optimizer step is done."""

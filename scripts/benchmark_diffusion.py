@@ -44,7 +44,7 @@ from latent_ddpm.export import (
     load_autoencoder,
 )
 from latent_ddpm.features import EXTRACTORS, check_installed
-from latent_ddpm.latents import LatentCache, latents_for_run
+from latent_ddpm.latents import latents_for_run
 from latent_ddpm.launch import run
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
@@ -62,7 +62,7 @@ class Trainer:
         self.config, self.device, self.steps = config, device, 0
         self.autoencoder = load_autoencoder(config.autoencoder_dir).to(device)
         self.size = check_autoencoder_fits(self.autoencoder, config)
-        self.latents: LatentCache = latents_for_run(config, self.autoencoder, device, True, lambda: None)
+        self.latents, _ = latents_for_run(config, self.autoencoder, device, True, lambda: None)
         self.order = ExampleOrder(len(self.latents), config.seed)
         torch.manual_seed(config.seed)
 

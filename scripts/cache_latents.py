@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     check_autoencoder_fits(autoencoder, config)
     accelerator = make_accelerator(config)
     autoencoder.to(accelerator.device)
-    cache = latents_for_run(
+    cache, _ = latents_for_run(
         config, autoencoder, accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
     )
     logger.info("%d latents of %s in %s", len(cache), "x".join(map(str, cache.shape)), cache.folder)

@@ -54,6 +54,8 @@ def test_both_stages_leave_what_they_promise(trained, photos):
     seen = set().union(*last)
     assert {"reconstruction_loss", "commitment_loss", "codebook_usage", "perplexity", "validation_psnr",
             "generator_loss", "discriminator_loss", "adaptive_weight", "images_per_second"} <= seen  # fmt: skip
+    held_out = losses(output_dir, "unet", "validation_loss")
+    assert sorted(held_out) == [6, 12] and held_out[12] < held_out[6]
     assert any((output_dir / "logs").rglob("*tfevents*"))
     vqvae = VQModel.from_pretrained(output_dir / "autoencoder")
     assert vqvae.config.scaling_factor != 0.18215

@@ -1,0 +1,54 @@
+"""Publish a finished run on the Hub: its pipeline, or without one its autoencoder, with card, pictures and figures.
+
+    python scripts/push_to_hub.py outputs/mnist --hub_model_id USER/NAME --hub_license apache-2.0
+
+The token is that of `hf auth login`, HF_TOKEN or --hub_token. The card says what scripts/evaluate.py has left in the
+run's folder, so evaluate first. --dry_run FOLDER writes what would be published to a folder and publishes nothing.
+--hub_private_repo makes a new repository private. Edits that you have made to the card on the Hub stay.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from latent_ddpm.errors import UserError
+from latent_ddpm.hub import Publisher, check_can_publish, lay_out, write_card
+from latent_ddpm.launch import run
+from latent_ddpm.private import Scrubber
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_folder", type=Path)
+    parser.add_argument("--hub_model_id")
+    parser.add_argument("--hub_token")
+    parser.add_argument("--hub_license")
+    parser.add_argument("--hub_private_repo", action="store_true", default=None)
+    parser.add_argument("--commit_message", default="Publish a run of latent-ddpm")
+    parser.add_argument("--dry_run", type=Path, metavar="FOLDER")
+    options = parser.parse_args(argv)
+    if not options.run_folder.is_dir():
+        raise UserError(f"There is no run in {options.run_folder}.")
+    if options.dry_run is not None:
+        if options.dry_run.exists():
+            raise UserError(f"{options.dry_run} exists already.")
+        lay_out(options.run_folder, options.dry_run, Scrubber(options.run_folder))
+        name = options.hub_model_id or f"USER/{options.run_folder.resolve().name}"
+        write_card(options.dry_run, name, options.hub_license)
+        print(f"This would be published as {name}: {options.dry_run}")
+        return 0
+    if options.hub_token:
+        os.environ["HF_TOKEN"] = options.hub_token
+    check_can_publish(options.hub_model_id)
+
+    def say(sentence: str) -> None:
+        print(sentence, file=sys.stderr, flush=True)
+
+    publisher = Publisher(options.run_folder, options.hub_model_id, options.hub_private_repo, options.hub_license, say)
+    publisher.push(options.commit_message)
+    return 0 if publisher.finish() else 1
+
+
+if __name__ == "__main__":
+    run(main)
