@@ -8,7 +8,6 @@ of the config can be overridden (--learning_rate 2e-4), and --resume_from_checkp
 stopped.
 """
 
-import dataclasses
 import itertools
 import logging
 import math
@@ -176,13 +175,13 @@ def main(argv: list[str]) -> int:
         accelerator,
         output_dir,
         "autoencoder",
-        dataclasses.asdict(config),
+        config,
         first_step,
         config.max_train_steps,
         images_per_step,
         len(train_set),
     )
-    publisher = make_publisher(config, accelerator, tracker.say)
+    publisher = make_publisher(config, accelerator, "autoencoder", tracker.say)
 
     watch = Watch(
         tracker.say,
@@ -231,6 +230,9 @@ def main(argv: list[str]) -> int:
             with torch.no_grad():
                 reconstructions = reconstruct(originals)[0]
             tracker.image(reconstruction_grid(originals.cpu(), reconstructions.cpu()))
+            tracker.histogram(latents=ema.model.encode(originals))
+            if len(epoch_counts):
+                tracker.histogram(uses_of_a_code=epoch_counts)
             said = f"validation PSNR {measured['psnr']:.2f} dB"
             if len(epoch_counts):
                 said += f", {measured['codebook_usage']:.1%} of codes in use, perplexity {measured['perplexity']:.0f}"
@@ -381,11 +383,13 @@ def main(argv: list[str]) -> int:
             bad_images.check()
         if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
             validate()
-            if config.push_to_hub and config.hub_strategy == "best" and is_best(output_dir, "autoencoder"):
+            if config.push_to_hub and config.hub_strategy == "best" and is_best(output_dir, "autoencoder", ended_at):
                 publish(ended_at)
         if stop.should_stop() and ended_at < config.max_train_steps:
             save(ended_at)
             tracker.close()
+            if publisher is not None:
+                publisher.finish(wait=False)
             logger.info("stopped at step %d; --resume_from_checkpoint latest goes on from there", ended_at)
             return stop.exit_status
         if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:

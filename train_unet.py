@@ -8,7 +8,6 @@ the config can be overridden (--learning_rate 2e-4), and --resume_from_checkpoin
 stopped.
 """
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -28,7 +27,7 @@ from latent_ddpm.export import (
     fold_normalization,
     load_autoencoder,
 )
-from latent_ddpm.grids import make_grid
+from latent_ddpm.grids import make_grid, save_png
 from latent_ddpm.health import SkippedSteps
 from latent_ddpm.hub import is_best
 from latent_ddpm.latents import latents_for_run
@@ -36,6 +35,7 @@ from latent_ddpm.launch import check_before_loading, make_accelerator, make_publ
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
+from latent_ddpm.sampling import draw_film
 from latent_ddpm.tracking import Tracker
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
@@ -105,13 +105,13 @@ def main(argv: list[str]) -> int:
         accelerator,
         output_dir,
         "unet",
-        dataclasses.asdict(config),
+        config,
         first_step,
         config.max_train_steps,
         images_per_step,
         len(latents),
     )
-    publisher = make_publisher(config, accelerator, tracker.say)
+    publisher = make_publisher(config, accelerator, "unet", tracker.say)
 
     # ------------------------------------------------------------------------------------------- the chapters
     def save(step: int) -> None:
@@ -130,6 +130,11 @@ def main(argv: list[str]) -> int:
             )
         accelerator.wait_for_everyone()
 
+    def sampler() -> LatentDDPMPipeline:
+        pipeline = LatentDDPMPipeline(vqvae=autoencoder, unet=ema.model, scheduler=sampling_scheduler(config))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     @torch.no_grad()
     def validate() -> None:
         if accelerator.is_main_process:
@@ -145,8 +150,7 @@ def main(argv: list[str]) -> int:
             if len(held_out):
                 tracker.log(validation_loss=total / len(held_out))
 
-            pipeline = LatentDDPMPipeline(vqvae=autoencoder, unet=ema.model, scheduler=sampling_scheduler(config))
-            pipeline.set_progress_bar_config(disable=True)
+            pipeline = sampler()
             numbers = torch.arange(config.num_validation_samples, device=device)
             with accelerator.autocast():
                 pictures = pipeline(
@@ -211,11 +215,13 @@ def main(argv: list[str]) -> int:
             tracker.log(loss=mean_loss, grad_norm=float(grad_norm), learning_rate=rate * config.learning_rate)
         if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
             validate()
-            if config.push_to_hub and config.hub_strategy == "best" and is_best(output_dir, "unet"):
+            if config.push_to_hub and config.hub_strategy == "best" and is_best(output_dir, "unet", ended_at):
                 publish(ended_at)
         if stop.should_stop() and ended_at < config.max_train_steps:
             save(ended_at)
             tracker.close()
+            if publisher is not None:
+                publisher.finish(wait=False)
             logger.info("stopped at step %d; --resume_from_checkpoint latest goes on from there", ended_at)
             return stop.exit_status
         if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:
@@ -227,6 +233,9 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------------------------------------------ export
     export()
+    if accelerator.is_main_process:
+        _, film = draw_film(sampler(), 4, config.seed, torch.arange(4), config.num_inference_steps)  # (4, S, C, R, R)
+        save_png(make_grid(film.flatten(0, 1) * 2 - 1, film.shape[1]), output_dir / "samples" / "film_strip.png")
     if publisher is not None and config.hub_strategy != "best":
         publisher.push(f"U-Net after {config.max_train_steps} steps")
     if accelerator.is_main_process:

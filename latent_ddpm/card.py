@@ -5,6 +5,7 @@ part stands between two comments, the first of which holds a digest of it: a par
 stays, and so does all that stands between the parts.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
+from latent_ddpm.curves import read_metrics
 from latent_ddpm.private import is_place
 
 TASK = "unconditional-image-generation"
@@ -55,8 +57,7 @@ def _training(folder: Path) -> dict[str, dict[str, Any]]:
     stages: dict[str, dict[str, Any]] = {}
     rates: dict[str, list[float]] = {}
     path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        record = json.loads(line)
+    for record in read_metrics(path) if path.exists() else ():
         last = stages.setdefault(record["stage"], {"images": 0, "hours": 0.0})
         if "images_per_second" in record:
             new_images = record["images"] - last["images"]
@@ -134,9 +135,10 @@ def figures(facts: Facts) -> list[Figure]:
     if result := facts.evaluations.get("pipeline"):
         settings = result.get("settings", [])
         best = min(settings, key=lambda setting: setting["fd"], default={})
-        extractor = EXTRACTOR_NAMES.get(result.get("feature_extractor", ""), result.get("feature_extractor", ""))
-        how = f"{extractor}, {best.get('images', 0):,} samples, {best.get('scheduler')} {best.get('steps')} steps"
-        frechet = "fid" if result.get("feature_extractor") == "inception" else "frechet_distance"
+        network = best.get("feature_extractor", "")
+        extractor = EXTRACTOR_NAMES.get(network, network)
+        how = f"{extractor}, {best.get('samples', 0):,} samples, {best.get('scheduler')}, {best.get('steps')} steps"
+        frechet = "fid" if network == "inception" else "frechet_distance"
         for key, name, kind, form in (
             ("fd", "Frechet distance", frechet, ".2f"),
             ("kid", "KID", "kid", ".5f"),
@@ -190,7 +192,8 @@ def _stage_line(name: str, stage: dict[str, Any], config: dict[str, Any]) -> str
     if stage.get("device"):
         processes = stage.get("processes", 1)
         line += f" on {stage['device']}" + (f", {processes} processes" if processes > 1 else "")
-    return line + f"; {config.get('optimizer')}, learning rate {config.get('learning_rate')}."
+    line += f"; {config.get('optimizer')}, learning rate {config.get('learning_rate')} ({config.get('lr_scheduler')}), "
+    return line + f"batches of {stage['images'] // max(1, stage['step'])}."
 
 
 def _parts(facts: Facts, repo_id: str) -> dict[str, str]:
@@ -199,9 +202,10 @@ def _parts(facts: Facts, repo_id: str) -> dict[str, str]:
     vqvae, unet = facts.configs["vqvae"], facts.configs.get("unet")
     codes = vqvae.get("num_vq_embeddings") if vqvae.get("_class_name") == "VQModel" else None
     kind = f"VQ-VAE with {codes:,} codes" if codes else "KL-VAE"
-    side = vqvae["sample_size"] // 2 ** (len(vqvae["block_out_channels"]) - 1)
+    factor = 2 ** (len(vqvae["block_out_channels"]) - 1)
+    side = unet["sample_size"] if unet else vqvae["sample_size"] // factor
     latents = f"{vqvae['latent_channels']}x{side}x{side}"
-    pixels = f"{vqvae['sample_size']}x{vqvae['sample_size']}"
+    pixels = f"{side * factor}x{side * factor}"
     steps = facts.unet.get("num_inference_steps", 50)
     parts = {}
 
@@ -226,6 +230,11 @@ schedulers, one generator per image), which is code and so has to be trusted:
 ```python
 pipeline = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)
 ```"""
+        variants = sorted({name.split(".")[-2] for name in facts.files if re.search(r"\.(fp16|bf16)\.safe", name)})
+        if variants:
+            types = {"fp16": "float16", "bf16": "bfloat16"}
+            shown = " or ".join(f'`variant="{v}", torch_dtype=torch.{types[v]}`' for v in variants)
+            parts["use"] += f"\n\nOn a GPU, {shown} loads weights of half the size."
         if not codes:
             parts["use"] += (
                 "\n\nThe first way logs that `vqvae` is an AutoencoderKL where a VQModel was expected: LDMPipeline "
@@ -271,10 +280,12 @@ autoencoder = {vqvae["_class_name"]}.from_pretrained("{repo_id}", subfolder="vqv
     made = [f"- **Autoencoder**: stock `{vqvae['_class_name']}`, {kind}, latents of {latents}, "
             f"{facts.parameters.get('vqvae', 0) / 1e6:.2f} million parameters."]  # fmt: skip
     if unet:
-        target = facts.configs["scheduler"].get("prediction_type", "").replace("_", " ")
+        schedule = facts.configs["scheduler"]
+        target = schedule.get("prediction_type", "").replace("_", "-")
+        levels = "a rectified flow" if schedule.get("use_flow_sigmas") else f"{schedule.get('beta_schedule')} betas"
         made.append(
             f"- **U-Net**: stock `UNet2DModel`, channels {unet['block_out_channels']}, "
-            f"{facts.parameters.get('unet', 0) / 1e6:.2f} million parameters, {target}; samples with "
+            f"{facts.parameters.get('unet', 0) / 1e6:.2f} million parameters, {target}, {levels}; samples with "
             f"`{facts.configs['scheduler'].get('_class_name')}`."
         )
     parts["training"] = "## How it was made\n\n" + "\n".join([*made, *lines])
@@ -333,18 +344,25 @@ def _join(head: dict[str, Any], body: str, ledger: dict[str, list[str]]) -> str:
 
 
 def _split(card: str) -> tuple[dict[str, Any], str, dict[str, list[str]]]:
-    """Head, body and ledger (names of the parts, keys and results that were ever made) of a card."""
-    match = re.match(r"\s*---\r?\n(.*?)\r?\n---\r?\n?", card.replace("\r\n", "\n"), re.DOTALL)
+    """Head, body and ledger (names of the parts, keys and results that were ever made) of a card.
+
+    Raises:
+        yaml.YAMLError: the head is none.
+    """
     head, body = {}, card.replace("\r\n", "\n")
+    match = re.match(r"\s*---\n(?:(.*?)\n)?---(?:\n|$)", body, re.DOTALL)
     if match:
-        body = body[match.end() :]
-        try:
-            head = yaml.safe_load(match[1]) or {}
-        except yaml.YAMLError:
+        head = yaml.safe_load(match[1] or "")
+        if head is None or isinstance(head, dict):
+            head, body = head or {}, body[match.end() :]
+        else:  # a text between two rules
             head = {}
-    found = _LEDGER.search(body)
-    ledger = json.loads(found[1]) if found else {}
-    return head if isinstance(head, dict) else {}, _LEDGER.sub("", body).strip(), ledger
+    ledger = {}
+    if found := _LEDGER.search(body):
+        with contextlib.suppress(json.JSONDecodeError):
+            ledger = json.loads(found[1])
+    lists = isinstance(ledger, dict) and all(isinstance(value, list) for value in ledger.values())
+    return head, _LEDGER.sub("", body).strip(), ledger if lists else {}
 
 
 def make_card(facts: Facts, repo_id: str, license: str | None = None) -> str:
@@ -368,12 +386,15 @@ def _merge_head(ours: dict, theirs: dict, made: dict, have: dict) -> dict[str, A
         if key != "model-index" and key not in head and key not in have.get("head", []):
             head[key] = value
     entries = [dict(entry) for entry in ours.get("model-index", [])]
-    for entry in theirs.get("model-index") or []:
+    index = theirs.get("model-index")
+    for entry in index if isinstance(index, list) else []:
+        if not isinstance(entry, dict):
+            continue
         mine = {*have.get("results", []), *made.get("results", [])}
         kept = [
             result | {"metrics": metrics}
-            for result in entry.get("results", [])
-            if (metrics := [metric for metric in result.get("metrics", []) if metric.get("name") not in mine])
+            for result in entry.get("results") or []
+            if (metrics := [metric for metric in result.get("metrics") or [] if metric.get("name") not in mine])
         ]
         if kept and entries:
             entries[0]["results"] = [*entries[0]["results"], *kept]
@@ -387,6 +408,9 @@ def merge_cards(ours: str, theirs: str | None) -> str:
 
     A part that still has the text it was made with is made anew; one that was edited stays as it is; one that was
     taken out stays out. A card without any of our parts is its owner's, and only gets the head's figures.
+
+    Raises:
+        yaml.YAMLError, AttributeError, TypeError: the other card's head cannot be read.
     """
     if not theirs or not theirs.strip():
         return ours
@@ -398,16 +422,16 @@ def merge_cards(ours: str, theirs: str | None) -> str:
     if not their_body:
         return _join(merged_head, body, ledger)
     new = {match[1]: match for match in _BLOCK.finditer(body)}
-    if not _BLOCK.search(their_body) and not have:
+    if not _BLOCK.search(their_body):
         return _join(merged_head, their_body, ledger)
 
     def renewed(match: re.Match) -> str:
         edited = match[2] != _digest(match[3])
         if edited:
             return match[0]
-        return new[match[1]][0] if match[1] in new else ""
+        return new[match[1]][0] if match[1] in new else "\0"
 
-    merged = _BLOCK.sub(renewed, their_body)
+    merged = re.sub(r"\n*\0\n*", "\n\n", _BLOCK.sub(renewed, their_body))
     # parts that were never in the card come after the one they follow in ours
     before = None
     for name, match in new.items():
@@ -416,4 +440,4 @@ def merge_cards(ours: str, theirs: str | None) -> str:
             at = merged.find(end) + len(end) if before and end in merged else len(merged)
             merged = f"{merged[:at]}\n\n{match[0]}{merged[at:]}"
         before = name
-    return _join(merged_head, re.sub(r"\n{3,}", "\n\n", merged), ledger)
+    return _join(merged_head, merged, ledger)

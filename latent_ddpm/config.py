@@ -65,7 +65,8 @@ class RunConfig:
         adam_weight_decay: AdamW's decoupled weight decay.
         max_grad_norm: gradients are clipped to this norm.
         mixed_precision: no, bf16 or fp16; unset takes what `accelerate launch` says.
-        report_to: tensorboard, wandb or none; metrics.jsonl is always written.
+        report_to: tensorboard, wandb, trackio or none; metrics.jsonl is always written.
+        tracker_project_name: the project at wandb or trackio.
         logging_steps: steps between lines of metrics.
         validation_steps: steps between validations, each with a picture grid.
         checkpointing_steps: steps between checkpoints.
@@ -73,10 +74,11 @@ class RunConfig:
         resume_from_checkpoint: `latest`, or a checkpoint's folder.
         push_to_hub: publish what the run makes; no failure of the Hub stops training.
         hub_model_id: `user/name` or `name` of the repository; unset takes the name of output_dir.
-        hub_private_repo: make the repository private.
-        hub_token: a token that may write, on the command line only; better HF_TOKEN, or `hf auth login` once.
-        hub_strategy: push at the end, at every checkpoint in the background, or whenever validation was never better
-            (and at the end what was best).
+        hub_private_repo: make the repository private; one that exists and is public is refused.
+        hub_token: a token that may write, on the command line only, where others may see it: better set HF_TOKEN, or
+            run `hf auth login` once.
+        hub_strategy: push at the end, at every checkpoint in the background, or whenever validation was never better.
+        hub_variants: weights published beside the float32 ones, for `from_pretrained(..., variant="fp16")`.
         hub_license: what the card says of the model's licence, by the Hub's identifiers (apache-2.0, cc-by-4.0, ...).
     """
 
@@ -112,7 +114,8 @@ class RunConfig:
     adam_weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    report_to: Literal["tensorboard", "wandb", "none"] = "none"
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "none"
+    tracker_project_name: str = "latent-ddpm"
     logging_steps: int = 10
     validation_steps: int = 500
     checkpointing_steps: int = 500
@@ -123,6 +126,7 @@ class RunConfig:
     hub_private_repo: bool = False
     hub_token: str | None = None
     hub_strategy: Literal["end", "checkpoint", "best"] = "end"
+    hub_variants: list[Literal["fp16", "bf16"]] = dataclasses.field(default_factory=list)
     hub_license: str | None = None
 
     def validate(self) -> None:
@@ -550,12 +554,12 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 
 # Keys that may change between the start of a run and its continuation without making it another run.
 FREE_KEYS = {
-    *("output_dir", "resume_from_checkpoint", "report_to", "autoencoder", "latents_dir"),
+    *("output_dir", "resume_from_checkpoint", "report_to", "tracker_project_name", "autoencoder", "latents_dir"),
     *("max_train_steps", "max_train_images"),
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("dataloader_num_workers", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_license"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_variants", "hub_license"),
     "gradient_checkpointing",
 }
 

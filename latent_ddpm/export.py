@@ -1,5 +1,6 @@
 """From what we train to what stock diffusers loads: VQModel or AutoencoderKL, UNet2DModel, LDMPipeline."""
 
+import json
 import os
 import re
 import shutil
@@ -220,6 +221,10 @@ def export_pipeline(
             warnings.simplefilter("ignore")
             pipeline = LDMPipeline(vqvae=autoencoder, unet=unet, scheduler=scheduler)
             pipeline.save_pretrained(aside, safe_serialization=True)
+        for path in aside.glob("*/config.json"):
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.copyfile(pipeline_latent_ddpm.__file__, aside / "pipeline.py")
         codes = code_count(autoencoder)
         card = CARD.format(

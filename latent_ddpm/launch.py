@@ -28,9 +28,10 @@ def check_before_loading(config: RunConfig, stage: str) -> Path:
     """Refuse what can be refused without touching data or models; returns the path of the run's saved config."""
     if config.hub_token:
         os.environ["HF_TOKEN"] = config.hub_token  # where the Hub's client looks, and nothing is saved from
+        sys.argv = [word.replace(config.hub_token, "***") for word in sys.argv]  # which trackers record
         config.hub_token = None
     if config.push_to_hub:
-        check_can_publish(config.hub_model_id)
+        check_can_publish(Path(config.output_dir), config.hub_model_id)
     check_tracker(config.report_to)
     saved = Path(config.output_dir) / f"train_{stage}.yaml"
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
@@ -69,17 +70,20 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         datefmt="%H:%M:%S",
         level=logging.INFO if accelerator.is_main_process else logging.ERROR,
     )
-    for noisy in ("httpx", "filelock", "fsspec", "datasets"):
+    for noisy in ("httpx", "httpx2", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return accelerator
 
 
-def make_publisher(config: RunConfig, accelerator: Accelerator, say: Callable[[str], None]) -> Publisher | None:
+def make_publisher(
+    config: RunConfig, accelerator: Accelerator, stage: str, say: Callable[[str], None]
+) -> Publisher | None:
     """What publishes the run, in the main process of a run with push_to_hub."""
     if not (config.push_to_hub and accelerator.is_main_process):
         return None
     private = True if config.hub_private_repo else None
-    return Publisher(Path(config.output_dir), config.hub_model_id, private, config.hub_license, say)
+    output_dir, variants = Path(config.output_dir), config.hub_variants
+    return Publisher(output_dir, config.hub_model_id, private, config.hub_license, variants, stage, say)
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:

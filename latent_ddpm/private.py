@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,15 @@ PLACES = {
     "lpips_weights": "LPIPS_WEIGHTS",
     "resume_from_checkpoint": "CHECKPOINT",
 }
-# keys of diffusers' configs that name where something was loaded from
-ORIGINS = ("_name_or_path",)
+EMBEDDED = "embedded:"
+ON_THE_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def is_place(value: str) -> bool:
     """Whether a dataset_name is something on this disk, and not of the Hub or embedded."""
-    return not value.startswith("embedded:") and (value.startswith(("/", ".", "~")) or Path(value).exists())
+    if value.startswith(EMBEDDED):
+        return False
+    return not ON_THE_HUB.fullmatch(value) or value.endswith((".parquet", ".arrow")) or Path(value).exists()
 
 
 class Scrubber:
@@ -35,11 +39,12 @@ class Scrubber:
     """
 
     def __init__(self, output_dir: Path, secrets: Iterable[str] = ()) -> None:
-        self.places: dict[str, str] = {}  # as typed, in configs and command lines
+        self.secrets = [secret for secret in secrets if secret]
+        self.places: dict[str, str] = {}  # normalized, as typed: in configs and command lines
         for path in sorted(output_dir.glob("train_*.yaml")):
             for section in (yaml.safe_load(path.read_text()) or {}).values():
                 self._learn(section)
-        whole = {secret: "***" for secret in secrets if secret}
+        whole = {}
         for place, shown in self.places.items():
             if shown != "RUN":
                 whole[os.path.abspath(place)] = shown
@@ -47,45 +52,79 @@ class Scrubber:
             for form in (os.path.abspath(place), os.path.realpath(place)):
                 whole.setdefault(form, shown)
         whole.pop("/", None)
-        # the longest first, so that a folder's path is not cut by that of the folder around it
-        self.whole = sorted(whole.items(), key=lambda pair: -len(pair[0]))
+        # the longest first, so that a folder's path is not cut by that of the folder around it; not as a part of a name
+        longest_first = sorted(whole.items(), key=lambda pair: -len(pair[0]))
+        self.whole = [(re.compile(rf"(?<![\w.-]){re.escape(place)}(?![\w-])"), shown) for place, shown in longest_first]
 
     def _learn(self, section: dict[str, Any]) -> None:
         for key, shown in PLACES.items():
             if section.get(key) and section[key] != "latest":
-                self.places[section[key]] = shown
+                self.places[os.path.normpath(section[key])] = shown
         if section.get("dataset_name") and is_place(section["dataset_name"]):
-            self.places[section["dataset_name"]] = "DATASET"
+            self.places[os.path.normpath(section["dataset_name"])] = "DATASET"
 
     def text(self, text: str) -> str:
         """A text without secrets and without the places of this machine."""
-        for private, shown in self.whole:
-            text = text.replace(private, shown)
+        for place, shown in self.whole:
+            text = place.sub(shown, text)
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
         return text
 
-    def word(self, word: str) -> str:
-        """A word of a command line, or a value of a config, that may be a place or something in it."""
+    def place(self, word: str) -> str:
+        """A word that may be a place, or in one: without it; of any other path from the root its last name."""
+        normal = os.path.normpath(word)
         for place, shown in self.places.items():
-            if word == place or word.startswith(place.rstrip("/") + "/"):
-                return shown + word[len(place.rstrip("/")) :].rstrip("/")
-        return self.text(word)
+            if normal == place or normal.startswith(place + "/"):
+                return shown + normal[len(place) :]
+        made = self.text(word)
+        return Path(made).name if made.startswith("/") else made
 
-    def value(self, value: Any, key: str = "") -> Any:
-        """What JSON or YAML holds, without the keys that only say where something was loaded from."""
+    def command(self, command: str) -> str:
+        """A command line without places, also where they are the value of `--flag=value`."""
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            words = command.split()
+        made = []
+        for word in words:
+            flag, equals, value = word.partition("=")
+            made.append(f"{flag}={self.place(value)}" if word.startswith("--") and equals else self.place(word))
+        return " ".join(word if re.fullmatch(r"[\w@%+=:,./\[\]~-]+", word) else shlex.quote(word) for word in made)
+
+    def config(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A saved config (its sections by name) without places."""
+        return {
+            name: {
+                key: self.place(value) if value and (key in PLACES or key == "dataset_name") else value
+                for key, value in section.items()
+            }
+            for name, section in values.items()
+        }
+
+    def _measured(self, value: Any, key: str = "") -> Any:
+        """What scripts/evaluate.py writes, without places."""
         if isinstance(value, dict):
-            return {name: self.value(item, name) for name, item in value.items() if name not in ORIGINS}
+            return {name: self._measured(item, name) for name, item in value.items()}
         if isinstance(value, list):
-            return [self.value(item, key) for item in value]
-        if not isinstance(value, str):
-            return value
-        return " ".join(map(self.word, value.split(" "))) if key == "command" else self.word(value)
+            return [self._measured(item, key) for item in value]
+        if key == "command" and isinstance(value, str):
+            return self.command(value)
+        return self.place(value) if key == "pipeline" and isinstance(value, str) else value
 
     def copy(self, source: Path, target: Path) -> None:
-        """A copy of a JSON, YAML or text file without what is private."""
+        """A copy of a saved config (.yaml), of figures (.json) or of any other text without what is private."""
         text = source.read_text()
         if source.suffix == ".json":
-            text = json.dumps(self.value(json.loads(text)), indent=2) + "\n"
+            text = json.dumps(self._measured(json.loads(text)), indent=2) + "\n"
         elif source.suffix == ".yaml":
-            text = yaml.safe_dump(self.value(yaml.safe_load(text)), sort_keys=False)
+            text = yaml.safe_dump(self.config(yaml.safe_load(text)), sort_keys=False)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(self.text(text))
+
+    def copy_model_config(self, source: Path, target: Path) -> None:
+        """A copy of a config.json of diffusers without where it was loaded from."""
+        config = json.loads(source.read_text())
+        config.pop("_name_or_path", None)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(self.text(json.dumps(config, indent=2, sort_keys=True)) + "\n")

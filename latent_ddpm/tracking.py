@@ -1,10 +1,12 @@
 """How a run shows itself: progress bar, metrics.jsonl, pictures, and the tracker of choice."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
 import math
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from latent_ddpm import __version__
+from latent_ddpm.config import RunConfig
 from latent_ddpm.errors import UserError
 from latent_ddpm.grids import save_png
 
@@ -28,6 +31,12 @@ def check_tracker(name: str) -> None:
         raise UserError(f"report_to {name} needs the package {name}: pip install {name}, or --report_to none.")
 
 
+def _write_whole(path: Path, text: str) -> None:
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 class Tracker:
     """Writes what the main process measures; in the other processes its methods do nothing.
 
@@ -35,7 +44,7 @@ class Tracker:
         accelerator: the run's accelerator, made with log_with.
         output_dir: the run's folder; metrics.jsonl and samples/ are written there.
         stage: "autoencoder" or "unet"; stands in every line and picture name.
-        config: the resolved config, for the tracker.
+        config: the resolved config.
         first_step: lines at or after this step are from an attempt that was cut off and are removed.
         last_step: where the progress bar ends.
         images_per_step: of all processes together.
@@ -47,7 +56,7 @@ class Tracker:
         accelerator: Accelerator,
         output_dir: Path,
         stage: str,
-        config: dict,
+        config: RunConfig,
         first_step: int,
         last_step: int,
         images_per_step: int,
@@ -61,9 +70,7 @@ class Tracker:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._cut(first_step)
             self._note_machine(output_dir / "run.json", training_images)
-        # TensorBoard's hyper-parameters are numbers and strings
-        plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.items()}
-        accelerator.init_trackers(stage, config=plain)
+            self._start_trackers(config, first_step)
         self.bar = tqdm(
             total=last_step,
             initial=first_step,
@@ -85,15 +92,13 @@ class Tracker:
                 continue
             if record["stage"] != self.stage or record["step"] <= first_step:
                 keep.append(line + "\n")
-        aside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text("".join(keep))
-        aside.replace(self.path)
+        _write_whole(self.path, "".join(keep))
 
     def _note_machine(self, path: Path, training_images: int) -> None:
         """Write what the stage runs on to run.json, for the model card."""
         noted = json.loads(path.read_text()) if path.exists() else {}
         device = self.accelerator.device
-        noted[self.stage] = {
+        noted[self.stage] = {key: value for key, value in noted.get(self.stage, {}).items() if key == "tracker_run"} | {
             "training_images": training_images,
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
@@ -102,9 +107,58 @@ class Tracker:
             "mixed_precision": self.accelerator.mixed_precision,
             "versions": {"latent_ddpm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         }
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text(json.dumps(noted, indent=1) + "\n")
-        aside.replace(path)
+        _write_whole(path, json.dumps(noted, indent=1) + "\n")
+
+    def _start_trackers(self, config: RunConfig, first_step: int) -> None:
+        """Start the tracker of choice, or go on with its run where the stage goes on."""
+        path = self.path.parent / "run.json"
+        noted = json.loads(path.read_text())
+        mine = noted[self.stage]
+        run_id = mine.get("tracker_run") if first_step else None
+        mine["tracker_run"] = run_id or secrets.token_hex(4)
+        _write_whole(path, json.dumps(noted, indent=1) + "\n")
+        name = f"{self.path.parent.resolve().name}-{self.stage}"
+        settings = {
+            # what was logged after the checkpoint that the run goes on from is hidden, and logged anew
+            "tensorboard": {"purge_step": first_step + 1},
+            "wandb": {"name": name, "id": mine["tracker_run"], "resume": "allow", "dir": str(self.path.parent)},
+            "trackio": {"name": f"{name}-{mine['tracker_run']}", "resume": "allow"},
+        }
+        # TensorBoard's hyper-parameters are numbers and strings
+        plain = {
+            key: value if isinstance(value, (int, float, str)) else str(value)
+            for key, value in dataclasses.asdict(config).items()
+        }
+        project = self.stage if config.report_to == "tensorboard" else config.tracker_project_name
+        self.accelerator.init_trackers(project, config=plain, init_kwargs=settings)
+
+    def histogram(self, **values: torch.Tensor) -> None:
+        """Record how values (any shape) are spread: 64 bins in metrics.jsonl, and the tracker's own histogram."""
+        if not self.main:
+            return
+        spread = {}
+        for name, tensor in values.items():
+            # double: 64 bins have to fit between values that hardly differ
+            flat = tensor.detach().flatten().cpu().double().numpy()
+            flat = flat[np.isfinite(flat)]
+            if not len(flat):
+                continue
+            counts, edges = np.histogram(flat, bins=64)
+            spread[name] = {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
+            for tracker in self.accelerator.trackers:
+                label = f"{self.stage}/{name}"
+                if tracker.name == "tensorboard":
+                    tracker.tracker.add_histogram(label, flat, self.step)
+                else:
+                    made = importlib.import_module(tracker.name).Histogram(np_histogram=(counts, edges))
+                    tracker.log({label: made}, step=self.step)
+        self._append({"histograms": spread})
+
+    def _append(self, metrics: dict) -> None:
+        images = self.step * self.images_per_step
+        record = {"stage": self.stage, "step": self.step, "images": images, "time": round(time.time(), 3)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record | metrics) + "\n")
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -125,11 +179,7 @@ class Tracker:
             shown = {k: f"{metrics[k]:.4g}" for k in ("loss", "psnr", "codebook_usage") if k in metrics}
             self.bar.set_postfix({**shown, "images/s": f"{metrics['images_per_second']:.0f}"}, refresh=False)
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        images = self.step * self.images_per_step
-        record = {"stage": self.stage, "step": self.step, "images": images, "time": round(time.time(), 3)}
-        record |= {key: float(f"{value:.6g}") for key, value in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._append({key: float(f"{value:.6g}") for key, value in metrics.items()})
         self.accelerator.log({f"{self.stage}/{key}": value for key, value in metrics.items()}, step=self.step)
 
     def say(self, sentence: str) -> None:
@@ -147,7 +197,11 @@ class Tracker:
         save_png(picture, path)
         pixels = np.asarray(picture.convert("RGB"))
         for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
+            if tracker.name == "trackio":
+                import trackio
+
+                tracker.log({self.stage: trackio.Image(picture)}, step=self.step)
+            else:
                 # TensorBoard wants a stack of arrays, Weights & Biases a list of pictures
                 value = pixels[None] if tracker.name == "tensorboard" else [picture]
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -4,7 +4,8 @@
 
 The token is that of `hf auth login`, HF_TOKEN or --hub_token. The card says what scripts/evaluate.py has left in the
 run's folder, so evaluate first. --dry_run FOLDER writes what would be published to a folder and publishes nothing.
---hub_private_repo makes a new repository private. Edits that you have made to the card on the Hub stay.
+--hub_private_repo makes a new repository private, --hub_variants fp16 adds weights in 16 bits. Your edits to the card
+on the Hub stay.
 """
 
 import argparse
@@ -24,8 +25,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--hub_model_id")
     parser.add_argument("--hub_token")
     parser.add_argument("--hub_license")
+    parser.add_argument("--hub_variants", nargs="+", choices=("fp16", "bf16"), default=[])
     parser.add_argument("--hub_private_repo", action="store_true", default=None)
     parser.add_argument("--commit_message", default="Publish a run of latent-ddpm")
+    parser.add_argument("--laid_out", type=Path, metavar="FOLDER", help="what a run laid out and could not publish")
     parser.add_argument("--dry_run", type=Path, metavar="FOLDER")
     options = parser.parse_args(argv)
     if not options.run_folder.is_dir():
@@ -33,20 +36,27 @@ def main(argv: list[str]) -> int:
     if options.dry_run is not None:
         if options.dry_run.exists():
             raise UserError(f"{options.dry_run} exists already.")
-        lay_out(options.run_folder, options.dry_run, Scrubber(options.run_folder))
+        lay_out(options.run_folder, options.dry_run, Scrubber(options.run_folder), variants=options.hub_variants)
         name = options.hub_model_id or f"USER/{options.run_folder.resolve().name}"
         write_card(options.dry_run, name, options.hub_license)
         print(f"This would be published as {name}: {options.dry_run}")
         return 0
     if options.hub_token:
         os.environ["HF_TOKEN"] = options.hub_token
-    check_can_publish(options.hub_model_id)
+    check_can_publish(options.run_folder, options.hub_model_id)
 
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
-    publisher = Publisher(options.run_folder, options.hub_model_id, options.hub_private_repo, options.hub_license, say)
-    publisher.push(options.commit_message)
+    publisher = Publisher(
+        options.run_folder,
+        options.hub_model_id,
+        options.hub_private_repo,
+        options.hub_license,
+        options.hub_variants,
+        say=say,
+    )
+    publisher.push(options.commit_message, options.laid_out)
     return 0 if publisher.finish() else 1
 
 

@@ -20,17 +20,32 @@ FACTS = Facts(
     evaluations={
         "pipeline": {
             "command": "python scripts/evaluate.py pipeline --config configs/mnist.yaml",
-            "feature_extractor": "efficientnet-lite0",
             "settings": [
-                {"scheduler": "ddim", "steps": 20, "images": 1000, "fd": 20.5, "kid": 0.01, "precision": 0.5},
-                {"scheduler": "ddim", "steps": 10, "images": 1000, "fd": 21.5, "kid": 0.02, "precision": 0.4},
+                {
+                    "scheduler": "ddim",
+                    "steps": 20,
+                    "samples": 1000,
+                    "fd": 20.5,
+                    "kid": 0.01,
+                    "precision": 0.5,
+                    "feature_extractor": "efficientnet-lite0",
+                },
+                {
+                    "scheduler": "ddim",
+                    "steps": 10,
+                    "samples": 1000,
+                    "fd": 21.5,
+                    "kid": 0.02,
+                    "precision": 0.4,
+                    "feature_extractor": "efficientnet-lite0",
+                },
             ],
         }
     },
     files={"samples.png"},
     configs={
         "vqvae": VQVAE,
-        "unet": {"block_out_channels": [64, 128]},
+        "unet": {"block_out_channels": [64, 128], "sample_size": 8},
         "scheduler": {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
     },
     parameters={"vqvae": 1_000_000, "unet": 2_000_000},
@@ -49,10 +64,11 @@ def test_it_says_what_was_measured_and_how():
     metrics = {
         metric["name"]: metric["value"] for result in head["model-index"][0]["results"] for metric in result["metrics"]
     }
-    assert metrics["Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim 20 steps)"] == 20.5
-    assert "| Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim 20 steps) | 20.50 |" in CARD
+    assert metrics["Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps)"] == 20.5
+    assert "| Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps) | 20.50 |" in CARD
     assert "python scripts/evaluate.py pipeline --config configs/mnist.yaml" in CARD
     assert "![samples](samples.png)" in CARD and "neighbours.png" not in CARD
+    assert "for 32x32 images" in CARD and "latents of 4x8x8" in CARD
     assert "10.0 epochs of 640" in CARD and "6.0 minutes on cpu, 2 threads" in CARD
 
 
@@ -131,3 +147,34 @@ def test_a_card_of_ones_own_keeps_its_text(theirs):
 def test_a_head_alone_gets_our_text():
     merged = merge_cards(CARD, "---\nlicense: mit\n---\n")
     assert head_of(merged)["license"] == "mit" and "## Use" in merged
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda card: card.replace("\n", "\r\n"),
+        lambda card: card.replace("<!-- ledger:{", "<!-- ledger:{{"),
+        lambda card: card.replace("<!-- ledger:{", '<!-- ledger:["x"] {'),
+        lambda card: card.replace("model-index:\n", "model-index: {a: 1}\nold:\n", 1),
+        lambda card: card.replace("model-index:\n", "model-index: null\nold:\n", 1),
+    ],
+)
+def test_odd_cards_are_merged(change):
+    merged = merge_cards(CARD, change(CARD))
+    assert head_of(merged)["model-index"] == head_of(CARD)["model-index"] and merged.count("## Use") == 1
+
+
+def test_a_card_that_begins_with_a_rule_loses_nothing():
+    theirs = "---\nMy words.\n---\n\nMore."
+    merged = merge_cards(CARD, theirs)
+    assert "My words." in merged and "More." in merged and head_of(merged)["library_name"] == "diffusers"
+    theirs = "---\n---\n\nFirst.\n\n---\n\nSecond.\n\n\n\nThird."
+    assert "First.\n\n---\n\nSecond.\n\n\n\nThird." in merge_cards(CARD, theirs)
+    with pytest.raises(yaml.YAMLError):
+        merge_cards(CARD, "---\nlicense: [mit\n---\nText.")
+
+
+def test_a_card_of_ones_own_keeps_its_text_at_every_push():
+    without = make_card(dataclasses.replace(FACTS, evaluations={}), "someone/digits")
+    once = merge_cards(without, "# My page\n\nAll mine.")
+    assert "## Evaluation" not in merge_cards(CARD, once)

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same_tensors, checkpoint_tensors, command, environment, finished, launch
+from conftest import ROOT, assert_same_tensors, checkpoint_tensors, command, environment, finished, launch, losses
 from hub_server import TOKEN, USER, Drop, HubServer, Slow, Status
 
 NAME = f"{USER}/tiny"
@@ -88,8 +88,9 @@ def test_faults_change_nothing_that_is_trained_and_all_is_published(published):
     assert "failed (" in text and "Published 'U-Net after 6 steps' as tester/tiny" in text
     assert "NOT PUBLISHED" not in text
     files = hub.repos[NAME].files
-    assert {"model_index.json", "pipeline.py", "README.md", "samples.png", "metrics.jsonl", "train_unet.yaml",
-            "run.json", "unet/diffusion_pytorch_model.safetensors", "vqvae/config.json"} <= set(files)  # fmt: skip
+    expected = "model_index.json pipeline.py README.md samples.png film_strip.png curves.png metrics.jsonl run.json "
+    expected += "train_unet.yaml unet/diffusion_pytorch_model.safetensors vqvae/config.json"
+    assert set(expected.split()) <= set(files)
     for path in ("unet", "vqvae"):
         name = f"{path}/diffusion_pytorch_model.safetensors"
         assert hub.content(NAME, name) == (output_dir / "pipeline" / name).read_bytes()
@@ -106,6 +107,25 @@ def test_the_name_alone_loads_it_in_stock_diffusers_and_draws_the_same(published
     assert kind == "LatentDDPMPipeline"
     _, error = sample(hub, tmp_path, NAME, code=1, custom_pipeline=NAME)
     assert "trust_remote_code" in error
+
+
+CARD = """
+import re, sys
+from huggingface_hub import ModelCard
+card = ModelCard.load(sys.argv[1])
+card.validate()
+for code in re.findall(r"```python\\n(.*?)```", card.text, re.DOTALL)[:1]:
+    exec(code)
+"""
+
+
+def test_the_card_is_valid_and_its_code_runs_as_pasted(published, tmp_path):
+    hub, _, _, _ = published
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | hub.environment(tmp_path / "home")
+    words = [sys.executable, "-P", "-c", CARD, NAME]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "sample.png").exists() and "POST /api/validate-yaml" in hub.requests
 
 
 def test_nothing_private_and_no_pickle_is_published_or_kept(published, photos):
@@ -139,14 +159,16 @@ def test_a_hub_that_is_gone_costs_nothing_but_a_command(hub, stage_1, tmp_path, 
     home, stage_1_dir, flags = stage_1
     hub.gone = True
     output_dir = home / "runs" / "alone"
-    words = command("train_unet.py", output_dir, push_to_hub="true", hub_model_id=NAME,
-                    autoencoder=stage_1_dir / "autoencoder", **STEPS, **flags)  # fmt: skip
+    words = command("train_unet.py", output_dir, push_to_hub="true", hub_model_id=NAME, hub_private_repo="true",
+                    hub_license="mit", autoencoder=stage_1_dir / "autoencoder", **STEPS, **flags)  # fmt: skip
     text = with_hub(hub, home, words)
     assert_same_tensors(checkpoint_tensors(output_dir, "unet", 6), checkpoint_tensors(home / "quiet", "unet", 6))
     assert "NOT PUBLISHED" in text
     (said,) = re.findall(r"python scripts/push_to_hub\.py .*", text)
+    assert "--laid_out" in said and "--hub_private_repo --hub_license mit" in said
     hub.gone = False
     with_hub(hub, home, [sys.executable, *said.split()[1:]])
+    assert hub.repos[NAME].private and not (output_dir / "hub").exists()
     assert {"model_index.json", "unet/config.json", "README.md"} <= set(hub.repos[NAME].files)
 
 
@@ -160,6 +182,25 @@ def test_a_refused_token_is_said_and_training_goes_on(hub, stage_1):
     assert "hf_anotherOne" not in text and (output_dir / "pipeline" / "model_index.json").exists()
 
 
+def test_a_public_repository_is_not_filled_with_what_shall_be_private(hub, stage_1):
+    home, stage_1_dir, _ = stage_1
+    publish(hub, home, stage_1_dir)
+    before = dict(hub.repos[NAME].files)
+    text = publish(hub, home, stage_1_dir, "--hub_private_repo", expect=1)
+    assert "exists already and is public" in text and hub.repos[NAME].files == before
+
+
+def test_a_card_that_cannot_be_read_stays_as_it_is(hub, stage_1):
+    home, stage_1_dir, _ = stage_1
+    publish(hub, home, stage_1_dir)
+    hub.write(NAME, "README.md", b"---\nlicense: [mit\n---\nMine.")
+    assert "stays as it is" in publish(hub, home, stage_1_dir, "--hub_variants", "fp16")
+    assert hub.content(NAME, "README.md").endswith(b"Mine.")
+    assert "vqvae/diffusion_pytorch_model.fp16.safetensors" in hub.repos[NAME].files
+    publish(hub, home, stage_1_dir)
+    assert "vqvae/diffusion_pytorch_model.fp16.safetensors" not in hub.repos[NAME].files
+
+
 def test_stage_1_alone(hub, stage_1, tmp_path):
     home, stage_1_dir, _ = stage_1
     publish(hub, home, stage_1_dir, "--hub_private_repo")
@@ -171,19 +212,51 @@ def test_stage_1_alone(hub, stage_1, tmp_path):
     assert "train_data_dir: IMAGES" in config and "output_dir: RUN" in config
 
 
+def test_best_publishes_what_was_never_better(hub, stage_1):
+    home, _, flags = stage_1
+    output_dir = home / "runs" / "best"
+    words = command("train_autoencoder.py", output_dir, push_to_hub="true", hub_model_id=NAME, hub_strategy="best",
+                    **STEPS | {"max_train_steps": 8, "validation_steps": 1}, **flags)  # fmt: skip
+    with_hub(hub, home, words)
+    psnr = losses(output_dir, "autoencoder", "validation_psnr")
+    best = max(psnr, key=psnr.get)
+    records = [step for step in psnr if all(psnr[step] > psnr[before] for before in psnr if before < step)]
+    messages = hub.repos[NAME].messages
+    assert messages[-1] == f"Autoencoder after {best} steps"
+    assert {int(message.split()[2]) for message in messages} <= set(records) != set(psnr) or best == 8
+
+
 def test_what_could_never_be_published_is_refused_before_training(stage_1, tmp_path):
     home, stage_1_dir, flags = stage_1
     options = {"autoencoder": stage_1_dir / "autoencoder", "push_to_hub": "true", **STEPS, **flags}
     words = command("train_unet.py", tmp_path / "out", hub_model_id="a/b/c", **options)
-    done = finished(words, env={**environment(), "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")})
+    env = {**environment(), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+    done = finished(words, env=env)
     assert done.returncode == 2 and "cannot be a repository" in done.stderr
     words = command("train_unet.py", tmp_path / "out", **options)
-    done = finished(words, env={**environment(), "HF_TOKEN": "", "HF_HOME": str(tmp_path / "home")})
+    done = finished(words, env=env | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and "HF_HUB_OFFLINE" in done.stderr
+    done = finished(words, env=env | {"HF_TOKEN": ""})
     assert done.returncode == 2 and "hf auth login" in done.stderr
     config = tmp_path / "config.yaml"
     config.write_text(f"dataset_name: embedded:mnist\nhub_token: {TOKEN}\n")
     done = finished([sys.executable, "train_unet.py", "--config", str(config)])
     assert done.returncode == 2 and "holds a hub_token" in done.stderr and TOKEN not in done.stderr
+
+
+def test_half_the_size(published, tmp_path):
+    hub, home, output_dir, _ = published
+    publish(hub, home, output_dir, "--hub_model_id", f"{USER}/half", "--hub_variants", "fp16", "bf16")
+    name = f"{USER}/half"
+    whole, half = (
+        len(hub.content(name, f"unet/diffusion_pytorch_model{variant}.safetensors")) for variant in ("", ".fp16")
+    )
+    assert half < 0.6 * whole
+    images, kind = sample(hub, tmp_path, name, variant="fp16")
+    local, _ = sample(None, tmp_path, output_dir / "pipeline")
+    assert kind == "LDMPipeline" and 0 < np.abs(images - local).mean() < 0.05
+    card = hub.content(name, "README.md").decode()
+    assert 'variant="bf16", torch_dtype=torch.bfloat16' in card and 'variant="fp16"' in card
 
 
 def test_a_dry_run_writes_what_would_be_published(stage_1, tmp_path):
