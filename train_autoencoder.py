@@ -4,8 +4,8 @@
 
 Leaves <output_dir>/autoencoder/, a stock diffusers VQModel (AutoencoderKL for quantizer kl) whose latents have zero
 mean and unit variance; checkpoints, metrics.jsonl and grids of originals over reconstructions lie beside it. Any key
-of the config can be overridden (--learning_rate 2e-4), and --resume_from_checkpoint latest goes on where the run was
-stopped.
+of the config can be overridden (--learning_rate 2e-4). The same command starts a run, goes on where it was stopped, or
+says that it is finished.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from latent_ddpm.checkpoint import CheckpointFolder, must_fit
-from latent_ddpm.config import AutoencoderConfig, in_steps, parse_config, save_config
+from latent_ddpm.config import AutoencoderConfig, parse_config, save_config
 from latent_ddpm.data import (
     BadImages,
     ExampleOrder,
@@ -34,7 +34,7 @@ from latent_ddpm.grids import reconstruction_grid
 from latent_ddpm.health import SkippedSteps, Watch, check_images
 from latent_ddpm.hub import is_best
 from latent_ddpm.latents import Moments, overall_std
-from latent_ddpm.launch import check_before_loading, make_accelerator, make_publisher, run
+from latent_ddpm.launch import check_before_loading, claim, fit_to_processes, make_accelerator, make_publisher, run
 from latent_ddpm.losses import (
     HeldWeight,
     adaptive_weight,
@@ -53,7 +53,7 @@ from latent_ddpm.models.quantizers import perplexity
 from latent_ddpm.models.vqvae import Autoencoder
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.sources import open_sources
-from latent_ddpm.tracking import Tracker
+from latent_ddpm.tracking import Tracker, is_finished
 
 logger = logging.getLogger("train_autoencoder")
 
@@ -72,7 +72,12 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------------------------------------------- data
     train_source, validation_source = open_sources(config)
     accelerator = make_accelerator(config)
-    config = in_steps(config, accelerator.num_processes)
+    config = fit_to_processes(config, state, accelerator)
+    if is_finished(config, "autoencoder", first_step, "autoencoder"):
+        logger.info("all %d steps are done; the autoencoder is in %s", first_step, output_dir / "autoencoder")
+        return 0
+    if accelerator.is_main_process:
+        claim(output_dir, "autoencoder")
     bad_images = BadImages(
         output_dir / "bad_images.jsonl", len(train_source) + len(validation_source), config.max_bad_image_share
     )
@@ -198,6 +203,7 @@ def main(argv: list[str]) -> int:
                 step,
                 {
                     "step": step,
+                    "images_per_step": images_per_step,
                     "model": autoencoder.state_dict(),
                     "ema": ema.model.state_dict(),
                     "optimizer": optimizer.optimizer.state_dict(),
@@ -390,7 +396,7 @@ def main(argv: list[str]) -> int:
             tracker.close()
             if publisher is not None:
                 publisher.finish(wait=False)
-            logger.info("stopped at step %d; --resume_from_checkpoint latest goes on from there", ended_at)
+            logger.info("stopped at step %d; the same command goes on from there", ended_at)
             return stop.exit_status
         if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:
             save(ended_at)
@@ -405,6 +411,7 @@ def main(argv: list[str]) -> int:
         publisher.push(f"Autoencoder after {config.max_train_steps} steps")
     if accelerator.is_main_process:
         logger.info("the autoencoder is in %s", output_dir / "autoencoder")
+        tracker.finish()
     if publisher is not None:
         publisher.finish()
     accelerator.wait_for_everyone()

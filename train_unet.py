@@ -4,8 +4,8 @@
 
 Takes the autoencoder from <output_dir>/autoencoder/ (or --autoencoder DIR), encodes the training set once, and
 leaves <output_dir>/pipeline/, which DiffusionPipeline.from_pretrained of an untouched diffusers loads. Any key of
-the config can be overridden (--learning_rate 2e-4), and --resume_from_checkpoint latest goes on where the run was
-stopped.
+the config can be overridden (--learning_rate 2e-4). The same command starts a run, goes on where it was stopped, or
+says that it is finished.
 """
 
 import logging
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from latent_ddpm.checkpoint import CheckpointFolder, must_fit
-from latent_ddpm.config import UNetConfig, in_steps, parse_config, save_config
+from latent_ddpm.config import UNetConfig, parse_config, save_config
 from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
 from latent_ddpm.distributed import StopSignal
@@ -31,12 +31,12 @@ from latent_ddpm.grids import make_grid, save_png
 from latent_ddpm.health import SkippedSteps
 from latent_ddpm.hub import is_best
 from latent_ddpm.latents import latents_for_run
-from latent_ddpm.launch import check_before_loading, make_accelerator, make_publisher, run
+from latent_ddpm.launch import check_before_loading, claim, fit_to_processes, make_accelerator, make_publisher, run
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
 from latent_ddpm.sampling import draw_film
-from latent_ddpm.tracking import Tracker
+from latent_ddpm.tracking import Tracker, is_finished
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 logger = logging.getLogger("train_unet")
@@ -58,7 +58,12 @@ def main(argv: list[str]) -> int:
 
     # ---------------------------------------------------------------------------------------------- latents
     accelerator = make_accelerator(config)
-    config = in_steps(config, accelerator.num_processes)
+    config = fit_to_processes(config, state, accelerator)
+    if is_finished(config, "unet", first_step, "pipeline"):
+        logger.info("all %d steps are done; the pipeline is in %s", first_step, output_dir / "pipeline")
+        return 0
+    if accelerator.is_main_process:
+        claim(output_dir, "unet")
     device = accelerator.device
     autoencoder.to(device)
     latents, held_out = latents_for_run(
@@ -120,6 +125,7 @@ def main(argv: list[str]) -> int:
                 step,
                 {
                     "step": step,
+                    "images_per_step": images_per_step,
                     "latents": latents.folder.name,
                     "model": unet.state_dict(),
                     "ema": ema.state_dict(),
@@ -222,7 +228,7 @@ def main(argv: list[str]) -> int:
             tracker.close()
             if publisher is not None:
                 publisher.finish(wait=False)
-            logger.info("stopped at step %d; --resume_from_checkpoint latest goes on from there", ended_at)
+            logger.info("stopped at step %d; the same command goes on from there", ended_at)
             return stop.exit_status
         if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:
             save(ended_at)
@@ -240,6 +246,7 @@ def main(argv: list[str]) -> int:
         publisher.push(f"U-Net after {config.max_train_steps} steps")
     if accelerator.is_main_process:
         logger.info("the pipeline is in %s", output_dir / "pipeline")
+        tracker.finish()
     if publisher is not None:
         publisher.finish()
     accelerator.wait_for_everyone()

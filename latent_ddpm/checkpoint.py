@@ -1,8 +1,8 @@
 """Checkpoints that exist whole or not at all, in safetensors and JSON only.
 
 A checkpoint is a folder `<output_dir>/checkpoints/<stage>-<step>/` with `state.safetensors` (weights, averaged
-weights, optimizer moments), `state.json` (everything that is not a tensor) and `manifest.json` (size and
-SHA-256 of the other two). It is written beside its place, fsynced and renamed; whatever a crash leaves has
+weights, optimizer moments), `state.json` (everything that is not a tensor) and `manifest.json` (the format, and size
+and SHA-256 of the other two). It is written beside its place, fsynced and renamed; whatever a crash leaves has
 another name, and a damaged one fails its manifest.
 """
 
@@ -26,6 +26,7 @@ from latent_ddpm.errors import UserError
 logger = logging.getLogger(__name__)
 
 _FILES = ("state.safetensors", "state.json")
+FORMAT = 1  # raise it when older code could not go on from what is written; 0 stands in no manifest
 
 
 class DamagedCheckpoint(Exception):
@@ -128,7 +129,7 @@ class CheckpointFolder:
             aside.mkdir(parents=True)
             save_file(tensors, aside / "state.safetensors")
             (aside / "state.json").write_text(json.dumps(skeleton))
-            manifest = {
+            manifest = {"format": FORMAT} | {
                 name: {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)} for name in _FILES
             }
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -157,9 +158,15 @@ class CheckpointFolder:
 
         Raises:
             DamagedCheckpoint: a file is missing, cut short or changed.
+            UserError: a later version of this library wrote it.
         """
         try:
             manifest = json.loads((path / "manifest.json").read_text())
+            if manifest.get("format", 0) > FORMAT:
+                raise UserError(
+                    f"The checkpoint {path} has format {manifest['format']}, of a later version of latent-ddpm; this "
+                    f"one reads up to {FORMAT}. Update latent-ddpm, or give another --output_dir."
+                )
             for name in _FILES:
                 if (path / name).stat().st_size != manifest[name]["bytes"]:
                     raise DamagedCheckpoint(f"{name} has {(path / name).stat().st_size} bytes instead of "
@@ -167,11 +174,13 @@ class CheckpointFolder:
                 if _sha256(path / name) != manifest[name]["sha256"]:
                     raise DamagedCheckpoint(f"{name} is not what was written")
             return join_state(load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text()))
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise DamagedCheckpoint(str(error)) from error
 
     def resume(self, wanted: str | None) -> dict[str, Any] | None:
         """The state to go on from: of `latest` (the newest undamaged one), of a folder, or None to start afresh.
+
+        A run that began from another run's checkpoint and has one of its own goes on from that.
 
         Raises:
             UserError: checkpoints are there but resuming was not asked for; the named one is damaged or missing;
@@ -185,9 +194,10 @@ class CheckpointFolder:
                     f"--resume_from_checkpoint latest, or give another --output_dir."
                 )
             return None
-        if wanted != "latest":
-            path = Path(wanted)
-            path = path if path.exists() else self.folder / wanted
+        path = Path(wanted)
+        path = path if path.exists() else self.folder / wanted
+        began_elsewhere = path.is_dir() and path.resolve().parent != self.folder.resolve()
+        if wanted != "latest" and not (began_elsewhere and present):
             if not path.is_dir():
                 raise UserError(f"There is no checkpoint {wanted}; in {self.folder} are: {[p.name for p in present]}.")
             try:

@@ -46,6 +46,8 @@ class RunConfig:
         max_bad_image_share: stop when more than this share of the images cannot be decoded.
         image_cache_gib: decode once and keep when the decoded images fit into so many GiB; 0 never keeps.
         dataloader_num_workers: processes that decode images.
+        heartbeat_timeout: seconds without a sign of life after which a process counts as dead, and ends the others; 0
+            has them wait for it.
         train_batch_size: images per process and micro-batch.
         gradient_accumulation_steps: micro-batches per optimizer step.
         max_train_steps: optimizer steps in all.
@@ -71,7 +73,8 @@ class RunConfig:
         validation_steps: steps between validations, each with a picture grid.
         checkpointing_steps: steps between checkpoints.
         checkpoints_total_limit: keep so many of the newest checkpoints.
-        resume_from_checkpoint: `latest`, or a checkpoint's folder.
+        resume_from_checkpoint: `latest` (the newest undamaged one in output_dir, if any), or a checkpoint's folder;
+            null starts afresh, and refuses a folder that holds checkpoints.
         push_to_hub: publish what the run makes; no failure of the Hub stops training.
         hub_model_id: `user/name` or `name` of the repository; unset takes the name of output_dir.
         hub_private_repo: make the repository private; one that exists and is public is refused.
@@ -97,6 +100,7 @@ class RunConfig:
     max_bad_image_share: float = 0.05
     image_cache_gib: float = 4.0
     dataloader_num_workers: int = 2
+    heartbeat_timeout: float = 20.0
     train_batch_size: int = 64
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 10_000
@@ -120,7 +124,7 @@ class RunConfig:
     validation_steps: int = 500
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: str | None = "latest"
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool = False
@@ -140,7 +144,8 @@ class RunConfig:
         positive += ("checkpoints_total_limit", "learning_rate", "max_grad_norm", "adam_epsilon")
         for key in positive:
             _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
-        for key in ("seed", "lr_warmup_steps", "image_cache_gib", "dataloader_num_workers", "adam_weight_decay"):
+        nonnegative = ("seed", "lr_warmup_steps", "image_cache_gib", "dataloader_num_workers", "heartbeat_timeout")
+        for key in (*nonnegative, "adam_weight_decay"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in ("max_train_images", "lr_warmup_images", "lr_decay_steps", "lr_decay_images"):
             value = getattr(self, key)
@@ -427,6 +432,31 @@ def in_steps(config: Config, num_processes: int) -> Config:
     return dataclasses.replace(config, **steps)
 
 
+def same_batch(config: Config, images_per_step: int | None, num_processes: int) -> Config:
+    """The config with the gradient accumulation that keeps a checkpoint's steps as they were, on any processes.
+
+    Args:
+        config: of the run that goes on.
+        images_per_step: of the checkpoint; None where there is none, or it is too old to know.
+        num_processes: that train now.
+
+    Raises:
+        UserError: no number of micro-batches gives a step as many images.
+    """
+    at_once = config.train_batch_size * num_processes
+    if images_per_step is None or images_per_step == at_once * config.gradient_accumulation_steps:
+        return config
+    if images_per_step % at_once:
+        fitting = [size for size in range(1, images_per_step + 1) if images_per_step % (size * num_processes) == 0]
+        nearest = min(fitting, key=lambda size: abs(size - config.train_batch_size), default=None)
+        way_out = f"set train_batch_size {nearest}" if nearest else "use another number of processes"
+        raise UserError(
+            f"The checkpoint's steps are of {images_per_step} images, which is no multiple of train_batch_size "
+            f"{config.train_batch_size} times {num_processes} processes = {at_once}. To go on with it, {way_out}."
+        )
+    return dataclasses.replace(config, gradient_accumulation_steps=images_per_step // at_once)
+
+
 SECTION_OF = {AutoencoderConfig: "train_autoencoder", UNetConfig: "train_unet"}
 
 
@@ -556,8 +586,9 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 FREE_KEYS = {
     *("output_dir", "resume_from_checkpoint", "report_to", "tracker_project_name", "autoencoder", "latents_dir"),
     *("max_train_steps", "max_train_images"),
+    *("train_batch_size", "gradient_accumulation_steps"),  # their product with the processes is kept: same_batch
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
-    *("dataloader_num_workers", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
+    *("dataloader_num_workers", "heartbeat_timeout", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_variants", "hub_license"),
     "gradient_checkpointing",

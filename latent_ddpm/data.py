@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.images import CENTRE, TRANSFORM_VERSION, as_seen, resize_and_crop
-from latent_ddpm.random import Stream, permutation, uniform
+from latent_ddpm.random import Stream, permutation, scattered, uniform
 from latent_ddpm.sources import ImageSource, digest
 
 logger = logging.getLogger(__name__)
@@ -399,6 +399,9 @@ def _sync(file: IO) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+ORDER_TABLE = 2**20  # images up to which an epoch's order is kept as a table; beyond, it is computed as needed
+
+
 class ExampleOrder:
     """Which image each training example is: every epoch of `length` examples is its own shuffle of all images."""
 
@@ -414,7 +417,7 @@ class ExampleOrder:
 
     def order(self, n: int) -> int:
         """The index of the image that is example number n."""
-        return int(self._epoch(n // self.length)[n % self.length])
+        return int(self.indices(np.array([n]))[0])
 
     def indices(self, numbers: np.ndarray) -> np.ndarray:
         """The same for int64 (B,) example numbers: int64 (B,)."""
@@ -423,7 +426,11 @@ class ExampleOrder:
         epochs = numbers // self.length
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            result[here] = self._epoch(int(epoch))[numbers[here] % self.length]
+            positions = numbers[here] % self.length
+            if self.length > ORDER_TABLE:
+                result[here] = scattered(self.seed, int(epoch), self.length, positions)
+            else:
+                result[here] = self._epoch(int(epoch))[positions]
         return result
 
 

@@ -1,7 +1,12 @@
-"""The few collective operations that the library needs; each is a no-op in a single process."""
+"""What processes that train together need of each other; all of it is a no-op in a single process."""
 
+import os
 import signal
+import sys
 import threading
+import time
+from datetime import timedelta
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -34,7 +39,7 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a wish to stop that all processes learn at the same step.
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 (pre-emption) into a wish to stop that all processes learn at the same step.
 
     The first signal asks for a clean stop, a second one is obeyed at once. The agreement travels over a CPU
     group and is read one step after it was sent, so a GPU never waits for it.
@@ -45,8 +50,9 @@ class StopSignal:
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self._group = dist.new_group(backend="gloo") if process_count() > 1 else None
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(signum, self._note)
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+                if hasattr(signal, name):  # Windows lacks some
+                    signal.signal(getattr(signal, name), self._note)
 
     def _note(self, signum: int, frame: object) -> None:
         self.signum = signum
@@ -70,3 +76,87 @@ class StopSignal:
     def exit_status(self) -> int:
         """What a shell expects of a process that a signal ended."""
         return 128 + (self.signum or signal.SIGTERM)
+
+
+class Heartbeat:
+    """Ends this process when another of the run is dead, hangs as a whole, or lost its machine.
+
+    Collective operations wait for their peers for as long as encoding a dataset may take; this thread notices sooner.
+    Every process leaves a sign of life in the store that they met at. The first one watches all of them and leaves its
+    verdict there; the others watch the first.
+
+    Args:
+        store: shared by the processes.
+        rank: of this process.
+        count: of processes.
+        timeout: seconds without a sign of life that count as death.
+    """
+
+    running: ClassVar["Heartbeat | None"] = None
+
+    def __init__(self, store: dist.Store, rank: int, count: int, timeout: float) -> None:
+        self.store, self.rank, self.count, self.timeout = store, rank, count, timeout
+        self._ended, self._last_word = threading.Event(), "ended"
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._answered = time.monotonic()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        self._thread.start()
+
+    @classmethod
+    def start(cls, timeout: float) -> None:
+        """Begin, in every process of an initialized process group."""
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if cls.running is not None or not (host and port):
+            return
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout))
+        store = dist.PrefixStore("heartbeat", store)
+        store.set(f"life/{process_index()}", "0")
+        store.set("verdict", "")
+        dist.barrier()  # or a slow process would count as dead before its first sign of life
+        cls.running = cls(store, process_index(), process_count(), timeout)
+
+    @classmethod
+    def end(cls, failed: bool = False) -> None:
+        """Tell the others why this process falls silent: it is done, or it failed."""
+        if cls.running is not None:
+            cls.running._last_word = "failed" if failed else "ended"
+            cls.running._ended.set()
+            cls.running._thread.join(cls.running.timeout)
+            cls.running = None
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._ended.wait(self.timeout / 10):
+            number += 1
+            try:
+                self.store.set(f"life/{self.rank}", str(number))
+                verdict = self.store.get("verdict").decode() or self._look()
+                self._answered = time.monotonic()
+            except (RuntimeError, ValueError):  # the store is gone, and with it the process or machine that held it
+                silent = time.monotonic() - self._answered > self.timeout
+                verdict = "The first process, or its machine, is gone." if silent else ""
+            if verdict and not self._ended.is_set():
+                print(f"\nerror: {verdict} Process {self.rank} ends too.", file=sys.stderr, flush=True)
+                os._exit(1)
+        try:
+            self.store.set(f"life/{self.rank}", self._last_word)
+            if self.rank == 0 and self._last_word == "failed":
+                self.store.set("verdict", "Process 0 ended with an error.")
+        except (RuntimeError, ValueError):
+            return
+
+    def _look(self) -> str:
+        """A sentence on a process that is dead, or nothing; the first process leaves it in the store."""
+        for rank in range(1, self.count) if self.rank == 0 else (0,):
+            now, sign = time.monotonic(), self.store.get(f"life/{rank}")
+            last, since = self._seen.get(rank, (b"", now))
+            verdict = f"Process {rank} ended with an error." if sign == b"failed" else ""
+            if sign != last:
+                self._seen[rank] = (sign, now)
+            elif sign != b"ended" and now - since > self.timeout:
+                verdict = f"Process {rank} has shown no sign of life for {self.timeout:.0f} seconds: it died or hangs."
+            if verdict:
+                if self.rank == 0:
+                    self.store.set("verdict", verdict)
+                return verdict
+        return ""

@@ -1,8 +1,9 @@
-"""The latent cache: the training set, encoded once, in sharded memory-mapped files.
+"""The latent cache: the training set, encoded once, in sharded files of records.
 
-`<latents_dir>/<key>/` holds `latents-00000.npy` (rows, F, D, h, w) float16 with F = 2 (plain, mirrored) where
-flipping is on, `rows-00000.npy` (rows, 2) int64 with each row's dataset index and label, and `meta.json`, which
-is written last: without it the cache is unfinished and what is there is completed. The key is a hash of all that
+`<latents_dir>/<key>/` holds `latents-00000.npy`, arrays of records (`record_type`): the latents of an image (F, D, h,
+w) float16 with F = 2 (plain, mirrored) where flipping is on, its dataset index and label, and a checksum of these. The
+files are read record by record and never mapped, so that memory does not grow with the dataset. `meta.json` is written
+last: without it the cache is unfinished, and what is missing or damaged is encoded. The key is a hash of all that
 determines the content: the autoencoder's files, the dataset's fingerprint and the transform.
 """
 
@@ -10,9 +11,13 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
+import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,8 +31,11 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.export import StockAutoencoder, latents_of
 from latent_ddpm.sources import ImageSource, open_sources
 
+logger = logging.getLogger(__name__)
+
 SHARD_IMAGES = 1024
-_VERSION = 1
+OPEN_SHARDS = 128
+_VERSION = 2
 
 
 def hash_folder(folder: Path) -> str:
@@ -83,28 +91,61 @@ def overall_std(variance: torch.Tensor) -> float:
     return float(variance.mean().sqrt())
 
 
+def record_type(shape: tuple[int, ...]) -> np.dtype:
+    """What a shard holds of one image, whose latents have `shape` (F, D, h, w)."""
+    return np.dtype([("latents", "<f2", tuple(shape)), ("index", "<i8"), ("label", "<i8"), ("crc32", "<u4")])
+
+
+def checksums(records: np.ndarray) -> np.ndarray:
+    """CRC-32 of all of a record but its checksum: uint32 (N,) of records (N,)."""
+    end = records.dtype.fields["crc32"][1]
+    return np.fromiter((zlib.crc32(row[:end]) for row in _bytes_of(records)), np.uint32, len(records))
+
+
+def _bytes_of(records: np.ndarray) -> np.ndarray:
+    """Contiguous records (N,) as uint8 (N, bytes of one), the same memory."""
+    return records.view(np.uint8).reshape(len(records), records.dtype.itemsize)
+
+
+class _OpenFiles:
+    """Files open for reading, the least recently used of which is closed when there are too many."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.files: OrderedDict[Path, BinaryIO] = OrderedDict()
+
+    def open(self, path: Path) -> BinaryIO:
+        if path in self.files:
+            self.files.move_to_end(path)
+        else:
+            if len(self.files) >= self.limit:
+                self.files.popitem(last=False)[1].close()
+            self.files[path] = path.open("rb", buffering=0)
+        return self.files[path]
+
+
 @dataclasses.dataclass
 class LatentCache:
     """Normalized latents by row.
 
     Attributes:
-        shards: memory maps (rows, F, D, h, w) float16, one a shard.
-        indices: int64 (N,), the dataset index of each row.
-        labels: int64 (N,), -1 where there is none.
+        folder: where it lies.
+        versions_shape: (F, D, h, w), of the latents of a row.
+        shards: the number of rows and of bytes of each shard.
         mean: (D,) float32, of the stored latents.
         std: the standard deviation over all channels around their means.
-        folder: where it lies.
     """
 
-    shards: list[np.ndarray]
-    indices: np.ndarray
-    labels: np.ndarray
+    folder: Path
+    versions_shape: tuple[int, int, int, int]
+    shards: list[tuple[int, int]]
     mean: torch.Tensor
     std: float
-    folder: Path
 
     def __post_init__(self) -> None:
-        self._starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self._starts = np.cumsum([0] + [rows for rows, _ in self.shards])
+        self._type = record_type(self.versions_shape)
+        self._files = _OpenFiles(OPEN_SHARDS)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -112,12 +153,39 @@ class LatentCache:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(D, h, w) of one latent."""
-        return self.shards[0].shape[2:]
+        return self.versions_shape[1:]
 
     @property
     def flips(self) -> bool:
         """Whether mirrored versions are there."""
-        return self.shards[0].shape[1] == 2
+        return self.versions_shape[0] == 2
+
+    def records(self, rows: np.ndarray) -> np.ndarray:
+        """What the cache holds of rows int64 (B,) in [0, len(self)): `record_type` (B,).
+
+        Raises:
+            UserError: a record is not what was written; its shard is removed, to be encoded anew.
+        """
+        records = np.empty(len(rows), dtype=self._type)
+        end, crc32 = self._type.fields["crc32"][1], records["crc32"]
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        places = zip(shards.tolist(), (rows - self._starts[shards]).tolist(), _bytes_of(records), strict=True)
+        for k, (shard, row, content) in enumerate(places):
+            path = shard_path(self.folder, shard)
+            count, size = self.shards[shard]
+            try:
+                file = self._files.open(path)
+                file.seek(size + (row - count) * self._type.itemsize)
+                length = file.readinto(content)
+            except OSError as error:
+                raise UserError(f"{path}: {error}. Start again, and what is missing is encoded anew.") from error
+            if length < len(content) or zlib.crc32(content[:end]) != crc32[k]:
+                path.unlink(missing_ok=True)
+                raise UserError(
+                    f"{path} has changed since it was written (its row {row}); it was removed. Start again, and it is "
+                    f"encoded anew. If this happens again, the disk may be failing."
+                )
+        return records
 
     def batch(self, rows: np.ndarray, flipped: np.ndarray | None = None) -> torch.Tensor:
         """Latents of zero mean and unit variance.
@@ -128,13 +196,18 @@ class LatentCache:
 
         Returns:
             float32 (B, D, h, w).
+
+        Raises:
+            UserError: as `records`.
         """
-        out = np.empty((len(rows), *self.shape), dtype=np.float16)
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         version = np.zeros(len(rows), dtype=np.int64) if flipped is None else flipped.astype(np.int64)
-        for k, (shard, row) in enumerate(zip(shard_of, rows - self._starts[shard_of], strict=True)):
-            out[k] = self.shards[shard][row, version[k]]
-        return (torch.from_numpy(out).float() - self.mean.view(-1, 1, 1)) / self.std
+        chosen = self.records(rows)["latents"][np.arange(len(rows)), version]
+        return (torch.from_numpy(chosen).float() - self.mean.view(-1, 1, 1)) / self.std
+
+
+def shard_path(place: Path, shard: int) -> Path:
+    """The file of shard number `shard`."""
+    return place / f"latents-{shard:05d}.npy"
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -147,10 +220,71 @@ def _write_whole(path: Path, content: bytes) -> None:
     fsync_path(path.parent)
 
 
-def _npy_bytes(array: np.ndarray) -> bytes:
+def write_shard(path: Path, latents: np.ndarray, index: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Write a shard, whole or not at all; returns its records.
+
+    Args:
+        path: its file.
+        latents: float16 (N, F, D, h, w).
+        index, label: int64 (N,).
+    """
+    records = np.empty(len(latents), dtype=record_type(latents.shape[1:]))
+    records["latents"], records["index"], records["label"] = latents, index, label
+    records["crc32"] = checksums(records)
     buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+    np.save(buffer, records, allow_pickle=False)
+    _write_whole(path, buffer.getvalue())
+    return records
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Bytes of a shard's header, and of its records, by what the header says."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return file.tell(), shape[0] * dtype.itemsize
+
+
+def _read_shard(path: Path) -> np.ndarray | None:
+    """The records of a shard, or None where it is missing or not what was written."""
+    try:
+        records, whole = np.load(path, allow_pickle=False), sum(_size(path))
+        if path.stat().st_size != whole:
+            raise ValueError(f"it has {path.stat().st_size} bytes in place of {whole}")
+        if records.dtype != record_type(records["latents"].shape[1:]):
+            raise ValueError(f"it holds records of {records.dtype}")
+        if not np.array_equal(checksums(records), records["crc32"]):
+            raise ValueError("its checksums do not fit")
+        return records
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
+        logger.warning("The latents in %s are damaged (%s); they are encoded anew.", path, error)
+        return None
+
+
+def _read_meta(place: Path) -> dict | None:
+    """meta.json, or None where there is none that can be used."""
+    try:
+        meta = json.loads((place / "meta.json").read_text())
+        return meta if {"shards", "shape", "mean", "std"} <= meta.keys() else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        logger.warning("%s is damaged (%s); it is made anew.", place / "meta.json", error)
+        return None
+
+
+def _is_whole(place: Path, meta: dict) -> bool:
+    """Whether all shards are there, as long as they were written."""
+    for shard, (_, size) in enumerate(meta["shards"]):
+        path = shard_path(place, shard)
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes in place of {size}"
+            logger.warning("%s %s; it is encoded anew.", path, state)
+            return False
+    return True
 
 
 def _encode_shard(
@@ -166,8 +300,8 @@ def _encode_shard(
         stack = torch.stack(versions, dim=1)  # (B, F, D, h, w)
         good = batch["index"] == batch["example"]  # an undecodable image was replaced by its neighbour: drop it
         latents.append(stack.cpu().to(torch.float16).numpy()[good.numpy()])
-        rows.append(torch.stack((batch["index"], batch["label"]), dim=1).numpy()[good.numpy()])
-    return np.concatenate(latents), np.concatenate(rows)
+        rows.append(torch.stack((batch["index"], batch["label"])).numpy()[:, good.numpy()])
+    return np.concatenate(latents), np.concatenate(rows, axis=1)
 
 
 @torch.no_grad()
@@ -200,25 +334,24 @@ def build_cache(
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     place = Path(folder) / digest
-    finished = (place / "meta.json").exists()
-    wait()  # before anyone can finish it: all processes have to take the same way
-    if finished:
+    meta = _read_meta(place)
+    unfinished = torch.tensor([meta is None or not _is_whole(place, meta)], dtype=torch.int64, device=device)
+    if not all_reduce_max(unfinished):  # all processes have to take the same way
         return open_cache(place)
     place.mkdir(parents=True, exist_ok=True)
     shards = -(-len(dataset) // SHARD_IMAGES)
     mine = range(process_index(), shards, process_count())
     moments: Moments | None = None
     for shard in tqdm(mine, desc="encoding latents", unit="shard", disable=process_index() > 0, dynamic_ncols=True):
-        path = place / f"latents-{shard:05d}.npy"
-        if not path.exists():
+        path = shard_path(place, shard)
+        records = _read_shard(path)
+        if records is None:
             chosen = range(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, len(dataset)))
             batches = range_batches(dataset, chosen, batch_size, num_workers)
-            latents, rows = _encode_shard(encode, batches, key["flip"], device)
-            _write_whole(place / f"rows-{shard:05d}.npy", _npy_bytes(rows))
-            _write_whole(path, _npy_bytes(latents))
-        latents = np.load(path, mmap_mode="r", allow_pickle=False)
-        moments = moments or Moments(latents.shape[2])
-        moments.add(torch.from_numpy(np.array(latents)).flatten(0, 1))
+            latents, (index, label) = _encode_shard(encode, batches, key["flip"], device)
+            records = write_shard(path, latents, index, label)
+        moments = moments or Moments(records["latents"].shape[2])
+        moments.add(torch.from_numpy(records["latents"]).flatten(0, 1))
     channels = torch.tensor([len(moments.sums[0]) if moments else 0], device=device)
     channels = int(all_reduce_max(channels))
     mean, variance = (moments or Moments(channels)).result(device)
@@ -226,16 +359,20 @@ def build_cache(
     if must_vary and not (np.isfinite(std) and std > 1e-4 and bool(mean.isfinite().all())):
         raise UserError(f"The autoencoder gives latents of standard deviation {std:.3g}; it cannot be used.")
     if process_index() == 0:
-        meta = {
-            "key": key,
-            "shards": shards,
-            "mean": mean.tolist(),
-            "std": std,
-            "channel_std": variance.sqrt().tolist(),
-        }
-        _write_whole(place / "meta.json", json.dumps(meta, indent=1).encode())
+        if meta is None:  # else these stay: a model may have been trained with them
+            meta = {"mean": mean.tolist(), "std": std, "channel_std": variance.sqrt().tolist()}
+        _write_whole(place / "meta.json", json.dumps({**meta, "key": key, **_sizes(place, shards)}, indent=1).encode())
     wait()
     return open_cache(place)
+
+
+def _sizes(place: Path, shards: int) -> dict:
+    """The rows and bytes of a cache's shards, and the shape (F, D, h, w) of a row's latents."""
+    sizes, record = [], np.load(shard_path(place, 0), allow_pickle=False).dtype
+    for shard in range(shards):
+        header, content = _size(shard_path(place, shard))
+        sizes.append((content // record.itemsize, header + content))
+    return {"shape": record["latents"].shape, "shards": sizes}
 
 
 def latents_for_run(
@@ -292,8 +429,8 @@ def all_reduce_max(value: torch.Tensor) -> torch.Tensor:
 
 def open_cache(place: Path) -> LatentCache:
     """Open a finished cache."""
-    meta = json.loads((place / "meta.json").read_text())
-    shards = [np.load(place / f"latents-{i:05d}.npy", mmap_mode="r", allow_pickle=False) for i in range(meta["shards"])]
-    rows = np.concatenate([np.load(place / f"rows-{i:05d}.npy", allow_pickle=False) for i in range(meta["shards"])])
+    meta = _read_meta(place)
+    if meta is None:
+        raise UserError(f"{place} holds no finished cache of latents.")
     mean = torch.tensor(meta["mean"], dtype=torch.float32)
-    return LatentCache(shards, rows[:, 0], rows[:, 1], mean, meta["std"], place)
+    return LatentCache(place, tuple(meta["shape"]), [tuple(shard) for shard in meta["shards"]], mean, meta["std"])

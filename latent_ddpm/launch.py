@@ -1,9 +1,12 @@
 """What both training scripts do before their story begins and when it ends badly."""
 
 import argparse
+import contextlib
 import ctypes
+import errno
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -11,17 +14,55 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import psutil
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from safetensors import SafetensorError
 
-from latent_ddpm.config import RunConfig, check_same_run
+from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same_batch
+from latent_ddpm.distributed import Heartbeat
 from latent_ddpm.errors import UserError
 from latent_ddpm.hub import Publisher, check_can_publish
 from latent_ddpm.tracking import check_tracker
+
+# What a disk says when it cannot take more, or is not ours to write to.
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+
+_claims: list[IO] = []  # open until the process ends, however it ends: the system lets go of the locks then
+
+
+def claim(output_dir: Path, stage: str) -> None:
+    """Keep other runs of the same stage out of a run's folder until this process ends; for the main process.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = (output_dir / f".{stage}.lock").open("a+")
+    try:
+        # not flock: workers that decode images would inherit it, and outlive a killed run by seconds
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise UserError(
+            f"{output_dir} is in use: {file.read().strip() or 'another process'} trains the {stage} there. Wait for "
+            f"its end, or give another --output_dir."
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    _claims.append(file)
 
 
 def check_before_loading(config: RunConfig, stage: str) -> Path:
@@ -52,6 +93,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False  # it would choose other algorithms after a resume
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or it takes each of torchrun's processes for a run
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -65,6 +108,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         ],
     )
     _use_all_cores(accelerator)
+    if accelerator.num_processes > 1 and config.heartbeat_timeout:
+        Heartbeat.start(config.heartbeat_timeout)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
@@ -73,6 +118,17 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     for noisy in ("httpx", "httpx2", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return accelerator
+
+
+def fit_to_processes(config: Config, state: dict | None, accelerator: Accelerator) -> Config:
+    """The config for the processes there are: everything in steps, and the steps those of the checkpoint's `state`.
+
+    Raises:
+        UserError: these processes cannot make steps of as many images.
+    """
+    config = same_batch(config, (state or {}).get("images_per_step"), accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+    return in_steps(config, accelerator.num_processes)
 
 
 def make_publisher(
@@ -132,8 +188,24 @@ def _start_cpu_processes() -> None:
         os.execv(sys.executable, [*torchrun, *sys.argv])
 
 
+def _is_of_storage(error: OSError | SafetensorError) -> bool:
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError):
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else None
+    return number in STORAGE_ERRORS
+
+
+def _say_last(sentence: str) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:  # the launcher ends all processes when one fails: where all have the same to say, the first one speaks
+        time.sleep(2)
+    with contextlib.suppress(OSError):
+        print(f"\nerror: {sentence}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Run a script's main with the command line; a UserError becomes one line and exit status 2."""
+    """Run a script's main with the command line; a UserError, or a full disk, becomes one line and exit status 2."""
     _hear_the_launcher_end()
     _start_cpu_processes()
     status: int | None = 0
@@ -141,11 +213,14 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         status = main(sys.argv[1:])
     except UserError as error:
         status = 2
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # the launcher ends all processes when one fails: let the first one speak
+        _say_last(str(error))
+    except (OSError, SafetensorError) as error:
+        if not _is_of_storage(error):
+            raise
+        status = 2
+        _say_last(f"{error}. What was written before is whole: mend this and start again with the same command.")
     finally:
+        Heartbeat.end(failed=status in (1, 2) or sys.exc_info()[0] is not None)
         if torch.distributed.is_available() and torch.distributed.is_initialized() and not status:
             torch.distributed.destroy_process_group()
     sys.stdout.flush()

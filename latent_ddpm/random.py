@@ -16,6 +16,8 @@ import torch
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # Philox4x32 multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl constants that bump the key each round
 _MASK = 0xFFFFFFFF
+_MURMUR = np.array([0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53], dtype=np.uint64)  # multipliers of its 64-bit finalizer
+_ROUNDS = 8
 
 
 class Stream(enum.IntEnum):
@@ -104,6 +106,36 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order in which epoch `epoch` visits `length` examples: int64 (length,)."""
     key = np.array([seed & (2**64 - 1), (int(Stream.ORDER) << 32) | epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(length)
+
+
+def scattered(seed: int, epoch: int, length: int, positions: np.ndarray) -> np.ndarray:
+    """As `permutation(seed, epoch, length)[positions]`, another order, without a table of it.
+
+    A Feistel network (Luby and Rackoff, SIAM J. Comput. 17, 1988) over the next even number of bits, walked until it
+    falls below `length` (Black and Rogaway, CT-RSA 2002). Its rounds mix as MurmurHash3 ends.
+
+    Args:
+        positions: int64 (B,) in [0, length).
+
+    Returns:
+        int64 (B,) in [0, length).
+    """
+    half = max(1, -(-(length - 1).bit_length() // 2))
+    philox = np.random.Philox(key=np.array([seed & (2**64 - 1), (int(Stream.ORDER) << 32) | epoch], dtype=np.uint64))
+    keys = philox.random_raw(_ROUNDS).astype(np.uint64)
+    mask, shift = np.uint64(2**half - 1), np.uint64(half)
+    out = np.asarray(positions).astype(np.uint64)
+    outside = np.ones(len(out), dtype=bool)
+    while outside.any():
+        left, right = out[outside] >> shift, out[outside] & mask
+        for key in keys:
+            mixed = right ^ key
+            for multiplier in _MURMUR:
+                mixed = (mixed ^ (mixed >> np.uint64(33))) * multiplier
+            left, right = right, left ^ ((mixed >> np.uint64(33)) & mask)
+        out[outside] = (left << shift) | right
+        outside = out >= length
+    return out.astype(np.int64)
 
 
 def seed_for_step(seed: int, step: int, process_index: int) -> int:

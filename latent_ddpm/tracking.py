@@ -37,6 +37,25 @@ def _write_whole(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def is_finished(config: RunConfig, stage: str, first_step: int, product: str) -> bool:
+    """Whether a stage has nothing left to do: all its steps are done, its product was exported, and stays at home.
+
+    Args:
+        config: the run's.
+        stage: "autoencoder" or "unet".
+        first_step: of the checkpoint that the run would go on from.
+        product: the folder in output_dir that the stage leaves.
+    """
+    folder = Path(config.output_dir)
+    if first_step != config.max_train_steps or config.push_to_hub or not (folder / product).is_dir():
+        return False
+    try:
+        noted = json.loads((folder / "run.json").read_text())
+        return noted[stage].get("finished_at") == first_step
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
 class Tracker:
     """Writes what the main process measures; in the other processes its methods do nothing.
 
@@ -207,6 +226,14 @@ class Tracker:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({self.stage: value}, step=self.step, **options)
         return path
+
+    def finish(self) -> None:
+        """Note that the stage is done, its exports included."""
+        if self.main:
+            path = self.path.parent / "run.json"
+            noted = json.loads(path.read_text())
+            noted[self.stage]["finished_at"] = self.step
+            _write_whole(path, json.dumps(noted, indent=1) + "\n")
 
     def close(self) -> None:
         """Finish bar and tracker."""

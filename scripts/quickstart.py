@@ -37,7 +37,7 @@ def main() -> None:
     # One process with all cores: alternately timed on two cores, two processes of one thread each were no faster.
     topology = ["--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
     for script in ("train_autoencoder.py", "train_unet.py"):
-        run("accelerate", "launch", *topology, script, "--config", CONFIG, "--resume_from_checkpoint", "latest")
+        run("accelerate", "launch", *topology, script, "--config", CONFIG)
     folder = Path(parse_config(UNetConfig, ["--config", CONFIG]).output_dir)
     final = folder / "samples" / "final"
     run("python", "scripts/sample.py", folder / "pipeline", "--num_images", 64, "--output_dir", final)

@@ -88,6 +88,16 @@ def test_limit_order_and_other_stages(folder):
     assert other.resume("latest")["step"] == 7
 
 
+def test_a_run_that_began_from_anothers_checkpoint_goes_on_from_its_own(folder, tmp_path):
+    theirs = folder.save(5, make_state(5))
+    mine = CheckpointFolder(tmp_path / "other" / "checkpoints", "unet", 2)
+    assert mine.resume(str(theirs))["step"] == 5
+    for step in (6, 7):
+        mine.save(step, make_state(step))
+    assert mine.resume(str(theirs))["step"] == 7
+    assert mine.resume(str(mine.folder / "unet-00000006"))["step"] == 6
+
+
 def test_no_pickle(folder):
     path = folder.save(1, make_state(1))
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}

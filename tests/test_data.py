@@ -895,6 +895,15 @@ def test_epochs_differ_and_permutations_are_kept(monkeypatch):
         ExampleOrder(0, 1)
 
 
+def test_long_orders_are_no_tables(monkeypatch):
+    monkeypatch.setattr(data, "ORDER_TABLE", 19)
+    monkeypatch.setattr(data, "permutation", lambda *_: pytest.fail("a table was made"))
+    order = ExampleOrder(20, 1)
+    epochs = [order.indices(np.arange(20) + 20 * epoch).tolist() for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert order.indices(np.array([25, 3])).tolist() == [epochs[1][5], epochs[0][3]]
+
+
 def join(batches: list[dict]) -> dict:
     return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 

@@ -344,7 +344,7 @@ def test_a_folder_that_holds_another_run_is_refused(trained):
     output_dir, flags, _ = trained
     text = launch("train_unet.py", output_dir, expect=2, max_train_steps=12, learning_rate=0.5, **flags)
     assert "holds another run (learning_rate was 0.0002, is 0.5)" in text
-    text = launch("train_unet.py", output_dir, expect=2, max_train_steps=12, **flags)
+    text = launch("train_unet.py", output_dir, expect=2, max_train_steps=12, resume_from_checkpoint="null", **flags)
     assert "--resume_from_checkpoint latest" in text
     text = launch("train_unet.py", output_dir.parent / "other", expect=2, **flags)
     assert "Run train_autoencoder.py" in text

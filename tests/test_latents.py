@@ -1,6 +1,7 @@
 """latent_ddpm.latents: encoded once, reused when nothing changed and never when something did."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,11 +57,11 @@ def test_batches_are_normalized_encodings(images, tmp_path):
     dataset = dataset_of(images, tmp_path)
     cache = build(dataset, tmp_path)
     assert len(cache) == 23 and cache.shape == (3, 2, 2) and cache.flips
-    assert [len(shard) for shard in cache.shards] == [10, 10, 3]
+    assert [rows for rows, _ in cache.shards] == [10, 10, 3]
     rows = np.array([22, 0, 10, 9, 9])
     flipped = np.array([False, True, False, False, True])
     got = cache.batch(rows, flipped)
-    pixels = to_float(torch.stack([dataset.get(int(cache.indices[row])) for row in rows]))
+    pixels = to_float(torch.stack([dataset.get(int(index)) for index in cache.records(rows)["index"]]))
     expected = torch.stack([encode((p.flip(-1) if f else p)[None])[0] for p, f in zip(pixels, flipped, strict=True)])
     assert torch.allclose(got, (expected - cache.mean.view(3, 1, 1)) / cache.std, atol=5e-3)
     both = torch.cat([cache.batch(np.arange(23), np.full(23, f)) for f in (False, True)])
@@ -89,6 +90,77 @@ def test_reused_when_finished_and_completed_when_not(images, tmp_path):
     assert torch.equal(completed.batch(rows), first.batch(rows)) and completed.std == first.std
 
 
+def write_damaged(path, damage):
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut short":
+        os.truncate(path, len(content) // 2)
+    elif damage == "emptied":
+        os.truncate(path, 0)
+    elif damage == "longer":
+        path.write_bytes(content + b"0")
+    else:
+        content[-60] ^= 4
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "emptied", "longer", "one bit"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_damaged_shards_are_noticed_and_encoded_anew(images, tmp_path, damage, finished, caplog):
+    dataset = dataset_of(images, tmp_path)
+    first = build(dataset, tmp_path)
+    wanted = first.batch(np.arange(23))
+    path = first.folder / "latents-00001.npy"
+    content, meta = path.read_bytes(), (first.folder / "meta.json").read_text()
+    write_damaged(path, damage)
+    if not finished:
+        (first.folder / "meta.json").unlink()
+    elif damage == "one bit":  # of the same length: noticed when it is read
+        cache = build(dataset, tmp_path)
+        cache.batch(np.array([0, 10, 22]))
+        with pytest.raises(UserError, match=r"latents-00001.npy has changed since it was written \(its row 9\)"):
+            cache.batch(np.arange(23))
+        assert not path.exists()
+    again = build(dataset, tmp_path)
+    assert path.read_bytes() == content and (first.folder / "meta.json").read_text() == meta
+    assert torch.equal(again.batch(np.arange(23)), wanted)
+    assert "latents-00001.npy" in caplog.text or (damage == "missing" and not finished)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"std": 1'])
+def test_a_damaged_meta_file_is_made_anew(images, tmp_path, content):
+    dataset = dataset_of(images, tmp_path)
+    first = build(dataset, tmp_path)
+    meta = (first.folder / "meta.json").read_text()
+    (first.folder / "meta.json").write_text(content)
+    build(dataset, tmp_path, encoder=lambda batch: pytest.fail("it was encoded again"))
+    assert (first.folder / "meta.json").read_text() == meta
+
+
+def test_what_a_model_was_normalized_with_stays_when_a_shard_is_encoded_anew(images, tmp_path):
+    dataset = dataset_of(images, tmp_path)
+    first = build(dataset, tmp_path)
+    (first.folder / "latents-00001.npy").unlink()
+    again = build(dataset, tmp_path, encoder=lambda batch: encode(batch) * 1.001)  # another device's arithmetic
+    assert again.std == first.std and torch.equal(again.mean, first.mean)
+
+
+def test_a_shard_that_vanishes_while_it_is_in_use(images, tmp_path):
+    cache = build(dataset_of(images, tmp_path), tmp_path)
+    (cache.folder / "latents-00002.npy").unlink()
+    with pytest.raises(UserError, match="latents-00002.npy.*Start again"):
+        cache.batch(np.arange(23))
+
+
+def test_few_files_are_open_at_once(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("latent_ddpm.latents.OPEN_SHARDS", 1)
+    cache = build(dataset_of(images, tmp_path), tmp_path)
+    rows = np.array([0, 22, 1, 10, 0, 22])
+    assert torch.equal(cache.batch(rows), torch.cat([cache.batch(np.array([row])) for row in rows]))
+    assert len(cache._files.files) == 1
+
+
 def test_key_follows_weights_data_and_transform(images, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
@@ -113,8 +185,8 @@ def test_undecodable_images_are_left_out(images, tmp_path):
         dataset = dataset_of(images, tmp_path, image_cache_gib=gib)
         cache = build(dataset, tmp_path, key={"flip": False, "gib": gib})
         assert len(cache) == 22
-        assert [len(shard) for shard in cache.shards] == ([10, 10, 2] if gib else [9, 10, 3])
-        names = {dataset.name(int(i)) for i in cache.indices}
+        assert [rows for rows, _ in cache.shards] == ([10, 10, 2] if gib else [9, 10, 3])
+        names = {dataset.name(int(i)) for i in cache.records(np.arange(22))["index"]}
         assert "05.png" not in names and len(names) == 22
     assert "05.png" in (tmp_path / "bad.jsonl").read_text()
 

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.diffusion import sample_times
-from latent_ddpm.random import Stream, integers, normal, permutation, philox4x32, seed_for_step, uniform
+from latent_ddpm.random import (
+    Stream,
+    integers,
+    normal,
+    permutation,
+    philox4x32,
+    scattered,
+    seed_for_step,
+    uniform,
+)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +105,26 @@ def test_times_have_their_distribution(kind):
     assert (found - expected).abs().max() < (1e-3 if kind == "logit_normal" else 0.014)
     if kind == "uniform":  # independent: what Kolmogorov's bound allows is also used
         assert (found - expected).abs().max() > 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 3000), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**31))
+def test_scattered_visits_every_position_once(length, seed, epoch):
+    order = scattered(seed, epoch, length, np.arange(length))
+    assert np.array_equal(np.sort(order), np.arange(length))
+    some = np.arange(length)[:: max(1, length // 7)]
+    assert np.array_equal(scattered(seed, epoch, length, some), order[some])
+
+
+def test_scattered_looks_like_chance():
+    length = 30_011
+    orders = [scattered(seed, epoch, length, np.arange(length)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (2, 7))]
+    for order in orders:
+        # neighbours, positions and other orders tell nothing: correlations within 5 standard deviations
+        for other in (np.roll(order, 1), np.arange(length), *(o for o in orders if o is not order)):
+            assert abs(np.corrcoef(order, other)[0, 1]) < 5 / length**0.5
+        # the first tenth of an epoch fills 100 equal parts of the dataset evenly (chi square of 99 degrees)
+        counts = np.bincount(order[: length // 10] * 100 // length, minlength=100)
+        assert 50 < ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 160
+        fixed = (order == np.arange(length)).sum()  # of Poisson with mean 1
+        assert fixed < 8

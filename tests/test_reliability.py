@@ -1,0 +1,155 @@
+"""One command that starts, goes on or is finished; any number of processes; processes that die or hang."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import (
+    COMMON,
+    PATIENCE,
+    STAGE_2,
+    assert_same_tensors,
+    checkpoint_tensors,
+    command,
+    environment,
+    launch,
+    launch_and_stop,
+    losses,
+    read_metrics,
+)
+from preloaded import ROOT, Script
+
+from latent_ddpm.checkpoint import FORMAT, CheckpointFolder
+from latent_ddpm.config import UNetConfig, same_batch
+from latent_ddpm.errors import UserError
+
+STEPS = {"max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 6, "unet_dropout": 0}
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """Stage 1 and an undisturbed stage 2 of 12 images a step."""
+    output_dir = tmp_path_factory.mktemp("run") / "out"
+    flags = {"train_data_dir": photos, "resolution": 16, "random_flip": "true"}
+    launch("train_autoencoder.py", output_dir, max_train_steps=4, **flags)
+    launch("train_unet.py", output_dir, train_batch_size=12, **STEPS, **flags)
+    return output_dir, {**flags, **STEPS, "autoencoder": output_dir / "autoencoder"}
+
+
+def test_the_same_command_starts_goes_on_and_is_finished(trained, tmp_path):
+    output_dir, flags = trained
+    flags = {**flags, "train_batch_size": 12}
+    launch_and_stop("train_unet.py", tmp_path, 4, signal.SIGUSR1, **flags)
+    assert "going on from step" in launch("train_unet.py", tmp_path, **flags)
+    assert_same_tensors(checkpoint_tensors(output_dir, "unet", 6), checkpoint_tensors(tmp_path, "unet", 6))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert "all 6 steps are done; the pipeline is in" in launch("train_unet.py", tmp_path, **flags)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    # not finished: an export that is older than the steps, or gone
+    text = launch("train_unet.py", tmp_path, **{**flags, "max_train_steps": 8})
+    assert "going on from step 6" in text
+    assert json.loads((tmp_path / "run.json").read_text())["unet"]["finished_at"] == 8
+    (tmp_path / "pipeline" / "model_index.json").unlink()
+    os.rename(tmp_path / "pipeline", tmp_path / "elsewhere")
+    launch("train_unet.py", tmp_path, **{**flags, "max_train_steps": 8})
+    assert (tmp_path / "pipeline" / "model_index.json").exists()
+
+
+def test_two_then_one_then_three_processes_are_one_run(trained, tmp_path):
+    output_dir, flags = trained
+    launch("train_unet.py", tmp_path, processes=2, **{**flags, "train_batch_size": 6, "max_train_steps": 2})
+    launch("train_unet.py", tmp_path, **{**flags, "train_batch_size": 4, "max_train_steps": 4})  # accumulates 3
+    launch("train_unet.py", tmp_path, processes=3, **{**flags, "train_batch_size": 2})  # accumulates 2
+    for key in ("loss", "grad_norm"):
+        one, many = (losses(folder, "unet", key) for folder in (output_dir, tmp_path))
+        assert list(many) == list(range(1, 7)) and max(abs(one[s] - many[s]) / one[s] for s in one) < 1e-4
+    assert [r["images"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r] == list(range(12, 73, 12))
+    text = launch("train_unet.py", tmp_path, expect=2, **{**flags, "train_batch_size": 5})
+    assert "steps are of 12 images, which is no multiple of train_batch_size 5 times 1 processes = 5" in text
+    assert "set train_batch_size 4" in text
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "images", "processes", "wanted"),
+    [(8, 1, None, 3, 1), (8, 1, 8, 1, 1), (8, 2, 16, 1, 2), (8, 2, 16, 2, 1), (4, 1, 48, 3, 4), (8, 1, 12, 1, None),
+     (1, 1, 2, 3, None)],
+)  # fmt: skip
+def test_accumulation_keeps_the_images_of_a_step(batch, accumulation, images, processes, wanted):
+    config = UNetConfig(train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    if wanted is None:
+        with pytest.raises(UserError, match="no multiple"):
+            same_batch(config, images, processes)
+    else:
+        assert same_batch(config, images, processes).gradient_accumulation_steps == wanted
+
+
+def test_two_runs_in_one_folder(trained, tmp_path):
+    _, flags = trained
+    flags = {**flags, "max_train_steps": 100_000, "checkpointing_steps": 100_000, "validation_steps": 100_000}
+    first = Script(command("train_unet.py", tmp_path, **flags)[1:])
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not losses(tmp_path, "unet") and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        text = launch("train_unet.py", tmp_path, expect=2, **flags)
+        assert f"is in use: process {first.pid} on " in text and "give another --output_dir" in text
+    finally:
+        first.kill()
+        first.wait()
+    flags["max_train_steps"] = 2  # at once after its end
+    launch("train_unet.py", tmp_path, **flags)
+
+
+def test_formats_of_checkpoints(tmp_path):
+    folder = CheckpointFolder(tmp_path, "unet", 3)
+    manifest = folder.save(1, {"step": 1}) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content.pop("format") == FORMAT
+    manifest.write_text(json.dumps(content))
+    assert folder.resume("latest") == {"step": 1}  # as they were written before there were formats
+    manifest.write_text(json.dumps({**content, "format": FORMAT + 1}))
+    with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, of a later version"):
+        folder.resume("latest")
+
+
+LONG = {"max_train_steps": 1_000_000, "checkpointing_steps": 1_000_000, "validation_steps": 1_000_000}
+
+
+@pytest.mark.parametrize(("signum", "victim"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
+def test_a_process_that_dies_or_hangs_ends_the_others(trained, tmp_path, signum, victim):
+    _, flags = trained
+    flags = {**COMMON, **STAGE_2, **flags, **LONG, "train_batch_size": 6, "output_dir": tmp_path}
+    flags["heartbeat_timeout"] = 5
+    words = [f"--{key}={value}" for key, value in flags.items()]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_unet.py", *words]
+    with (tmp_path / "output").open("w") as output:
+        launcher = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not losses(tmp_path, "unet") and launcher.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        children = psutil.Process(launcher.pid).children()
+        workers = {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+        begun = time.monotonic()
+        workers[victim].send_signal(signum)
+        status = launcher.wait(120)
+        assert time.monotonic() - begun < 60
+    finally:
+        for process in psutil.Process(launcher.pid).children(recursive=True) if launcher.poll() is None else ():
+            process.kill()
+        launcher.kill()
+    text = (tmp_path / "output").read_text()
+    assert status != 0, text
+    if signum == signal.SIGKILL:
+        assert "Signal 9 (SIGKILL)" in text
+    else:
+        sentence = f"error: Process {victim} has shown no sign of life for 5 seconds: it died or hangs."
+        assert f"{sentence} Process {1 - victim} ends too." in text
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers.values())
