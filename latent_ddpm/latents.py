@@ -360,19 +360,26 @@ def build_cache(
         raise UserError(f"The autoencoder gives latents of standard deviation {std:.3g}; it cannot be used.")
     if process_index() == 0:
         if meta is None:  # else these stay: a model may have been trained with them
-            meta = {"mean": mean.tolist(), "std": std, "channel_std": variance.sqrt().tolist()}
-        _write_whole(place / "meta.json", json.dumps({**meta, "key": key, **_sizes(place, shards)}, indent=1).encode())
+            meta = {"key": key, "mean": mean.tolist(), "std": std, "channel_std": variance.sqrt().tolist()}
+        finish_cache(place, shards, meta)
     wait()
     return open_cache(place)
 
 
-def _sizes(place: Path, shards: int) -> dict:
-    """The rows and bytes of a cache's shards, and the shape (F, D, h, w) of a row's latents."""
+def finish_cache(place: Path, shards: int, meta: dict) -> None:
+    """Write the meta.json of a cache whose shards are all there.
+
+    Args:
+        place: the cache.
+        shards: how many.
+        meta: mean (D numbers) and std of the latents, and what else is to stand there.
+    """
     sizes, record = [], np.load(shard_path(place, 0), allow_pickle=False).dtype
     for shard in range(shards):
         header, content = _size(shard_path(place, shard))
         sizes.append((content // record.itemsize, header + content))
-    return {"shape": record["latents"].shape, "shards": sizes}
+    meta = {**meta, "shape": record["latents"].shape, "shards": sizes}
+    _write_whole(place / "meta.json", json.dumps(meta, indent=1).encode())
 
 
 def latents_for_run(

@@ -1,0 +1,102 @@
+"""Do the latent cache and the order of examples stay small and quick when the dataset grows?
+
+    python scripts/benchmark_latents.py --images 10000 10000000 --json docs/results/NAME.json
+
+Writes caches of synthetic latents (4x8x8, as 32-pixel images have) into a temporary folder, about 5.3 GB for ten
+million. Then, in a process of its own each and in turns, opens one and draws shuffled batches of 128 as train_unet.py
+does: the time to the first batch, the resident memory at the end and the images per second. Caches of the operating
+system are as they are: the smaller dataset always fits there.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from latent_ddpm.data import ExampleOrder
+from latent_ddpm.latents import SHARD_IMAGES, finish_cache, open_cache, shard_path, write_shard
+from latent_ddpm.launch import run
+
+SHAPE = (1, 4, 8, 8)  # versions, channels, height, width
+BATCH, BATCHES = 128, 2000
+
+
+def write_cache(place: Path, images: int) -> None:
+    """A finished cache of random latents."""
+    place.mkdir()
+    numbers = np.random.default_rng(0)
+    shards = -(-images // SHARD_IMAGES)
+    for shard in tqdm(range(shards), f"writing {images} latents", unit="shard", leave=False):
+        index = np.arange(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, images))
+        latents = numbers.standard_normal((len(index), *SHAPE), dtype=np.float32).astype(np.float16)
+        write_shard(shard_path(place, shard), latents, index, np.full(len(index), -1))
+    finish_cache(place, shards, {"mean": [0.0] * SHAPE[1], "std": 1.0})
+
+
+def draw(place: Path) -> dict:
+    """What one process measures."""
+    begun = time.monotonic()
+    cache = open_cache(place)
+    order = ExampleOrder(len(cache), 0)
+    first = cache.batch(order.indices(np.arange(BATCH)))
+    to_first_batch = time.monotonic() - begun
+    if not torch.isfinite(first).all():
+        raise RuntimeError("the latents are not finite")
+    begun = time.monotonic()
+    for number in range(1, BATCHES + 1):
+        cache.batch(order.indices(np.arange(number * BATCH, (number + 1) * BATCH)))
+    return {
+        "seconds_to_first_batch": to_first_batch,
+        "images_per_second": BATCH * BATCHES / (time.monotonic() - begun),
+        "resident_gib": psutil.Process().memory_info().rss / 2**30,
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 10_000_000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.draw:
+        print(json.dumps(draw(options.draw)))
+        return 0
+    results: dict[str, list[dict]] = {str(images): [] for images in options.images}
+    with tempfile.TemporaryDirectory() as folder:
+        for images in options.images:
+            write_cache(Path(folder) / str(images), images)
+        for _ in range(options.rounds):
+            for images, measured in results.items():
+                words = [sys.executable, __file__, "--draw", str(Path(folder) / images)]
+                measured.append(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+    medians = {
+        images: {key: statistics.median(result[key] for result in measured) for key in measured[0]}
+        for images, measured in results.items()
+    }
+    first, last = (medians[str(images)] for images in (options.images[0], options.images[-1]))
+    result = {
+        "command": "python scripts/benchmark_latents.py " + shlex.join(argv),
+        "medians": medians,
+        "last_over_first": {key: last[key] / first[key] for key in first},
+        "rounds": results,
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
