@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import aside_name, fsync_path
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,6 @@ def must_fit(wanted: str | None) -> Iterator[None]:
             f"({reason[min(1, len(reason) - 1)].strip()}). Go on with the config it was trained with, the "
             f"train_*.yaml of its run."
         ) from error
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file's or a folder's entry to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:
@@ -122,7 +113,7 @@ class CheckpointFolder:
             UserError: the disk is full or not writable; nothing half-written keeps a checkpoint's name.
         """
         final = self.folder / f"{self.stage}-{step:08d}"
-        aside = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        aside = aside_name(final)
         tensors, skeleton = split_state(state)
         try:
             self._remove_leftovers()

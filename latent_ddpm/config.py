@@ -8,7 +8,6 @@ typed config. Types, ranges and combinations are checked before anything is load
 import dataclasses
 import difflib
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import write_whole
 
 MAX_SIGMA_REL = 0.28  # of an average of weights; the plain mean of all has 12^-0.5 = 0.289 (ema.gamma_of)
 LPIPS_MIN_PIXELS = {"vgg": 16, "alex": 31, "squeeze": 17}  # below, a pooling layer of the trunk has no output
@@ -599,9 +599,7 @@ def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config, every key of it, as YAML that `--config` reads again."""
     section = SECTION_OF[type(config)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(yaml.safe_dump({section: dataclasses.asdict(config)}, sort_keys=False))
-    aside.replace(path)
+    write_whole(path, yaml.safe_dump({section: dataclasses.asdict(config)}, sort_keys=False))
 
 
 def check_same_run(config: RunConfig, path: Path) -> None:

@@ -344,7 +344,7 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
         generator=torch.Generator(),  # or the loader would take a number from the global one
     )
     kept, bad = [], []
-    aside = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=f".{os.getpid()}.tmp", dir=folder.parent))
     try:
         with open(aside / "images.npy", "wb") as file, tqdm(total=len(source), desc="decode", disable=None) as bar:
             offset = _write_header(file, len(source), cfg)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latent_ddpm.checkpoint import fsync_path
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import aside_name, fsync_path
 
 UPDATE_STEPS = 4  # averages over hundreds of steps need not see each; reading all weights is most of their cost
 UPDATE_OFTEN_UNTIL = 256  # steps
@@ -152,7 +151,7 @@ class PowerEMA:
         averaged_at = step if step <= UPDATE_OFTEN_UNTIL else step - step % UPDATE_STEPS
         for rel, gamma, averaged in zip(self.sigma_rels, self.gammas, self.models, strict=True):
             path = folder / f"ema-{step:08d}-{rel:g}.safetensors"
-            aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            aside = aside_name(path)
             # clamped: the weights of a run that diverges may be larger than float16 can say
             half = {name: p.cpu().clamp(-FLOAT16_MAX, FLOAT16_MAX).half() for name, p in averaged.named_parameters()}
             try:

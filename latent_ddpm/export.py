@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, LDMPipeline, SchedulerMixin, UNet2DModel, V
 import pipeline_latent_ddpm
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import fsync_path
 from latent_ddpm.models.vqvae import Autoencoder
 
 StockAutoencoder = VQModel | AutoencoderKL
@@ -162,7 +163,13 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write(aside)
+    try:
+        write(aside)
+        for path in (*aside.rglob("*"), aside):
+            fsync_path(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(old)
     aside.rename(folder)

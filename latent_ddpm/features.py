@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib
 import io
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import Dataset
 
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import aside_name
 
 INSTALL = "pip install -e '.[evaluation]'"
 
@@ -230,7 +230,7 @@ def cached_features(
 
         features = extract_features(network, good_images(), device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        aside = aside_name(path)
         save_file({"features": features, "indices": torch.cat(indices)}, aside)
         aside.replace(path)
     stored = load_file(path)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from latent_ddpm.files import aside_name
+
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -118,7 +120,7 @@ def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, milli
 
 def _save_whole(image: Image.Image, path: Path, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = aside_name(path)
     try:
         image.save(aside, **options)
         os.replace(aside, path)

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,12 +22,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from latent_ddpm.checkpoint import fsync_path
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.data import BadImages, ImageDataset, open_image_dataset, range_batches, to_float
 from latent_ddpm.distributed import all_reduce_sum, process_count, process_index
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import StockAutoencoder, latents_of
+from latent_ddpm.files import remove_leftovers, write_whole
 from latent_ddpm.sources import ImageSource, open_sources
 
 logger = logging.getLogger(__name__)
@@ -210,16 +209,6 @@ def shard_path(place: Path, shard: int) -> Path:
     return place / f"latents-{shard:05d}.npy"
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    fsync_path(path.parent)
-
-
 def write_shard(path: Path, latents: np.ndarray, index: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Write a shard, whole or not at all; returns its records.
 
@@ -233,7 +222,7 @@ def write_shard(path: Path, latents: np.ndarray, index: np.ndarray, label: np.nd
     records["crc32"] = checksums(records)
     buffer = io.BytesIO()
     np.save(buffer, records, allow_pickle=False)
-    _write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return records
 
 
@@ -339,6 +328,7 @@ def build_cache(
     if not all_reduce_max(unfinished):  # all processes have to take the same way
         return open_cache(place)
     place.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(place)
     shards = -(-len(dataset) // SHARD_IMAGES)
     mine = range(process_index(), shards, process_count())
     moments: Moments | None = None
@@ -379,7 +369,7 @@ def finish_cache(place: Path, shards: int, meta: dict) -> None:
         header, content = _size(shard_path(place, shard))
         sizes.append((content // record.itemsize, header + content))
     meta = {**meta, "shape": record["latents"].shape, "shards": sizes}
-    _write_whole(place / "meta.json", json.dumps(meta, indent=1).encode())
+    write_whole(place / "meta.json", json.dumps(meta, indent=1))
 
 
 def latents_for_run(

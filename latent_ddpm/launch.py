@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same_batch
 from latent_ddpm.distributed import Heartbeat
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import remove_leftovers
 from latent_ddpm.hub import Publisher, check_can_publish
 from latent_ddpm.tracking import check_tracker
 
@@ -37,6 +38,8 @@ _claims: list[IO] = []  # open until the process ends, however it ends: the syst
 
 def claim(output_dir: Path, stage: str) -> None:
     """Keep other runs of the same stage out of a run's folder until this process ends; for the main process.
+
+    What a killed run left half-written there is removed.
 
     Raises:
         UserError: another process has it.
@@ -59,6 +62,8 @@ def claim(output_dir: Path, stage: str) -> None:
     except OSError:  # a file system without locks
         file.close()
         return
+    for folder in (output_dir, *(output_dir / name for name in ("samples", "ema", "cache"))):
+        remove_leftovers(folder)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {os.uname().nodename}")
     file.flush()

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import secrets
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from latent_ddpm import __version__
 from latent_ddpm.config import RunConfig
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import write_whole
 from latent_ddpm.grids import save_png
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,6 @@ def check_tracker(name: str) -> None:
     """Raise UserError when the package behind `report_to` is not installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(f"report_to {name} needs the package {name}: pip install {name}, or --report_to none.")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 def is_finished(config: RunConfig, stage: str, first_step: int, product: str) -> bool:
@@ -111,7 +105,7 @@ class Tracker:
                 continue
             if record["stage"] != self.stage or record["step"] <= first_step:
                 keep.append(line + "\n")
-        _write_whole(self.path, "".join(keep))
+        write_whole(self.path, "".join(keep))
 
     def _note_machine(self, path: Path, training_images: int) -> None:
         """Write what the stage runs on to run.json, for the model card."""
@@ -126,7 +120,7 @@ class Tracker:
             "mixed_precision": self.accelerator.mixed_precision,
             "versions": {"latent_ddpm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         }
-        _write_whole(path, json.dumps(noted, indent=1) + "\n")
+        write_whole(path, json.dumps(noted, indent=1) + "\n")
 
     def _start_trackers(self, config: RunConfig, first_step: int) -> None:
         """Start the tracker of choice, or go on with its run where the stage goes on."""
@@ -135,7 +129,7 @@ class Tracker:
         mine = noted[self.stage]
         run_id = mine.get("tracker_run") if first_step else None
         mine["tracker_run"] = run_id or secrets.token_hex(4)
-        _write_whole(path, json.dumps(noted, indent=1) + "\n")
+        write_whole(path, json.dumps(noted, indent=1) + "\n")
         name = f"{self.path.parent.resolve().name}-{self.stage}"
         settings = {
             # what was logged after the checkpoint that the run goes on from is hidden, and logged anew
@@ -233,7 +227,7 @@ class Tracker:
             path = self.path.parent / "run.json"
             noted = json.loads(path.read_text())
             noted[self.stage]["finished_at"] = self.step
-            _write_whole(path, json.dumps(noted, indent=1) + "\n")
+            write_whole(path, json.dumps(noted, indent=1) + "\n")
 
     def close(self) -> None:
         """Finish bar and tracker."""

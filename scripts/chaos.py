@@ -114,9 +114,11 @@ def place_of(output_dir: Path, script: str) -> str:
     for pattern, name in (
         ("checkpoints/.*.tmp", "in a checkpoint"),
         ("latents/**/.*.tmp", "in a shard of latents"),
-        (".pipeline.*", "in the export"),
-        (".autoencoder.*", "in the export"),
-        ("ema/.*", "in a snapshot"),
+        (".pipeline.*.new", "in the export"),
+        (".autoencoder.*.new", "in the export"),
+        ("ema/.*.tmp", "in a snapshot"),
+        ("samples/.*.tmp", "in a picture"),
+        ("cache/*.tmp", "in the decoding of images"),
     ):
         if any(output_dir.glob(pattern)):
             return name
@@ -137,6 +139,9 @@ def left_by(output_dir: Path) -> Iterator[tuple[str, object]]:
     for pattern in (*patterns, "pipeline/**/*.safetensors", "autoencoder/*.safetensors", "samples/*.png"):
         for path in sorted(output_dir.glob(pattern)):
             yield str(path.relative_to(output_dir)), path.read_bytes()
+    for path in output_dir.rglob("*"):
+        if path.suffix in (".tmp", ".new", ".old"):
+            yield f"left over: {path.name}", None
     for record in read_metrics(output_dir / "metrics.jsonl"):
         kept = {key: value for key, value in record.items() if key not in CLOCKS}
         yield f"{record['stage']} {record['step']} {sorted(kept)}", kept

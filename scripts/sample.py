@@ -35,6 +35,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import write_whole
 from latent_ddpm.grids import make_grid, save_animation, save_png
 from latent_ddpm.images import as_seen, decode, resize_and_crop
 from latent_ddpm.launch import run
@@ -266,9 +267,7 @@ def write_record(args: argparse.Namespace, pipe: LatentDDPMPipeline, device: tor
         "diffusers": diffusers.__version__,
         "files": [] if args.no_individual else [f"{number:05d}.png" for number in range(args.num_images)],
     }
-    aside = args.output_dir / f".samples.json.{os.getpid()}.tmp"
-    aside.write_text(json.dumps(record, indent=2, default=str) + "\n")
-    os.replace(aside, args.output_dir / "samples.json")
+    write_whole(args.output_dir / "samples.json", json.dumps(record, indent=2, default=str) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
