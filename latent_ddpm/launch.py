@@ -20,6 +20,7 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_yaml_config_file
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from safetensors import SafetensorError
 
@@ -155,15 +156,21 @@ def _use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
 
 
-def _processes_asked_for(launcher: list[str]) -> int:
-    """The --num_processes of an `accelerate launch` command line, or of the config file that it names."""
+TOPOLOGY = {"num_processes": 1, "num_machines": 1, "machine_rank": 0}
+TOPOLOGY |= {"main_process_ip": "127.0.0.1", "main_process_port": 29500}  # as accelerate has them by default
+
+
+def _topology_asked_for(launcher: list[str]) -> dict:
+    """The keys of TOPOLOGY on an `accelerate launch` command line, or in the config file that it names."""
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--num_processes", "--num-processes", type=int)
     flags.add_argument("--config_file", "--config-file")
-    found, _ = flags.parse_known_args(launcher)
-    if found.num_processes is None and found.config_file and Path(found.config_file).exists():
-        return int((yaml.safe_load(Path(found.config_file).read_text()) or {}).get("num_processes", 1))
-    return found.num_processes or 1
+    for key, default in TOPOLOGY.items():
+        flags.add_argument(f"--{key}", f"--{key.replace('_', '-')}", type=type(default))
+    found = vars(flags.parse_known_args(launcher)[0])
+    path = found.pop("config_file") or default_yaml_config_file  # what `accelerate config` wrote
+    saved = (yaml.safe_load(Path(path).read_text()) or {}) if path and Path(path).exists() else {}
+    named = {key: saved[key] for key in TOPOLOGY if saved.get(key) is not None}
+    return {**TOPOLOGY, **named, **{key: value for key, value in found.items() if value is not None}}
 
 
 def _hear_the_launcher_end() -> None:
@@ -174,7 +181,7 @@ def _hear_the_launcher_end() -> None:
 
 
 def _start_cpu_processes() -> None:
-    """Become the N processes that `accelerate launch --cpu --num_processes N` was asked for.
+    """Become this machine's share of the processes that `accelerate launch --cpu --num_processes N` was asked for.
 
     Without an MPI host file accelerate starts a single process there, and says nothing (its simple_launcher).
     torchrun, which it uses for GPUs, runs N on the CPU as well, so this process is replaced by it.
@@ -184,12 +191,18 @@ def _start_cpu_processes() -> None:
         return
     try:
         launcher = psutil.Process().parent().cmdline()
-        processes = _processes_asked_for(launcher[: launcher.index(sys.argv[0])])
+        asked = _topology_asked_for(launcher[: launcher.index(sys.argv[0])])
     except (psutil.Error, AttributeError, ValueError):  # no parent, or not to be seen, or not a launcher
         return
-    if processes > 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")  # all on this machine
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    here = asked["num_processes"] // asked["num_machines"]
+    if asked["num_processes"] > 1:
+        if asked["num_machines"] == 1 or asked["main_process_ip"].startswith("127."):  # all on this machine
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        meeting = ["--standalone"]
+        if asked["num_machines"] > 1:
+            meeting = ["--nnodes", str(asked["num_machines"]), "--node_rank", str(asked["machine_rank"])]
+            meeting += ["--master_addr", asked["main_process_ip"], "--master_port", str(asked["main_process_port"])]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(here)]
         os.execv(sys.executable, [*torchrun, *sys.argv])
 
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,3 +155,67 @@ def test_a_process_that_dies_or_hangs_ends_the_others(trained, tmp_path, signum,
         sentence = f"error: Process {victim} has shown no sign of life for 5 seconds: it died or hangs."
         assert f"{sentence} Process {1 - victim} ends too." in text
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers.values())
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_two_machines_are_one_run(trained, tmp_path):
+    """Two launchers that meet on loopback, one process each."""
+    output_dir, flags = trained
+    words = command("train_unet.py", tmp_path, processes=2, **{**flags, "train_batch_size": 6})
+    port = str(free_port())
+    for flag, value in (("--num_machines", "2"), ("--main_process_port", port)):
+        words[words.index(flag) + 1] = value
+    at = words.index("--num_machines")
+    machines = [
+        subprocess.Popen(
+            [*words[:at], "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", *words[at:]],
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    texts = [machine.communicate(timeout=PATIENCE)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], texts
+    one, two = (losses(folder, "unet") for folder in (output_dir, tmp_path))
+    assert list(two) == list(range(1, 7)) and max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-4
+
+
+STAND_INS = {
+    "scontrol": """case "$1" in show) echo 127.0.0.1 ;; *) echo "$@" >> "$STAND_INS/requeued" ;; esac""",
+    "srun": """while [ "${1#-}" != "$1" ]; do case "$1" in *=*|--overlap) shift ;; *) shift 2 ;; esac; done; exec "$@"
+""",
+}
+
+
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="there is no pkill")
+def test_a_slurm_job_saves_when_its_time_is_up_and_queues_again(trained, tmp_path):
+    """The batch script itself, with stand-ins for Slurm's commands."""
+    _, flags = trained
+    output_dir, tools = tmp_path / "out", tmp_path / "tools"
+    tools.mkdir()
+    for name, text in STAND_INS.items():
+        (tools / name).write_text("#!/bin/bash\n" + text + "\n")
+        (tools / name).chmod(0o755)
+    words = command("train_unet.py", output_dir, **{**flags, **LONG})[2:]
+    words = ["scripts/slurm/train.sbatch", "train_unet.py", *words]
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "77"}
+    slurm |= {"SLURM_GPUS_ON_NODE": "2", "LAUNCH_FLAGS": "--cpu --mixed_precision no", "STAND_INS": str(tools)}
+    path = f"{tools}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    # other tests train too: the real one would signal them
+    real = shutil.which("pkill")
+    (tools / "pkill").write_text(f"#!/bin/bash\nexec {real} -USR1 -f 'train_unet.py.*{output_dir}'\n")
+    (tools / "pkill").chmod(0o755)
+    job = subprocess.Popen(["bash", *words], cwd=ROOT, env={**environment(), **slurm, "PATH": path},
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    deadline = time.monotonic() + PATIENCE
+    while not losses(output_dir, "unet") and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    text = job.communicate(timeout=PATIENCE)[0]
+    assert job.returncode != 0, text
+    assert len(list((output_dir / "checkpoints").glob("unet-*"))) == 1, text
+    assert (tools / "requeued").read_text() == "requeue 77\n"
