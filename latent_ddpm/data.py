@@ -183,7 +183,7 @@ class ImageDataset(Dataset):
     def _decode_from(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[np.ndarray, int]:
         for candidate in range(i, i + len(self)):
             candidate %= len(self)
-            pixels = _decode_square(
+            pixels = decode_square(
                 self.source, self.source_index(candidate), self.resolution, self.channels, crop, flip
             )
             if not isinstance(pixels, str):
@@ -246,7 +246,7 @@ class ImageDataset(Dataset):
         }
 
 
-def _decode_square(
+def decode_square(
     source: ImageSource, k: int, resolution: int, channels: int, crop: tuple[float, float], flip: bool
 ) -> np.ndarray | str:
     """Image k of the source as uint8 (H, W, C), or why there is none."""
@@ -323,7 +323,7 @@ class _Squares(Dataset):
         return len(self.source)
 
     def __getitem__(self, k: int) -> tuple[int, np.ndarray | str]:
-        return k, _decode_square(self.source, k, self.resolution, self.channels, CENTRE, False)
+        return k, decode_square(self.source, k, self.resolution, self.channels, CENTRE, False)
 
 
 def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadImages, size: int) -> None:
