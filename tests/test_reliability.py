@@ -1,5 +1,6 @@
 """One command that starts, goes on or is finished; any number of processes; processes that die or hang."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -117,6 +118,34 @@ def test_formats_of_checkpoints(tmp_path):
     manifest.write_text(json.dumps({**content, "format": FORMAT + 1}))
     with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, of a later version"):
         folder.resume("latest")
+
+
+OLD = {
+    "train_autoencoder.py": {"block_out_channels": "[4,8]", "norm_num_groups": 4, "num_vq_embeddings": 8, **{
+        "disc_weight": 0.5, "disc_start": 1, "disc_adaptive_steps": 1, "disc_channels": 4, "disc_layers": 1}},
+    "train_unet.py": {"unet_block_out_channels": "[4,8]", "unet_norm_num_groups": 4, "unet_attention_head_dim": 4,
+                      "unet_dropout": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_checkpoints_of_earlier_versions_go_on(photos, tmp_path, version):
+    """tests/data/checkpoints-N holds what format N wrote after two steps of both stages with the keys of OLD."""
+    shutil.copytree(ROOT / "tests" / "data" / "checkpoints-1", tmp_path / "checkpoints")
+    if version == 0:  # the same without what format 1 added
+        for folder in (tmp_path / "checkpoints").iterdir():
+            state = json.loads((folder / "state.json").read_text())
+            state["__items__"] = [item for item in state["__items__"] if item[0] != "images_per_step"]
+            (folder / "state.json").write_text(json.dumps(state))
+            manifest = json.loads((folder / "manifest.json").read_text())
+            del manifest["format"]
+            content = (folder / "state.json").read_bytes()
+            manifest["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+    flags = {"train_data_dir": photos, "resolution": 16, "max_train_steps": 4, "train_batch_size": 4}
+    for script, keys in OLD.items():
+        assert "going on from step 2" in launch(script, tmp_path, **flags, **keys)
+    assert FORMAT == 1, "keep a checkpoint of the new format, too"
 
 
 LONG = {"max_train_steps": 1_000_000, "checkpointing_steps": 1_000_000, "validation_steps": 1_000_000}
