@@ -232,7 +232,7 @@ def test_a_slurm_job_saves_when_its_time_is_up_and_queues_again(trained, tmp_pat
     words = command("train_unet.py", output_dir, **{**flags, **LONG})[2:]
     words = ["scripts/slurm/train.sbatch", "train_unet.py", *words]
     slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "77"}
-    slurm |= {"SLURM_GPUS_ON_NODE": "2", "LAUNCH_FLAGS": "--cpu --mixed_precision no", "STAND_INS": str(tools)}
+    slurm |= {"SLURM_GPUS_ON_NODE": "1", "LAUNCH_FLAGS": "--cpu --mixed_precision no", "STAND_INS": str(tools)}
     path = f"{tools}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     # other tests train too: the real one would signal them
     real = shutil.which("pkill")
