@@ -180,6 +180,7 @@ class AutoencoderConfig(RunConfig):
         codebook_revive_below: a code used less than this share of the mean is put on an encoder output (ema, simvq).
         commitment_weight: weight of the commitment loss (arXiv 1711.00937, eq. 3).
         equivariance_share: share of the steps that train on turned or halved latents (arXiv 2502.09509).
+        latent_noise: noise on the latents in training, in standard deviations of an image's own latents.
         reconstruction_loss: l1 or l2 between pixels in -1..1.
         lpips_weight: weight of the perceptual loss (arXiv 1801.03924); 0 switches it off.
         lpips_net: trunk of the perceptual loss.
@@ -214,6 +215,7 @@ class AutoencoderConfig(RunConfig):
     codebook_revive_below: float = 0.05
     commitment_weight: float = 0.25
     equivariance_share: float = 0.0
+    latent_noise: float = 0.0
     reconstruction_loss: Literal["l1", "l2"] = "l1"
     lpips_weight: float = 0.0
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
@@ -238,8 +240,8 @@ class AutoencoderConfig(RunConfig):
         for key in ("layers_per_block", "norm_num_groups", "latent_channels", "disc_channels", "disc_layers"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "greater than 0")
         _require(self.num_vq_embeddings > 1, "num_vq_embeddings", self.num_vq_embeddings, "greater than 1")
-        nonnegative = ("lpips_weight", "commitment_weight", "codebook_revive_below", "disc_weight", "disc_start")
-        for key in (*nonnegative, "disc_ramp_steps", "disc_r1_weight", "disc_lecam_weight"):
+        nonnegative = ("lpips_weight", "latent_noise", "commitment_weight", "codebook_revive_below", "disc_weight")
+        for key in (*nonnegative, "disc_start", "disc_ramp_steps", "disc_r1_weight", "disc_lecam_weight"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in ("kl_weight", "fsq_balance_weight"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")

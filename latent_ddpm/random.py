@@ -33,6 +33,7 @@ class Stream(enum.IntEnum):
     STEP = 8
     POSTERIOR = 9
     EQUIVARIANCE = 10
+    LATENT_NOISE = 11
 
 
 def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from conftest import assert_same_tensors, checkpoint_tensors, fill_zeros, launch
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import to_stock
-from latent_ddpm.models.equivariance import Transform, transform_of
+from latent_ddpm.models.equivariance import Transform, transform_of, with_noise
 from latent_ddpm.models.vqvae import Autoencoder
 
 ALL = [Transform(turns, halved) for turns in range(4) for halved in (False, True)]
@@ -95,3 +95,29 @@ def test_training_with_it_learns_and_resumes_bit_for_bit(photos, tmp_path):
     assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
     adversarial = losses(tmp_path / "whole", "autoencoder", "discriminator_loss")
     assert 5 < len(adversarial) < 25 and min(adversarial) > 10  # only where nothing is transformed
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "kl"])
+def test_latent_noise_is_of_training_and_follows_from_the_example(quantizer):
+    torch.manual_seed(0)
+    keys = {"dataset_name": "x", "resolution": 16, "block_out_channels": [8, 16], "norm_num_groups": 4}
+    plain, noisy = (
+        fill_zeros(Autoencoder(AutoencoderConfig(**keys, quantizer=quantizer, latent_noise=noise))) for noise in (0, 2)
+    )
+    noisy.load_state_dict(plain.state_dict())
+    images, numbers = torch.rand(4, 3, 16, 16), torch.tensor([5, 6, 7, 5])
+    images[3] = images[0]
+    assert torch.equal(noisy.eval()(images).reconstruction, plain.eval()(images).reconstruction)
+    outputs = [model.train()(images, numbers).reconstruction for model in (noisy, plain)]
+    assert not torch.allclose(*outputs) and torch.allclose(outputs[0][0], outputs[0][3])
+    alone = noisy(images[1:2], numbers[1:2]).reconstruction
+    assert torch.allclose(alone, outputs[0][1:2], atol=1e-5)
+
+
+def test_latent_noise_has_the_share_asked_for():
+    latents = torch.randn(64, 4, 8, 8) * torch.rand(64, 1, 1, 1) * 10
+    noise = with_noise(latents, torch.arange(64), 0, 0.3) - latents
+    shares = noise.flatten(1).std(1) / latents.flatten(1).std(1)
+    assert shares.mean() == pytest.approx(0.3, rel=0.02) and shares.std() < 0.02
+    blank = torch.full((1, 4, 8, 8), 3.0)
+    assert torch.equal(with_noise(blank, torch.arange(1), 0, 0.3), blank)

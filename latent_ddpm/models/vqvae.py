@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from latent_ddpm.config import AutoencoderConfig
-from latent_ddpm.models.equivariance import Transform
+from latent_ddpm.models.equivariance import Transform, with_noise
 from latent_ddpm.models.posterior import KLPosterior, Posterior
 from latent_ddpm.models.quantizers import Quantized, make_quantizer
 
@@ -195,7 +195,7 @@ class Autoencoder(nn.Module):
         shape = (widths, config.layers_per_block, config.norm_num_groups, config.mid_block_add_attention)
         is_kl = config.quantizer == "kl"
         outputs = 2 * width if is_kl else width  # a mean and the logarithm of a variance for each latent
-        self.latent_channels = width
+        self.latent_channels, self.seed, self.latent_noise = width, config.seed, config.latent_noise
         self.encoder = Encoder(config.image_channels, outputs, *shape)
         self.quant_conv = nn.Conv2d(outputs, outputs, 1)
         values_per_position = config.image_channels * 4 ** (len(widths) - 1)
@@ -231,16 +231,22 @@ class Autoencoder(nn.Module):
     ) -> AutoencoderOutput:
         """Images (B, C, R, R) in [-1, 1] through encoder, quantizer and decoder.
 
-        The example numbers, int64 (B,), determine a KL-VAE's noise and are needed by it in training mode. The
-        transform is done to the encoder's outputs, which are quantized afterwards, as decoding does with what a
-        U-Net drew; a KL-VAE's noise comes before it.
+        The example numbers, int64 (B,), determine a KL-VAE's noise and `latent_noise`, which need them in training
+        mode. The transform and the noise are done to the encoder's outputs, which are quantized afterwards, as decoding
+        does with what a U-Net drew; a KL-VAE's own noise comes before both.
         """
+        noisy = self.training and self.latent_noise > 0
         encoded = self.quant_conv(self.encoder(images))
         is_kl = isinstance(self.quantizer, KLPosterior)
         if transform is not None and not is_kl:
             encoded = transform.apply(encoded)
+        if noisy and not is_kl:
+            encoded = with_noise(encoded, numbers, self.seed, self.latent_noise)
         quantized = self.quantizer(encoded, numbers)
         if transform is not None and is_kl:
             quantized = quantized._replace(latents=transform.apply(quantized.latents))
+        if noisy and is_kl:
+            noised = with_noise(quantized.latents, numbers, self.seed, self.latent_noise)
+            quantized = quantized._replace(latents=noised)
         features = self.decoder.features(self.post_quant_conv(quantized.latents))
         return AutoencoderOutput(self.decoder.conv_out(features).float(), quantized, features)
