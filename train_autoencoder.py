@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     train_source, validation_source = open_sources(config)
     accelerator = make_accelerator(config)
     config = fit_to_processes(config, state, accelerator)
-    if is_finished(config, "autoencoder", first_step, "autoencoder"):
+    if is_finished(config, "autoencoder", first_step, "autoencoder/config.json"):
         logger.info("all %d steps are done; the autoencoder is in %s", first_step, output_dir / "autoencoder")
         return 0
     if accelerator.is_main_process:

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     # ---------------------------------------------------------------------------------------------- latents
     accelerator = make_accelerator(config)
     config = fit_to_processes(config, state, accelerator)
-    if is_finished(config, "unet", first_step, "pipeline"):
+    if is_finished(config, "unet", first_step, "pipeline/model_index.json"):
         logger.info("all %d steps are done; the pipeline is in %s", first_step, output_dir / "pipeline")
         return 0
     if accelerator.is_main_process:

@@ -38,10 +38,10 @@ def is_finished(config: RunConfig, stage: str, first_step: int, product: str) ->
         config: the run's.
         stage: "autoencoder" or "unet".
         first_step: of the checkpoint that the run would go on from.
-        product: the folder in output_dir that the stage leaves.
+        product: what the stage leaves in output_dir: a file in the folder that is exported whole or not at all.
     """
     folder = Path(config.output_dir)
-    if first_step != config.max_train_steps or config.push_to_hub or not (folder / product).is_dir():
+    if first_step != config.max_train_steps or config.push_to_hub or not (folder / product).exists():
         return False
     try:
         noted = json.loads((folder / "run.json").read_text())
