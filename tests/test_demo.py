@@ -128,7 +128,7 @@ def test_a_click_draws_another_grid(pipeline_folder, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync"]
-    words = [sys.executable, "scripts/demo.py", str(pipeline_folder)]
+    words = [sys.executable, "scripts/demo.py", os.environ.get("DEMO_PIPELINE", str(pipeline_folder))]
     with page_of(words, ROOT, {}) as url, sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
         page = browser.new_page(viewport={"width": 1100, "height": 900})
