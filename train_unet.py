@@ -21,6 +21,7 @@ from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
 from latent_ddpm.distributed import StopSignal
 from latent_ddpm.ema import PowerEMA
+from latent_ddpm.errors import UserError
 from latent_ddpm.export import (
     check_autoencoder_fits,
     export_pipeline,
@@ -30,7 +31,7 @@ from latent_ddpm.export import (
 from latent_ddpm.grids import make_grid, save_png
 from latent_ddpm.health import SkippedSteps
 from latent_ddpm.hub import is_best
-from latent_ddpm.latents import latents_for_run
+from latent_ddpm.latents import hash_folder, latents_for_run
 from latent_ddpm.launch import check_before_loading, claim, fit_to_processes, make_accelerator, make_publisher, run
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
@@ -50,6 +51,12 @@ def main(argv: list[str]) -> int:
     state = checkpoints.resume(config.resume_from_checkpoint)
     first_step = state["step"] if state else 0
     autoencoder = load_autoencoder(config.autoencoder_dir)
+    autoencoder_hash = hash_folder(config.autoencoder_dir)
+    if state and state.get("autoencoder", autoencoder_hash) != autoencoder_hash:
+        raise UserError(
+            f"{config.autoencoder_dir} is not the autoencoder on whose latents {checkpoints.folder} was trained. Give "
+            f"--autoencoder the one it was, or another --output_dir to train on this one's latents."
+        )
     latent_size = check_autoencoder_fits(autoencoder, config)
     torch.manual_seed(config.seed)
     unet = make_unet(config, autoencoder.config.latent_channels, latent_size)
@@ -80,7 +87,7 @@ def main(argv: list[str]) -> int:
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
         if state["latents"] != latents.folder.name:
-            logger.warning("The images, their transform or the autoencoder are not those of the checkpoint.")
+            logger.warning("The images or their transform are not those of the checkpoint.")
     model, optimizer = accelerator.prepare(unet, optimizer)
     if state and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -127,6 +134,7 @@ def main(argv: list[str]) -> int:
                     "step": step,
                     "images_per_step": images_per_step,
                     "latents": latents.folder.name,
+                    "autoencoder": autoencoder_hash,
                     "model": unet.state_dict(),
                     "ema": ema.state_dict(),
                     "optimizer": optimizer.optimizer.state_dict(),

@@ -77,6 +77,22 @@ def test_two_then_one_then_three_processes_are_one_run(trained, tmp_path):
     assert "set train_batch_size 4" in text
 
 
+def test_another_autoencoder_is_no_reason_to_be_finished_nor_to_go_on(trained, tmp_path):
+    """The U-Net knows one autoencoder's latents: with another it would draw rubbish."""
+    output_dir, flags = trained
+    run_dir = tmp_path / "out"
+    shutil.copytree(output_dir, run_dir)
+    weights = run_dir / "autoencoder" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    flags = {**flags, "train_batch_size": 12, "autoencoder": run_dir / "autoencoder"}
+    text = launch("train_unet.py", run_dir, expect=2, **flags)
+    assert "is not the autoencoder on whose latents" in text and "another --output_dir" in text
+    flags["autoencoder"] = output_dir / "autoencoder"  # where it lies does not matter
+    assert "all 6 steps are done" in launch("train_unet.py", run_dir, **flags)
+
+
 @pytest.mark.parametrize(
     ("batch", "accumulation", "images", "processes", "wanted"),
     [(8, 1, None, 3, 1), (8, 1, 8, 1, 1), (8, 2, 16, 1, 2), (8, 2, 16, 2, 1), (4, 1, 48, 3, 4), (8, 1, 12, 1, None),
