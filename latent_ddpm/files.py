@@ -1,10 +1,12 @@
 """Files that exist whole or not at all: written aside, under a name with the writer's process number, then renamed."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -43,6 +45,12 @@ def write_whole(path: Path, content: bytes | str) -> None:
             aside.unlink()
         raise
     fsync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as `write_whole` does; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -27,7 +27,7 @@ from latent_ddpm.data import BadImages, ImageDataset, open_image_dataset, range_
 from latent_ddpm.distributed import all_reduce_sum, process_count, process_index
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import StockAutoencoder, latents_of
-from latent_ddpm.files import remove_leftovers, write_whole
+from latent_ddpm.files import remove_leftovers, write_json, write_whole
 from latent_ddpm.sources import ImageSource, open_sources
 
 logger = logging.getLogger(__name__)
@@ -369,7 +369,7 @@ def finish_cache(place: Path, shards: int, meta: dict) -> None:
         header, content = _size(shard_path(place, shard))
         sizes.append((content // record.itemsize, header + content))
     meta = {**meta, "shape": record["latents"].shape, "shards": sizes}
-    write_whole(place / "meta.json", json.dumps(meta, indent=1))
+    write_json(place / "meta.json", meta)
 
 
 def latents_for_run(

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from latent_ddpm import __version__
 from latent_ddpm.config import RunConfig
 from latent_ddpm.errors import UserError
-from latent_ddpm.files import write_whole
+from latent_ddpm.files import write_json, write_whole
 from latent_ddpm.grids import save_png
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class Tracker:
             "mixed_precision": self.accelerator.mixed_precision,
             "versions": {"latent_ddpm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         }
-        write_whole(path, json.dumps(noted, indent=1) + "\n")
+        write_json(path, noted)
 
     def _start_trackers(self, config: RunConfig, first_step: int) -> None:
         """Start the tracker of choice, or go on with its run where the stage goes on."""
@@ -129,7 +129,7 @@ class Tracker:
         mine = noted[self.stage]
         run_id = mine.get("tracker_run") if first_step else None
         mine["tracker_run"] = run_id or secrets.token_hex(4)
-        write_whole(path, json.dumps(noted, indent=1) + "\n")
+        write_json(path, noted)
         name = f"{self.path.parent.resolve().name}-{self.stage}"
         settings = {
             # what was logged after the checkpoint that the run goes on from is hidden, and logged anew
@@ -227,7 +227,7 @@ class Tracker:
             path = self.path.parent / "run.json"
             noted = json.loads(path.read_text())
             noted[self.stage]["finished_at"] = self.step
-            write_whole(path, json.dumps(noted, indent=1) + "\n")
+            write_json(path, noted)
 
     def close(self) -> None:
         """Finish bar and tracker."""

@@ -42,6 +42,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder
 from latent_ddpm.export import fold_normalization, folder_name, new_vqmodel, quantize_indices, to_stock
 from latent_ddpm.features import EXTRACTORS, check_installed, frechet_distance
+from latent_ddpm.files import write_json
 from latent_ddpm.grids import reconstruction_grid, save_png
 from latent_ddpm.latents import Moments, overall_std
 from latent_ddpm.launch import run
@@ -278,7 +279,7 @@ def main(argv: list[str]) -> int:
                 "torch": torch.__version__,
                 "results": results,
             }
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(options.json, result)
 
         write()  # the distances below take minutes on a CPU
         title = f"{config.resolution} pixels, {config.num_vq_embeddings} codes, widths {config.block_out_channels}"

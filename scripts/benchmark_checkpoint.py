@@ -20,6 +20,7 @@ import torch
 from latent_ddpm.checkpoint import CheckpointFolder
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.ema import PowerEMA
+from latent_ddpm.files import write_json
 from latent_ddpm.launch import run
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import make_optimizer
@@ -65,8 +66,7 @@ def main(argv: list[str]) -> int:
         "seconds_to_verify_and_load": loading,
     }
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
     print(json.dumps(result, indent=1))
     return 0
 

@@ -44,6 +44,7 @@ from latent_ddpm.export import (
     load_autoencoder,
 )
 from latent_ddpm.features import EXTRACTORS, check_installed
+from latent_ddpm.files import write_json
 from latent_ddpm.latents import latents_for_run
 from latent_ddpm.launch import run
 from latent_ddpm.models.unet import make_unet
@@ -271,14 +272,13 @@ def main(argv: list[str]) -> int:
             figures["images_per_second_over_stock"] = (
                 figures["images_per_second_median"] / stock["images_per_second_median"]
             )
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "command": "python scripts/benchmark_diffusion.py " + shlex.join(argv),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "results": results,
     }
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     columns = max(picture.width for picture in sheet)
     page = Image.new(sheet[0].mode, (columns, sum(picture.height for picture in sheet) + 8 * (len(sheet) - 1)), "white")
     top = 0

@@ -26,6 +26,7 @@ from latent_ddpm.data import BadImages, open_image_dataset, to_float
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import latents_of, load_autoencoder
 from latent_ddpm.features import EXTRACTORS
+from latent_ddpm.files import write_json
 from latent_ddpm.grids import reconstruction_grid
 from latent_ddpm.launch import run
 from latent_ddpm.sources import open_sources
@@ -149,8 +150,7 @@ def main(argv: list[str]) -> int:
                 "psnr_lost": losses,
             }
             print(f"seed {seed}, {name}: rFD {ratios[-1]:.3f} of that without, PSNR {-losses[-1]:+.2f} dB", flush=True)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(options.json, summary)
         draw(options.json.with_suffix(".png"), results, options.work_dir, config)
     return 0
 

@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from latent_ddpm.curves import read_metrics
+from latent_ddpm.files import write_json
 from latent_ddpm.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,8 +66,7 @@ def main(argv: list[str]) -> int:
         "pushing_over_quiet_median": statistics.median(ratios),
         "pushing_over_quiet_range": [min(ratios), max(ratios)],
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     print(json.dumps(result, indent=1))
     return 0
 

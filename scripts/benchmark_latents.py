@@ -24,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from latent_ddpm.data import ExampleOrder
+from latent_ddpm.files import write_json
 from latent_ddpm.latents import SHARD_IMAGES, finish_cache, open_cache, shard_path, write_shard
 from latent_ddpm.launch import run
 
@@ -92,8 +93,7 @@ def main(argv: list[str]) -> int:
         "rounds": results,
     }
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
     print(json.dumps(result, indent=1))
     return 0
 

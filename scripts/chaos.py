@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 
 from latent_ddpm.checkpoint import CheckpointFolder, DamagedCheckpoint
 from latent_ddpm.curves import read_metrics
+from latent_ddpm.files import write_json
 from latent_ddpm.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,8 +277,7 @@ def main(argv: list[str]) -> int:
         write_images(Path(name) / "images")
         figures = (kill_at_random if options.fault == "kill" else fill_the_disk)(Path(name), options)
     result = {"command": "python scripts/chaos.py " + shlex.join(argv), **figures}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     print(json.dumps({key: value for key, value in result.items() if key != "trials"}, indent=1))
     return 1 if result["differing"] else 0
 

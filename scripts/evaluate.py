@@ -66,6 +66,7 @@ from latent_ddpm.features import (
     load_extractor,
     nearest,
 )
+from latent_ddpm.files import write_json
 from latent_ddpm.grids import make_grid, reconstruction_grid, save_png
 from latent_ddpm.launch import make_accelerator, run
 from latent_ddpm.losses import TRUNKS, load_lpips
@@ -75,15 +76,10 @@ from latent_ddpm.sources import SubsetSource, open_sources
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 
-def write_json(path: Path, result: dict) -> None:
-    save_json(path, result)
+def show_json(path: Path, result: dict) -> None:
+    write_json(path, result)
     print(json.dumps(result, indent=1))
     print(f"written to {path}", file=sys.stderr)
-
-
-def save_json(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def name_of(device: torch.device) -> str:
@@ -197,7 +193,7 @@ def measure_autoencoder(argv: list[str]) -> None:
     result["device"] = name_of(device)
     path = options.json or output_dir / "evaluation-autoencoder.json"
     command = "python scripts/evaluate.py autoencoder " + shlex.join(argv)
-    write_json(path, {"command": command.strip(), **result})
+    show_json(path, {"command": command.strip(), **result})
     draw_autoencoder(path.with_suffix(".png"), counts, torch.cat(errors), originals, reconstructions)
     print(f"figure: {path.with_suffix('.png')}", file=sys.stderr)
 
@@ -476,7 +472,7 @@ def measure_pipeline(argv: list[str]) -> None:
             result["neighbours_shown"] = f"{name}, {steps} steps"
             picture = path.with_name(f"{path.stem}-neighbours.png")
             draw_neighbours(picture, result["neighbours_shown"], samples, distances, found, reals)
-        save_json(path, {**result, "settings": settings})
+        write_json(path, {**result, "settings": settings})
     if is_main:
         if len(settings) > 1:
             draw_sweep(path.with_suffix(".png"), settings)
@@ -502,7 +498,7 @@ def measure_digits(argv: list[str]) -> None:
     held_out = torch.arange(len(digits)) % 10 == 0
     known = digit_probabilities(train_digit_classifier(digits[~held_out], labels[~held_out]), digits[held_out])
     judged = judge(digit_probabilities(train_digit_classifier(digits, labels), to_float(drawn)))
-    write_json(
+    show_json(
         options.json or options.pipeline.parent / "evaluation-digits.json",
         {
             "command": "python scripts/evaluate.py digits " + shlex.join(argv),

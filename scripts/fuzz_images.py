@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from latent_ddpm.data import decode_square
+from latent_ddpm.files import write_json
 from latent_ddpm.images import CENTRE, decode
 from latent_ddpm.launch import run
 from latent_ddpm.sources import FolderSource, ImageSource
@@ -212,8 +213,7 @@ def main(argv: list[str]) -> int:
         "undamaged_refused": {name: outcome for name, outcome in undamaged.items() if outcome != "image"},
     }
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
     print(json.dumps(result, indent=1))
     return 1 if failures else 0
 

@@ -12,7 +12,6 @@ has `--pixels` pixels. The images are noise: only the time is of interest.
 
 import argparse
 import contextlib
-import json
 import shlex
 import statistics
 import sys
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 
 from latent_ddpm.config import AutoencoderConfig, parse_config
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import write_json
 from latent_ddpm.launch import run
 from latent_ddpm.losses import reconstruction_loss
 from latent_ddpm.models.vqvae import Autoencoder, Upsample
@@ -158,8 +158,7 @@ def main(argv: list[str]) -> int:
             print(f"  {share:6.1%}  {name}")
         for name, variant in figures["variants"].items():
             print(f"  {variant['time_over_plain_median']:6.2f}  times plain: {name}")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     print(f"written to {options.json}", file=sys.stderr)
     return 0
 

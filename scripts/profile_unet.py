@@ -30,6 +30,7 @@ import train_unet
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.diffusion import TrainingBatch
 from latent_ddpm.ema import PowerEMA
+from latent_ddpm.files import write_json
 from latent_ddpm.latents import LatentCache
 from latent_ddpm.launch import run
 from latent_ddpm.tracking import Tracker
@@ -133,8 +134,7 @@ def main(argv: list[str]) -> int:
         "share_neither_forward_backward_nor_optimizer_overall": 1
         - sum(step[part] for step in steps for part in CORE) / total,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     print(json.dumps(result, indent=1))
     print(f"written to {options.json}", file=sys.stderr)
     return 0

@@ -28,6 +28,7 @@ from latent_ddpm.ema import reconstruct, reconstruction_error
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import replace_folder
 from latent_ddpm.features import EXTRACTORS, check_installed
+from latent_ddpm.files import write_json
 from latent_ddpm.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,9 +114,8 @@ def main(argv: list[str]) -> int:
                 raise UserError(f"{folder} could not be measured.")
             results[f"{width:g}"] = {"step": step, **json.loads(measured.read_text())["settings"][0]}
     if results:
-        path.parent.mkdir(parents=True, exist_ok=True)
         command = "python scripts/reconstruct_ema.py " + shlex.join(argv)
-        path.write_text(json.dumps({"command": command, "results": results}, indent=1) + "\n")
+        write_json(path, {"command": command, "results": results})
         draw(path.with_suffix(".png"), results, config.ema_sigma_rels[0])
         for width, figures in results.items():
             print(f"width {width}: Frechet distance {figures['fd']:.4g} ({figures['feature_extractor']})")
