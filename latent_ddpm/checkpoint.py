@@ -134,7 +134,7 @@ class CheckpointFolder:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
                 f"Could not write the checkpoint {final}: {error}. Earlier checkpoints are untouched; make room and "
-                f"start again with --resume_from_checkpoint latest."
+                f"start again with the same command."
             ) from error
         for old in self.all()[: -self.total_limit]:
             shutil.rmtree(old)

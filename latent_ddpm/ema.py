@@ -164,7 +164,7 @@ class PowerEMA:
                     aside.unlink()
                 raise UserError(
                     f"Could not write the average {path}: {error}. Checkpoints are untouched; make room (or set "
-                    f"ema_snapshots lower) and start again with --resume_from_checkpoint latest."
+                    f"ema_snapshots lower) and start again with the same command."
                 ) from error
 
 

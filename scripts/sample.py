@@ -193,7 +193,9 @@ def sample(args: argparse.Namespace) -> None:
     device = pick_device(args.device) if state.num_processes == 1 else state.device
     if args.device is not None and args.device.split(":")[0] != device.type:
         raise UserError(f"--device {args.device}: accelerate has put its processes on {device.type}")
-    pipe = load_pipeline(args.pipeline).to(device, getattr(torch, args.dtype))
+    pipe = load_pipeline(args.pipeline).to(device)
+    if args.dtype != "float32":
+        pipe.to(getattr(torch, args.dtype))
     if args.scheduler is not None:
         pipe.scheduler = with_scheduler(pipe.scheduler, args.scheduler)
     if args.num_inference_steps > pipe.scheduler.config.num_train_timesteps:
