@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -106,21 +107,21 @@ def _bytes_of(records: np.ndarray) -> np.ndarray:
     return records.view(np.uint8).reshape(len(records), records.dtype.itemsize)
 
 
-class _OpenFiles:
-    """Files open for reading, the least recently used of which is closed when there are too many."""
+class _OpenShards:
+    """The shards that are open for reading; the least recently used is closed when there are too many."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.files: OrderedDict[Path, BinaryIO] = OrderedDict()
+    def __init__(self, place: Path, limit: int) -> None:
+        self.place, self.limit = place, limit
+        self.files: OrderedDict[int, BinaryIO] = OrderedDict()
 
-    def open(self, path: Path) -> BinaryIO:
-        if path in self.files:
-            self.files.move_to_end(path)
+    def fileno(self, shard: int) -> int:
+        if shard in self.files:
+            self.files.move_to_end(shard)
         else:
             if len(self.files) >= self.limit:
                 self.files.popitem(last=False)[1].close()
-            self.files[path] = path.open("rb", buffering=0)
-        return self.files[path]
+            self.files[shard] = shard_path(self.place, shard).open("rb", buffering=0)
+        return self.files[shard].fileno()
 
 
 @dataclasses.dataclass
@@ -144,7 +145,7 @@ class LatentCache:
     def __post_init__(self) -> None:
         self._starts = np.cumsum([0] + [rows for rows, _ in self.shards])
         self._type = record_type(self.versions_shape)
-        self._files = _OpenFiles(OPEN_SHARDS)
+        self._open = _OpenShards(self.folder, OPEN_SHARDS)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -165,25 +166,28 @@ class LatentCache:
         Raises:
             UserError: a record is not what was written; its shard is removed, to be encoded anew.
         """
-        records = np.empty(len(rows), dtype=self._type)
-        end, crc32 = self._type.fields["crc32"][1], records["crc32"]
+        size, end = self._type.itemsize, self._type.fields["crc32"][1]
         shards = np.searchsorted(self._starts, rows, side="right") - 1
-        places = zip(shards.tolist(), (rows - self._starts[shards]).tolist(), _bytes_of(records), strict=True)
-        for k, (shard, row, content) in enumerate(places):
-            path = shard_path(self.folder, shard)
-            count, size = self.shards[shard]
+        from_ends = rows - self._starts[shards + 1]  # counted backwards, over the header's length
+        parts, found = [], []
+        for shard, row in zip(shards.tolist(), from_ends.tolist(), strict=True):
             try:
-                file = self._files.open(path)
-                file.seek(size + (row - count) * self._type.itemsize)
-                length = file.readinto(content)
+                part = os.pread(self._open.fileno(shard), size, self.shards[shard][1] + row * size)
             except OSError as error:
+                path = shard_path(self.folder, shard)
                 raise UserError(f"{path}: {error}. Start again, and what is missing is encoded anew.") from error
-            if length < len(content) or zlib.crc32(content[:end]) != crc32[k]:
-                path.unlink(missing_ok=True)
-                raise UserError(
-                    f"{path} has changed since it was written (its row {row}); it was removed. Start again, and it is "
-                    f"encoded anew. If this happens again, the disk may be failing."
-                )
+            parts.append(part.ljust(size, b"\0"))
+            found.append(zlib.crc32(memoryview(part)[:end]))
+        records = np.frombuffer(b"".join(parts), dtype=self._type)
+        damaged = np.flatnonzero(records["crc32"] != np.array(found, dtype=np.uint32))
+        if len(damaged):
+            shard = shards[damaged[0]]
+            path, row = shard_path(self.folder, shard), rows[damaged[0]] - self._starts[shard]
+            path.unlink(missing_ok=True)
+            raise UserError(
+                f"{path} has changed since it was written (its row {row}); it was removed. Start again, and it is "
+                f"encoded anew. If this happens again, the disk may be failing."
+            )
         return records
 
     def batch(self, rows: np.ndarray, flipped: np.ndarray | None = None) -> torch.Tensor:

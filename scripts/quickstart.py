@@ -34,9 +34,7 @@ def run(*words: object) -> None:
 
 def main() -> None:
     begun = time.monotonic()
-    print(
-        "Two stages, about a quarter of an hour on two CPU cores. The bars show how long each still takes.", flush=True
-    )
+    print("Two stages, about a quarter of an hour on two CPU cores. The bars show how long each takes.", flush=True)
     # One process with all cores: alternately timed on two cores, two processes of one thread each were no faster.
     topology = ["--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
     for script in ("train_autoencoder.py", "train_unet.py"):

@@ -158,7 +158,7 @@ def test_few_files_are_open_at_once(images, tmp_path, monkeypatch):
     cache = build(dataset_of(images, tmp_path), tmp_path)
     rows = np.array([0, 22, 1, 10, 0, 22])
     assert torch.equal(cache.batch(rows), torch.cat([cache.batch(np.array([row])) for row in rows]))
-    assert len(cache._files.files) == 1
+    assert len(cache._open.files) == 1
 
 
 def test_key_follows_weights_data_and_transform(images, tmp_path):
