@@ -29,7 +29,7 @@ from latent_ddpm.latents import SHARD_IMAGES, finish_cache, open_cache, shard_pa
 from latent_ddpm.launch import run
 
 SHAPE = (1, 4, 8, 8)  # versions, channels, height, width
-BATCH, BATCHES = 128, 2000
+BATCH = 128
 
 
 def write_cache(place: Path, images: int) -> None:
@@ -44,8 +44,8 @@ def write_cache(place: Path, images: int) -> None:
     finish_cache(place, shards, {"mean": [0.0] * SHAPE[1], "std": 1.0})
 
 
-def draw(place: Path) -> dict:
-    """What one process measures."""
+def draw(place: Path, batches: int) -> dict:
+    """What one process measures over so many batches."""
     begun = time.monotonic()
     cache = open_cache(place)
     order = ExampleOrder(len(cache), 0)
@@ -54,11 +54,11 @@ def draw(place: Path) -> dict:
     if not torch.isfinite(first).all():
         raise RuntimeError("the latents are not finite")
     begun = time.monotonic()
-    for number in range(1, BATCHES + 1):
+    for number in range(1, batches + 1):
         cache.batch(order.indices(np.arange(number * BATCH, (number + 1) * BATCH)))
     return {
         "seconds_to_first_batch": to_first_batch,
-        "images_per_second": BATCH * BATCHES / (time.monotonic() - begun),
+        "images_per_second": BATCH * batches / (time.monotonic() - begun),
         "resident_gib": psutil.Process().memory_info().rss / 2**30,
     }
 
@@ -67,11 +67,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[10_000, 10_000_000])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.draw:
-        print(json.dumps(draw(options.draw)))
+        print(json.dumps(draw(options.draw, options.batches)))
         return 0
     results: dict[str, list[dict]] = {str(images): [] for images in options.images}
     with tempfile.TemporaryDirectory() as folder:
@@ -80,6 +81,7 @@ def main(argv: list[str]) -> int:
         for _ in range(options.rounds):
             for images, measured in results.items():
                 words = [sys.executable, __file__, "--draw", str(Path(folder) / images)]
+                words += ["--batches", str(options.batches)]
                 measured.append(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
     medians = {
         images: {key: statistics.median(result[key] for result in measured) for key in measured[0]}

@@ -148,3 +148,41 @@ def test_profile_unet_shares_out_a_step(photos, small_autoencoder, tmp_path):
     assert {"forward", "backward", "optimizer", "latents", "noise", "clipping", "averages", "logging"} == set(shares)
     assert 0 < sum(shares[part] for part in ("forward", "backward", "optimizer")) < 1.1  # a sum of medians
     assert 0 < result["share_neither_forward_backward_nor_optimizer_median"] < 1
+
+
+def test_benchmark_latents(tmp_path):
+    script("benchmark_latents.py", "--images", 100, 3000, "--rounds", 1, "--batches", 3, "--json", tmp_path / "l.json")
+    medians = json.loads((tmp_path / "l.json").read_text())["medians"]
+    assert list(medians) == ["100", "3000"] and all(value > 0 for value in medians["3000"].values())
+
+
+def test_benchmark_checkpoint(photos, tmp_path):
+    words = ["--json", tmp_path / "c.json", "--rounds", 1, "--latents", 3, 8, "--train_data_dir", photos, *SMALL_UNET]
+    script("benchmark_checkpoint.py", *words)
+    result = json.loads((tmp_path / "c.json").read_text())
+    # weights, two averages and AdamW's two moments
+    assert result["gib"] * 2**30 == pytest.approx(5 * 4e6 * result["million_parameters"], rel=0.3)
+    assert len(result["seconds"]) == 1 and result["seconds_to_verify_and_load"] > 0
+
+
+def test_fuzz_images(tmp_path):
+    script("fuzz_images.py", "--files", 150, "--seed", 1, "--json", tmp_path / "f.json")
+    result = json.loads((tmp_path / "f.json").read_text())
+    assert sum(result["outcomes"].values()) == 150 and not result["failures"]
+    assert set(result["outcomes"]) == {"image", "error with a message"}
+    assert result["undamaged_refused"].pop("PNG-20000x20000").startswith("DecompressionBombError")
+    # of Pillow's own files only those it writes wrongly are refused
+    assert all(name.startswith("TIFF-YCbCr") for name in result["undamaged_refused"])
+
+
+def test_chaos_by_sigkill(tmp_path):
+    script("chaos.py", "--kills", 2, "--json", tmp_path / "k.json")
+    result = json.loads((tmp_path / "k.json").read_text())
+    assert result["kills"] == result["kills_in_trials_with_an_identical_result"] >= 2
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_chaos_on_a_full_disk(tmp_path):
+    script("chaos.py", "--fault", "full_disk", "--stride", 150, "--json", tmp_path / "d.json")
+    result = json.loads((tmp_path / "d.json").read_text())
+    assert sum(result["outcomes"].values()) >= 4 and set(result["outcomes"]) == {"a sentence"}
