@@ -47,7 +47,7 @@ def trained(photos, tmp_path_factory):
 def test_the_same_command_starts_goes_on_and_is_finished(trained, tmp_path):
     output_dir, flags = trained
     flags = {**flags, "train_batch_size": 12}
-    launch_and_stop("train_unet.py", tmp_path, 4, signal.SIGUSR1, **flags)
+    assert launch_and_stop("train_unet.py", tmp_path, 4, signal.SIGUSR1, **flags) == 128 + signal.SIGUSR1
     assert "going on from step" in launch("train_unet.py", tmp_path, **flags)
     assert_same_tensors(checkpoint_tensors(output_dir, "unet", 6), checkpoint_tensors(tmp_path, "unet", 6))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
