@@ -144,5 +144,6 @@ def test_a_click_draws_another_grid(pipeline_folder, tmp_path):
             )  # fmt: skip
             sources.append(page.get_attribute("#grid img", "src"))
         assert len(set(sources)) == 2
+        page.wait_for_timeout(2000)  # what is new fades in
         page.screenshot(path=os.environ.get("DEMO_SCREENSHOT", str(tmp_path / "page.png")))
         browser.close()
