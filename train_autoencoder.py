@@ -53,6 +53,7 @@ from latent_ddpm.models.quantizers import perplexity
 from latent_ddpm.models.vqvae import Autoencoder
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.sources import open_sources
+from latent_ddpm.streaming import read_stream, undecodable
 from latent_ddpm.tracking import Tracker, is_finished
 
 logger = logging.getLogger("train_autoencoder")
@@ -70,7 +71,8 @@ def main(argv: list[str]) -> int:
     lpips = load_lpips(config.lpips_net, config.lpips_weights) if config.lpips_weight > 0 else None
 
     # ------------------------------------------------------------------------------------------------- data
-    train_source, validation_source = open_sources(config)
+    if not config.streaming:
+        train_source, validation_source = open_sources(config)
     accelerator = make_accelerator(config)
     config = fit_to_processes(config, state, accelerator)
     if is_finished(config, "autoencoder", first_step, "autoencoder/config.json"):
@@ -78,9 +80,11 @@ def main(argv: list[str]) -> int:
         return 0
     if accelerator.is_main_process:
         claim(output_dir, "autoencoder")
-    bad_images = BadImages(
-        output_dir / "bad_images.jsonl", len(train_source) + len(validation_source), config.max_bad_image_share
-    )
+    if config.streaming:
+        read_stream(config, accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        train_source, validation_source = open_sources(config)
+    total = len(train_source) + len(validation_source) + undecodable(config)
+    bad_images = BadImages(output_dir / "bad_images.jsonl", total, config.max_bad_image_share)
     train_set, validation_set = (
         open_image_dataset(
             source,

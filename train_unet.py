@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 
 from latent_ddpm.checkpoint import CheckpointFolder, must_fit
 from latent_ddpm.config import UNetConfig, parse_config, save_config
@@ -37,6 +38,7 @@ from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
 from latent_ddpm.sampling import draw_film
+from latent_ddpm.sharding import Sharding, gather, load_optimizer, prepare, whole_unet
 from latent_ddpm.tracking import Tracker, is_finished
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
@@ -64,6 +66,7 @@ def main(argv: list[str]) -> int:
         unet.enable_gradient_checkpointing()
 
     # ---------------------------------------------------------------------------------------------- latents
+    sharding = Sharding.requested()
     accelerator = make_accelerator(config)
     config = fit_to_processes(config, state, accelerator)
     if is_finished(config, "unet", first_step, "pipeline/model_index.json"):
@@ -79,20 +82,24 @@ def main(argv: list[str]) -> int:
     fold_normalization(autoencoder, latents.mean, latents.std)
 
     # -------------------------------------------------------------------------------------- model and optimizer
-    optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
     ema = PowerEMA(unet, config.ema_sigma_rels)
     if state:
         with must_fit(config.resume_from_checkpoint):
             unet.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
         if state["latents"] != latents.folder.name:
             logger.warning("The images or their transform are not those of the checkpoint.")
-    model, optimizer = accelerator.prepare(unet, optimizer)
+    for network in (unet, *ema.models):
+        network.to(device)
+        if sharding is not None:
+            sharding.cut(network)
+    optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
+    if state:
+        with must_fit(config.resume_from_checkpoint):
+            load_optimizer(optimizer, state["optimizer"])
+    model, optimizer = prepare(accelerator, unet, optimizer)
     if state and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    for averaged in ema.models:
-        averaged.to(device)
     alphas_cumprod = noise_table(config)
     alphas_cumprod = alphas_cumprod.to(device) if alphas_cumprod is not None else None
     saved_counts = state.get("skipped") if state else None
@@ -108,8 +115,9 @@ def main(argv: list[str]) -> int:
             len(latents), "x".join(map(str, latents.shape)), latents.folder, latents.std,
         )  # fmt: skip
         logger.info(
-            "U-Net of %.2f million parameters, %d steps of %d images (%.1f epochs)%s",
-            unet.num_parameters() / 1e6, config.max_train_steps, images_per_step,
+            "U-Net of %.2f million parameters%s, %d steps of %d images (%.1f epochs)%s",
+            unet.num_parameters() / 1e6, f", cut over {accelerator.num_processes} processes" if sharding else "",
+            config.max_train_steps, images_per_step,
             config.max_train_steps * images_per_step / len(latents),
             f", going on from step {first_step}" if first_step else "",
         )  # fmt: skip
@@ -127,30 +135,30 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------------------------------------- the chapters
     def save(step: int) -> None:
+        state = {
+            "step": step,
+            "images_per_step": images_per_step,
+            "latents": latents.folder.name,
+            "autoencoder": autoencoder_hash,
+            "model": unet.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.optimizer.state_dict(),
+            "skipped": skipped.counts,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
+        }
+        state = gather(state, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            checkpoints.save(
-                step,
-                {
-                    "step": step,
-                    "images_per_step": images_per_step,
-                    "latents": latents.folder.name,
-                    "autoencoder": autoencoder_hash,
-                    "model": unet.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizer": optimizer.optimizer.state_dict(),
-                    "skipped": skipped.counts,
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
-                },
-            )
+            checkpoints.save(step, state)
         accelerator.wait_for_everyone()
 
-    def sampler() -> LatentDDPMPipeline:
-        pipeline = LatentDDPMPipeline(vqvae=autoencoder, unet=ema.model, scheduler=sampling_scheduler(config))
+    def sampler(averaged: UNet2DModel) -> LatentDDPMPipeline:
+        pipeline = LatentDDPMPipeline(vqvae=autoencoder, unet=averaged, scheduler=sampling_scheduler(config))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     @torch.no_grad()
     def validate() -> None:
+        averaged = whole_unet(ema.model, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
             # the averaged weights on held-out images; their noise and times are the same at every validation
             total, micro_batch = 0.0, config.train_batch_size
@@ -160,11 +168,11 @@ def main(argv: list[str]) -> int:
                     held_out.batch(numbers.numpy()).to(device), numbers.to(device), config, alphas_cumprod
                 )
                 with accelerator.autocast():
-                    total += float(batch.loss(ema.model(batch.noisy, batch.timesteps).sample)) * len(numbers)
+                    total += float(batch.loss(averaged(batch.noisy, batch.timesteps).sample)) * len(numbers)
             if len(held_out):
                 tracker.log(validation_loss=total / len(held_out))
 
-            pipeline = sampler()
+            pipeline = sampler(averaged)
             numbers = torch.arange(config.num_validation_samples, device=device)
             with accelerator.autocast():
                 pictures = pipeline(
@@ -178,10 +186,12 @@ def main(argv: list[str]) -> int:
         accelerator.wait_for_everyone()
         tracker.pause()
 
-    def export() -> None:
+    def export() -> UNet2DModel | None:
+        averaged = whole_unet(ema.model, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
             scheduler = sampling_scheduler(config)
-            export_pipeline(output_dir / "pipeline", autoencoder, ema.model, scheduler, config.num_inference_steps)
+            export_pipeline(output_dir / "pipeline", autoencoder, averaged, scheduler, config.num_inference_steps)
+        return averaged
 
     def publish(step: int) -> None:
         export()
@@ -218,8 +228,7 @@ def main(argv: list[str]) -> int:
         tracker.advance()
         ended_at = step + 1
         if snapshot_steps and (ended_at % snapshot_steps == 0 or ended_at == config.max_train_steps):
-            if accelerator.is_main_process:
-                ema.save_snapshots(output_dir / "ema", ended_at)
+            ema.save_snapshots(output_dir / "ema", ended_at, keep=accelerator.is_main_process)
             tracker.pause()
 
         # -------------------------------------------------------------------------- what the step leaves behind
@@ -246,9 +255,11 @@ def main(argv: list[str]) -> int:
     tracker.close()
 
     # ------------------------------------------------------------------------------------------------ export
-    export()
+    averaged = export()
     if accelerator.is_main_process:
-        _, film = draw_film(sampler(), 4, config.seed, torch.arange(4), config.num_inference_steps)  # (4, S, C, R, R)
+        _, film = draw_film(
+            sampler(averaged), 4, config.seed, torch.arange(4), config.num_inference_steps
+        )  # (4, S, C, R, R)
         save_png(make_grid(film.flatten(0, 1) * 2 - 1, film.shape[1]), output_dir / "samples" / "film_strip.png")
     if publisher is not None and config.hub_strategy != "best":
         publisher.push(f"U-Net after {config.max_train_steps} steps")

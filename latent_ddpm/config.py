@@ -34,8 +34,9 @@ class RunConfig:
         output_dir: the run's folder; both stages work in the same one.
         seed: with the example number it determines order, augmentation, timesteps and noise.
         train_data_dir: a folder of images, nested as you like; folder names become labels.
-        dataset_name: a Hub id, a local dataset folder, parquet files, or `embedded:mnist`.
+        dataset_name: a Hub id, a local dataset folder, parquet files, tar files (WebDataset), or `embedded:mnist`.
         dataset_config_name: the configuration of a Hub dataset that has several.
+        streaming: read dataset_name once, from front to back, and keep of each image only what training sees of it.
         image_column: the column of `dataset_name` that holds the images.
         resolution: images are brought to this many pixels square.
         image_channels: 1 (grayscale) or 3 (RGB).
@@ -90,6 +91,7 @@ class RunConfig:
     train_data_dir: str | None = None
     dataset_name: str | None = None
     dataset_config_name: str | None = None
+    streaming: bool = False
     image_column: str = "image"
     resolution: int = 64
     image_channels: int = 3
@@ -138,6 +140,10 @@ class RunConfig:
         if (self.train_data_dir is None) == (self.dataset_name is None):
             have = "both are set" if self.train_data_dir else "neither is set"
             raise UserError(f"Set exactly one of train_data_dir and dataset_name ({have}).")
+        if self.streaming and (self.dataset_name is None or self.dataset_name.startswith("embedded:")):
+            raise UserError("streaming is for a dataset_name: a folder's and the embedded images are here already.")
+        if self.streaming and not self.center_crop:
+            raise UserError("streaming keeps the centre of each image, so center_crop cannot be false.")
         _require(self.image_channels in (1, 3), "image_channels", self.image_channels, "1 (grayscale) or 3 (RGB)")
         positive = ("resolution", "max_validation_images", "train_batch_size", "gradient_accumulation_steps")
         positive += ("max_train_steps", "logging_steps", "validation_steps", "checkpointing_steps")

@@ -22,6 +22,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -250,10 +251,16 @@ def decode_square(
     source: ImageSource, k: int, resolution: int, channels: int, crop: tuple[float, float], flip: bool
 ) -> np.ndarray | str:
     """Image k of the source as uint8 (H, W, C), or why there is none."""
+    # Twice the resolution leaves Lanczos enough to antialias what the JPEG decoder reduced.
+    return square(lambda: source.load(k, at_least=2 * resolution), resolution, channels, crop, flip)
+
+
+def square(
+    load: Callable[[], Image.Image], resolution: int, channels: int, crop: tuple[float, float], flip: bool
+) -> np.ndarray | str:
+    """What `load` decodes as uint8 (H, W, C), or why there is nothing."""
     try:
-        # Twice the resolution leaves Lanczos enough to antialias what the JPEG decoder reduced.
-        image = as_seen(source.load(k, at_least=2 * resolution), channels)
-        return resize_and_crop(image, resolution, crop, flip)
+        return resize_and_crop(as_seen(load(), channels), resolution, crop, flip)
     except Exception as error:  # Pillow's plugins raise nearly every class there is on damaged files
         return f"{type(error).__name__}: {error}"
 
@@ -285,6 +292,9 @@ def open_image_dataset(
     Raises:
         UserError: too many images, or all of them, are bad; or the cache can not be written or read.
     """
+    decoded = source.squares()
+    if decoded is not None:
+        return ImageDataset(source, cfg, bad_images, train, decoded)
     size = len(source) * cfg.resolution**2 * cfg.image_channels  # bytes
     if size > cfg.image_cache_gib * 2**30 or not (cfg.center_crop or not train):
         return ImageDataset(source, cfg, bad_images, train)

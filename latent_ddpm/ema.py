@@ -14,6 +14,7 @@ from torch import nn
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import aside_name, fsync_path
+from latent_ddpm.sharding import gather
 
 UPDATE_STEPS = 4  # averages over hundreds of steps need not see each; reading all weights is most of their cost
 UPDATE_OFTEN_UNTIL = 256  # steps
@@ -142,18 +143,23 @@ class PowerEMA:
         for rel, averaged in zip(self.sigma_rels, self.models, strict=True):
             averaged.load_state_dict(state[str(rel)])
 
-    def save_snapshots(self, folder: Path, step: int) -> None:
+    def save_snapshots(self, folder: Path, step: int, keep: bool = True) -> None:
         """Write each average after `step` steps to `folder`, in float16 and whole or not at all.
+
+        All processes call this; the one that is to write says `keep`.
 
         Raises:
             UserError: the disk is full or not writable.
         """
         averaged_at = step if step <= UPDATE_OFTEN_UNTIL else step - step % UPDATE_STEPS
         for rel, gamma, averaged in zip(self.sigma_rels, self.gammas, self.models, strict=True):
+            parameters = gather(dict(averaged.named_parameters()), keep)
+            if not keep:
+                continue
             path = folder / f"ema-{step:08d}-{rel:g}.safetensors"
             aside = aside_name(path)
             # clamped: the weights of a run that diverges may be larger than float16 can say
-            half = {name: p.cpu().clamp(-FLOAT16_MAX, FLOAT16_MAX).half() for name, p in averaged.named_parameters()}
+            half = {name: p.cpu().clamp(-FLOAT16_MAX, FLOAT16_MAX).half() for name, p in parameters.items()}
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(half, aside, {"average": json.dumps({"sigma_rel": rel, "gamma": gamma, "step": averaged_at})})

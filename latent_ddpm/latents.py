@@ -30,6 +30,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.export import StockAutoencoder, latents_of
 from latent_ddpm.files import remove_leftovers, write_json, write_whole
 from latent_ddpm.sources import ImageSource, open_sources
+from latent_ddpm.streaming import read_stream, undecodable
 
 logger = logging.getLogger(__name__)
 
@@ -398,8 +399,11 @@ def latents_for_run(
         UserError: no data, too many undecodable images, or an unusable autoencoder.
     """
     output_dir = Path(config.output_dir)
+    if config.streaming:
+        read_stream(config, process_index(), process_count(), wait)
     sources = open_sources(config)
-    bad_images = BadImages(output_dir / "bad_images.jsonl", sum(map(len, sources)), config.max_bad_image_share)
+    total = sum(map(len, sources)) + undecodable(config)
+    bad_images = BadImages(output_dir / "bad_images.jsonl", total, config.max_bad_image_share)
     folder = Path(config.latents_dir) if config.latents_dir else output_dir / "latents"
 
     def cache_of(source: ImageSource, folder: Path, flip: bool, must_vary: bool) -> LatentCache:

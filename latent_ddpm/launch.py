@@ -29,10 +29,13 @@ from latent_ddpm.distributed import Heartbeat
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
 from latent_ddpm.hub import Publisher, check_can_publish
+from latent_ddpm.sharding import Sharding
 from latent_ddpm.tracking import check_tracker
 
 # What a disk says when it cannot take more, or is not ours to write to.
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+
+logger = logging.getLogger(__name__)
 
 _claims: list[IO] = []  # open until the process ends, however it ends: the system lets go of the locks then
 
@@ -101,6 +104,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or it takes each of torchrun's processes for a run
+    whole = Sharding.requested() is not None  # stage 2 has asked already
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -121,6 +125,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         datefmt="%H:%M:%S",
         level=logging.INFO if accelerator.is_main_process else logging.ERROR,
     )
+    if whole:
+        logger.info("the autoencoder's weights stay whole in every process: FSDP is for stage 2")
     for noisy in ("httpx", "httpx2", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return accelerator

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from latent_ddpm.config import RunConfig
+from latent_ddpm.sharding import part_of, whole_tensor
 
 WSD_DECAY_SHARE = 0.3  # of a run, unless lr_decay_steps says otherwise
 _MUON_MOMENTUM = 0.95
@@ -73,7 +74,7 @@ class Muon(torch.optim.AdamW):
     def __init__(self, parameters: Iterable[torch.nn.Parameter], **adamw: object) -> None:
         matrices, others = [], []
         for p in parameters:
-            is_matrix = p.ndim >= 2 and min(len(p), p[0].numel()) >= _MUON_SMALLEST
+            is_matrix = p.ndim >= 2 and min(len(p), p.numel() // len(p)) >= _MUON_SMALLEST
             (matrices if is_matrix else others).append(p)
         super().__init__([{"params": matrices}, {"params": others}], **adamw)
 
@@ -94,13 +95,13 @@ class Muon(torch.optim.AdamW):
             momentum = self.state[p]["momentum"]
             gradient = torch.where(broken > 0, momentum, p.grad)
             momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
-            update = gradient.lerp(momentum, _MUON_MOMENTUM).flatten(1).float()
+            update = whole_tensor(gradient.lerp(momentum, _MUON_MOMENTUM)).flatten(1).float()
             by_shape[update.shape].append((p, update))
         for shape, pairs in by_shape.items():
             updates = orthogonalize(torch.stack([update for _, update in pairs]))
             for (p, _), update in zip(pairs, updates, strict=True):
                 p.mul_(1 - rate * matrices["weight_decay"])
-                p.sub_(rate * 0.2 * max(shape) ** 0.5 * update.reshape(p.shape))
+                p.sub_(rate * 0.2 * max(shape) ** 0.5 * part_of(update.reshape(p.shape), p))
         self.param_groups = [others]
         try:
             super().step()
@@ -133,7 +134,7 @@ def clip_gradients(
         The norm before clipping, and whether the step counts (bool), both scalars.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     if norm.device.type != "cpu" or norm > max_norm:  # elsewhere looking at it would cost more than multiplying by 1
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     kept = norm.isfinite()

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a Hub dataset, parquet files, or the embedded digits.
+"""Where images come from: a folder, a Hub dataset, parquet or tar files, or the embedded digits.
 
 open_sources(cfg)         what a configuration names -> (train, validation), undecoded, with names and labels
 """
@@ -34,6 +34,7 @@ EXTENSIONS = (
 )
 EMBEDDED = "embedded:"
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
+LABEL_COLUMNS = ("label", "labels", "cls")  # the last one as in WebDataset
 
 
 def digest(*parts: Any) -> str:
@@ -48,6 +49,9 @@ def digest(*parts: Any) -> str:
 
 class ImageSource(abc.ABC):
     """A fixed, ordered collection of images.
+
+    A source whose images are decoded already, as the run wants them, has `squares`: an array uint8 (N, R, R, C), or
+    what can be indexed like one by a number or by an array of numbers.
 
     Attributes:
         labels: the class of each image, -1 where unknown; None for a collection without classes.
@@ -73,6 +77,10 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def name(self, i: int) -> str:
         """What to call image i in front of its owner."""
+
+    def squares(self) -> Any | None:
+        """The decoded images, see above, or None."""
+        return None
 
 
 class FolderSource(ImageSource):
@@ -157,43 +165,18 @@ class HubSource(ImageSource):
         import datasets
 
         features = dataset.features
-        if image_column not in features or not _holds_images(features[image_column]):
-            images = [name for name, feature in features.items() if _holds_images(feature)]
-            what = "has no column" if image_column not in features else "has no images in column"
-            raise UserError(
-                f"image_column: the dataset {what} {image_column!r}. Its columns are {', '.join(features)}; "
-                f"those that hold images: {', '.join(images) or 'none'}"
-            )
+        check_image_column(features, image_column)
         self.split, self.image_column, self.root = split, image_column, root
         self.fingerprint = digest("datasets", split, image_column, dataset._fingerprint)
-        self._read_labels(dataset)
+        column = label_column(features)
+        if column is not None:
+            labels = [-1 if label is None else int(label) for label in dataset[column]]
+            self.labels, self.class_names = classes_of(labels, getattr(features[column], "names", None))
         rows = dataset.with_format(None).select_columns([image_column])
         if isinstance(features[image_column], datasets.Image):
             # Decoding is ours, so that a damaged image is an entry in a list and not the end of the run.
             rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.rows = rows
-
-    def _read_labels(self, dataset: "datasets.Dataset") -> None:
-        import datasets
-
-        column = next((name for name in ("label", "labels") if name in dataset.features), None)
-        if column is None:
-            return
-        feature = dataset.features[column]
-        if isinstance(feature, datasets.ClassLabel):
-            names = list(feature.names)
-        elif isinstance(feature, datasets.Value) and re.fullmatch(r"u?int\d+", feature.dtype):
-            names = None
-        else:
-            return
-        labels = [-1 if label is None else int(label) for label in dataset[column]]
-        if names is None:
-            classes = max(labels, default=-1) + 1
-            if not 0 < classes <= len(labels) or min(labels) < -1:
-                logger.warning("column %r holds integers that do not look like classes; ignored", column)
-                return
-            names = [str(k) for k in range(classes)]
-        self.labels, self.class_names = labels, names
 
     @functools.cached_property
     def _paths(self) -> list[str | None]:
@@ -209,19 +192,7 @@ class HubSource(ImageSource):
         return len(self.rows)
 
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
-        import fsspec
-
-        value = self.rows[i][self.image_column]
-        if isinstance(value, dict):
-            data, path = value.get("bytes"), value.get("path")
-            if data is None and path:
-                with fsspec.open(path, "rb") as file:
-                    data = file.read()
-        else:
-            data = value
-        if data is None:
-            raise OSError("the row holds no image")
-        return decode(data, at_least)
+        return decode(image_bytes(self.rows[i][self.image_column]), at_least)
 
     def name(self, i: int) -> str:
         path = self._paths[i]
@@ -230,6 +201,60 @@ class HubSource(ImageSource):
             inside = self.root is not None and Path(path).is_relative_to(Path(self.root).absolute())
             path = os.path.relpath(path, self.root) if inside else os.path.basename(path)
         return f"{self.split}[{i}]" + (f" {path}" if path else "")
+
+
+def image_bytes(value: Any) -> bytes:
+    """The file in a cell of an image column, which holds it, or where it lies.
+
+    Raises:
+        OSError: the cell is empty, or the file is not there.
+    """
+    import fsspec
+
+    data = value
+    if isinstance(value, dict):
+        data, path = value.get("bytes"), value.get("path")
+        if data is None and path:
+            with fsspec.open(path, "rb") as file:
+                data = file.read()
+    if data is None:
+        raise OSError("the row holds no image")
+    return data
+
+
+def check_image_column(features: "datasets.Features", image_column: str) -> None:
+    """Raises `UserError` when a dataset has no such column, or no images in it."""
+    if image_column in features and _holds_images(features[image_column]):
+        return
+    images = [name for name, feature in features.items() if _holds_images(feature)]
+    what = "has no column" if image_column not in features else "has no images in column"
+    raise UserError(
+        f"image_column: the dataset {what} {image_column!r}. Its columns are {', '.join(features)}; "
+        f"those that hold images: {', '.join(images) or 'none'}"
+    )
+
+
+def label_column(features: "datasets.Features") -> str | None:
+    """The column that holds each image's class, as a ClassLabel or an integer; None without one."""
+    import datasets
+
+    column = next((name for name in LABEL_COLUMNS if name in features), None)
+    feature = features.get(column)
+    is_integer = isinstance(feature, datasets.Value) and re.fullmatch(r"u?int\d+", feature.dtype)
+    return column if is_integer or isinstance(feature, datasets.ClassLabel) else None
+
+
+def classes_of(labels: list[int], names: Sequence[str] | None) -> tuple[list[int] | None, list[str] | None]:
+    """`ImageSource.labels` and its `class_names`, which are numbers where the dataset gives no `names`."""
+    if names is None:
+        classes = max(labels, default=-1) + 1
+        if classes == 0:
+            return None, None
+        if classes > len(labels) or min(labels) < -1:
+            logger.warning("the labels are integers that do not look like classes; ignored")
+            return None, None
+        names = [str(k) for k in range(classes)]
+    return labels, list(names)
 
 
 def _holds_images(feature: Any) -> bool:
@@ -296,6 +321,23 @@ class SubsetSource(ImageSource):
     def name(self, i: int) -> str:
         return self.source.name(self.indices[i])
 
+    def squares(self) -> Any | None:
+        squares = self.source.squares()
+        return None if squares is None else _Chosen(squares, np.asarray(self.indices, dtype=np.int64))
+
+
+class _Chosen:
+    """Some of the `squares` of a source."""
+
+    def __init__(self, squares: Any, indices: np.ndarray) -> None:
+        self.of, self.indices = squares, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, wanted: int | np.ndarray) -> np.ndarray:
+        return self.of[self.indices[wanted]]
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # From the configuration to a source for training and one for validation
@@ -320,7 +362,11 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
     if cfg.max_validation_images < 1:
         raise UserError(f"max_validation_images must be at least 1, not {cfg.max_validation_images}")
     validation = None
-    if cfg.train_data_dir:
+    if cfg.streaming:
+        from latent_ddpm.streaming import open_stream
+
+        train, validation = open_stream(cfg)
+    elif cfg.train_data_dir:
         train = FolderSource(cfg.train_data_dir)
     elif cfg.dataset_name.startswith(EMBEDDED):
         if cfg.dataset_name != EMBEDDED + "mnist":
@@ -353,14 +399,10 @@ def _smallest_by_hash(source: ImageSource, count: int) -> list[int]:
 
 
 def _open_hub(name: str, config_name: str | None, image_column: str) -> tuple[HubSource, HubSource | None]:
-    splits = _load_splits(name, config_name)
-    if "train" in splits:
-        train = "train"
-    elif len(splits) == 1:
-        train = next(iter(splits))
-    else:
-        raise UserError(f"dataset_name: {name!r} has no split 'train'; its splits are {', '.join(splits)}")
-    validation = next((s for s in VALIDATION_SPLITS if s in splits and s != train and len(splits[s])), None)
+    splits = load_splits(name, config_name)
+    train, validation = choose_splits(splits, name)
+    if validation is not None and not len(splits[validation]):
+        validation = None
     if not len(splits[train]):
         raise UserError(f"dataset_name: the split {train!r} of {name!r} is empty")
     root = name if os.path.isdir(name) else None
@@ -375,20 +417,41 @@ def _open_hub(name: str, config_name: str | None, image_column: str) -> tuple[Hu
     return sources[0], sources[1]
 
 
-def _load_splits(name: str, config_name: str | None) -> dict:
-    """The splits of a Hub dataset, a dataset folder, or parquet files; every failure is a `UserError`."""
+def choose_splits(splits: dict, name: str) -> tuple[str, str | None]:
+    """The split to train on and the one to validate on, None without one, of the dataset called `name`."""
+    if "train" in splits:
+        train = "train"
+    elif len(splits) == 1:
+        train = next(iter(splits))
+    else:
+        raise UserError(f"dataset_name: {name!r} has no split 'train'; its splits are {', '.join(splits)}")
+    return train, next((s for s in VALIDATION_SPLITS if s in splits and s != train), None)
+
+
+def load_splits(name: str, config_name: str | None, streaming: bool = False) -> dict:
+    """The splits of a Hub dataset, a dataset folder, parquet files or WebDataset's tar files.
+
+    Returns:
+        datasets.Dataset by split, or, when `streaming`, datasets.IterableDataset.
+
+    Raises:
+        UserError: for whatever fails.
+    """
     import datasets
 
     path = os.path.expanduser(name)
     try:
         if os.path.isdir(path):
             if any(os.path.exists(os.path.join(path, f)) for f in ("dataset_dict.json", "state.json")):
+                if streaming:
+                    raise UserError(f"streaming: {name!r} is on this disk already, in a form that is not streamed")
                 loaded = datasets.load_from_disk(path)
                 return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-            return dict(datasets.load_dataset(path, config_name))
-        if path.endswith(".parquet") or glob.has_magic(path):
-            return dict(datasets.load_dataset("parquet", data_files=_parquet_files(path)))
-        return dict(datasets.load_dataset(name, config_name))
+            return dict(datasets.load_dataset(path, config_name, streaming=streaming))
+        if path.endswith((".parquet", ".tar")) or glob.has_magic(path) or "://" in path:
+            kind = "webdataset" if path.endswith(".tar") else "parquet"
+            return dict(datasets.load_dataset(kind, data_files=_data_files(path), streaming=streaming))
+        return dict(datasets.load_dataset(name, config_name, streaming=streaming))
     except UserError:
         raise
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -397,6 +460,8 @@ def _load_splits(name: str, config_name: str | None) -> dict:
             "in (hf auth login); nor is there a folder or parquet file of that name"
         ) from error
     except ConnectionError as error:
+        if "://" in name:
+            raise UserError(f"dataset_name: could not reach {name!r}: {error}") from error
         raise UserError(
             f"dataset_name: could not reach the Hugging Face Hub for {name!r}, and it is neither a local folder or "
             "parquet file nor in the cache; check the connection, HF_ENDPOINT and HF_HUB_OFFLINE"
@@ -409,13 +474,42 @@ def _load_splits(name: str, config_name: str | None) -> dict:
         raise UserError(f"dataset_name: could not load {name!r}: {reason}") from error
 
 
-def _parquet_files(pattern: str) -> dict[str, list[str]]:
-    """Files by split. A file's split is the word in its name, as in `datasets`; without such a word, train."""
-    files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
+def _data_files(pattern: str) -> dict[str, list[str]]:
+    """Files by split. A file's split is the word in its name, as in `datasets`; without such a word, train.
+
+    Args:
+        pattern: a path or an address; both may hold a range {000..023}, a path also * and **.
+    """
+    files = _expand_range(pattern)
+    if "://" not in pattern:
+        files = sorted(f for name in files for f in glob.glob(name, recursive=True) if os.path.isfile(f))
     if not files:
-        raise UserError(f"dataset_name: no parquet file matches {pattern!r}")
+        raise UserError(f"dataset_name: no file matches {pattern!r}")
+    for file in files:
+        if file.endswith(".tar") and "://" not in file:
+            _check_tar_ends(file)
     splits: dict[str, list[str]] = {}
     for file in files:
         word = re.search(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])", os.path.basename(file).lower())
         splits.setdefault(word.group(1) if word else "train", []).append(file)
     return splits
+
+
+def _check_tar_ends(path: str) -> None:
+    """Raises `UserError` for a tar file that was cut short, which readers take for one that ends there."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 1024))
+        if size % 512 or any(file.read()):  # an archive ends with two blocks of zeros
+            raise UserError(f"dataset_name: {path} is cut short; fetch it again")
+
+
+def _expand_range(pattern: str) -> list[str]:
+    """`a-{08..11}.tar` -> a-08.tar, a-09.tar, a-10.tar, a-11.tar, as a shell and WebDataset do."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [name for number in numbers for name in _expand_range(before + number + after)]

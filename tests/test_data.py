@@ -54,6 +54,7 @@ def config(**changes) -> SimpleNamespace:
         "train_data_dir": None,
         "dataset_name": None,
         "dataset_config_name": None,
+        "streaming": False,
         "image_column": "image",
         "validation_fraction": 0.1,
         "max_validation_images": 100,
@@ -240,7 +241,7 @@ def test_single_parquet_file_and_glob(tmp_path):
     assert (len(train), len(validation)) == (3, 1)  # its only split is for training, held out by hash
     train, validation = open_sources(config(dataset_name=str(folder / "*.parquet")))
     assert (len(train), len(validation)) == (5, 4)  # test images must not slip into training
-    with pytest.raises(UserError, match="no parquet file matches"):
+    with pytest.raises(UserError, match="no file matches"):
         open_sources(config(dataset_name=str(folder / "nothing*.parquet")))
 
 
@@ -322,10 +323,10 @@ def test_splits_agree_on_integer_classes(tmp_path):
 def test_hub_fingerprint_follows_content(tmp_path):
     def fingerprint(rows, column="image"):
         parquet_folder(tmp_path / "set", train=rows)
-        return HubSource(sources._load_splits(str(tmp_path / "set"), None)["train"], "train", column).fingerprint
+        return HubSource(sources.load_splits(str(tmp_path / "set"), None)["train"], "train", column).fingerprint
 
     first = fingerprint(table(0, 3))
-    again = HubSource(sources._load_splits(str(tmp_path / "set"), None)["train"], "train", "image").fingerprint
+    again = HubSource(sources.load_splits(str(tmp_path / "set"), None)["train"], "train", "image").fingerprint
     assert again == first
     assert fingerprint(table(1, 3)) != first
 
@@ -412,7 +413,7 @@ from types import SimpleNamespace
 from latent_ddpm.sources import open_sources
 from latent_ddpm.errors import UserError
 cfg = SimpleNamespace(train_data_dir=None, dataset_name=sys.argv[1], dataset_config_name=None, image_column="image",
-                      validation_fraction=0.1, max_validation_images=9)
+                      streaming=False, validation_fraction=0.1, max_validation_images=9)
 try:
     train, validation = open_sources(cfg)
     print(len(train), len(validation), train.name(1), validation.load(2).getpixel((0, 0)), train.class_names)
