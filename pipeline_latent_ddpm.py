@@ -1,4 +1,4 @@
-"""Unconditional latent diffusion: a U-Net denoises latents, an autoencoder turns them into images.
+"""Latent diffusion: a U-Net denoises latents, an autoencoder turns them into images.
 
 This one file is also uploaded beside the weights as `pipeline.py`, so it needs nothing but diffusers:
 
@@ -7,13 +7,19 @@ This one file is also uploaded beside the weights as `pipeline.py`, so it needs 
 
 Both load the same three components and draw the same images from the same generator. This class adds what
 later diffusers pipelines have: any scheduler, given latents, one generator per image, half precision,
-callbacks, CPU offload, `encode` / `decode`, variations of an image (SDEdit) and inpainting.
+callbacks, CPU offload, `encode` / `decode`, variations of an image (SDEdit) and inpainting. A model that is
+conditioned on a class, or on an image or semantic map, has this class alone, for LDMPipeline has no word for them.
 """
 
+import difflib
 import inspect
+import json
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Union
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,8 +33,46 @@ from diffusers import (
 )
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CONDITIONS = ("conditioning_image", "class_labels")  # in the order in which guidance adds them
+
+
+def class_shares(maps: torch.Tensor, classes: int, size: tuple[int, int]) -> torch.Tensor:
+    """The share of each class in the pixels of each latent.
+
+    Args:
+        maps: integers (B, H, W) in [0, classes).
+        size: (h, w) of the latents; divides (H, W).
+
+    Returns:
+        float32 (B, classes, h, w), which sums to 1 over the classes.
+    """
+    one_hot = torch.nn.functional.one_hot(maps.long(), classes).movedim(-1, 1).float()
+    return torch.nn.functional.adaptive_avg_pool2d(one_hot, size)
+
+
+def image_channels(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Images (B, C, H, W) in [-1, 1] at the latents' size (h, w), and a channel of ones: (B, C + 1, h, w)."""
+    small = torch.nn.functional.adaptive_avg_pool2d(images, size)
+    return torch.cat((small, torch.ones_like(small[:, :1])), dim=1)
+
+
+def guidance_weights(scales: Sequence[float]) -> list[float]:
+    """How much each prediction counts, of the model that is given none, the first, the first two, ... conditions.
+
+    Guidance adds one condition after the other: v_0 + sum_k s_k (v_k - v_(k-1)) (arXiv 2211.09800, equation 3). With
+    one scale for all it is v_0 + s (v_n - v_0) (arXiv 2207.12598, equation 6, where s = 1 + w).
+
+    Args:
+        scales: s_1, ..., s_n.
+
+    Returns:
+        n + 1 numbers that sum to 1.
+    """
+    padded = [1.0, *scales, 0.0]
+    return [padded[k] - padded[k + 1] for k in range(len(scales) + 1)]
 
 
 def is_flow_matching(scheduler: SchedulerMixin) -> bool:
@@ -135,6 +179,10 @@ class LatentDDPMPipeline(DiffusionPipeline):
         vqvae: `VQModel` or `AutoencoderKL`.
         unet: `UNet2DModel`; predicts what `scheduler.config.prediction_type` says, or a flow's velocity.
         scheduler: any diffusers scheduler that works on such a prediction.
+        class_names: of a model that is conditioned on a class, by label. Its U-Net has one embedding more, which stands
+            for no class.
+        conditioning_classes: of the semantic maps of a model that is conditioned on them; None for images. Its U-Net
+            has that many input channels behind the latents', or an image's and one.
     """
 
     model_cpu_offload_seq = "unet->vqvae"
@@ -146,14 +194,59 @@ class LatentDDPMPipeline(DiffusionPipeline):
         vqvae: Union[VQModel, AutoencoderKL],  # noqa: UP007
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
+        class_names: list | None = None,
+        conditioning_classes: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
+        if (
+            class_names is not None or conditioning_classes is not None
+        ):  # else stock LDMPipeline's config stays as it is
+            self.register_to_config(class_names=class_names, conditioning_classes=conditioning_classes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        **kwargs: Any,
+    ) -> "LatentDDPMPipeline":
+        """As `DiffusionPipeline.from_pretrained`; a repository that names its own pipeline.py is loaded by this class.
+
+        So nothing that lies in a stranger's repository is run.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        about = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs}
+        index = cls.load_config(name, **about)
+        if isinstance(index["_class_name"], str) or kwargs.get("trust_remote_code"):
+            return super().from_pretrained(name, **kwargs)
+        folder = name
+        if not os.path.isdir(name):
+            parts = [key for key, value in index.items() if isinstance(value, (list, tuple)) and key != "_class_name"]
+            folder = snapshot_download(name, allow_patterns=[f"{part}/*" for part in parts], **about)
+        with tempfile.TemporaryDirectory() as aside:  # the same folder, whose index names a class and no file
+            for entry in os.scandir(folder):
+                if entry.is_dir():
+                    os.symlink(os.path.abspath(entry.path), os.path.join(aside, entry.name), target_is_directory=True)
+            with open(os.path.join(aside, "model_index.json"), "w") as file:
+                json.dump({**index, "_class_name": cls.__name__}, file)
+            return super().from_pretrained(aside, **kwargs)
 
     @property
     def num_timesteps(self) -> int:
         """U-Net evaluations of the current or last call; more than its steps for a second-order scheduler."""
         return self._num_timesteps
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, by label; numbers where the model has none. Empty without class condition."""
+        count = (self.unet.config.num_class_embeds or 1) - 1
+        names = self.config.get("class_names")
+        return list(names) if names else [str(k) for k in range(count)]
+
+    @property
+    def conditioning_channels(self) -> int:
+        """Input channels of the U-Net behind the latents'; 0 without conditioning image."""
+        return self.unet.config.in_channels - self.unet.config.out_channels
 
     @property
     def interrupt(self) -> bool:
@@ -203,6 +296,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
         image: PipelineImageInput | None = None,
         strength: float | None = None,
         mask_image: PipelineImageInput | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        conditioning_image: PipelineImageInput | torch.Tensor | None = None,
+        guidance_scale: float | dict[str, float] = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_unet: UNet2DModel | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws images; with `image`, variations of it (SDEdit, arXiv 2108.01073); with `mask_image`, fills holes.
 
@@ -212,13 +310,13 @@ class LatentDDPMPipeline(DiffusionPipeline):
         pixels outside of the mask are the input's own, not decoded ones.
 
         Args:
-            batch_size: how many images.
+            batch_size: how many images; 1 becomes the number of class labels or conditioning images.
             num_inference_steps: denoising steps, at least 1.
             eta: 0 is deterministic DDIM, 1 is as noisy as DDPM (arXiv 2010.02502, equation 16). Schedulers
                 without an `eta` ignore it.
             generator: of the starting noise and, where the scheduler draws any, of the noise in between. A list
                 holds one per image; image i then depends on generator i alone, whatever the batch around it.
-            latents: standard normal starting noise (batch_size, in_channels, sample_size, sample_size) in place
+            latents: standard normal starting noise (batch_size, out_channels, sample_size, sample_size) in place
                 of a draw; it is scaled here by the scheduler's `init_noise_sigma`, or added to `image`.
             output_type: "pil": list of PIL images, grayscale (mode L) for one channel; "np": float32
                 (B, H, W, C) in [0, 1]; "pt": float32 (B, C, H, W) in [0, 1] on the pipeline's device; "latent":
@@ -236,6 +334,19 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 `mask_image`.
             mask_image: one for all or one per image drawn, in the forms of `image` with one channel, resized
                 likewise; white (at least 0.5) is painted anew. A latent with any such pixel is.
+            class_labels: of a model with classes: a number or name for all, or one per image; int64 (B,). None, or -1,
+                is no class.
+            conditioning_image: of a model with conditioning images: one for all or one per image, resized to the
+                model's size. Semantic maps: integers (B, H, W), or PIL images of one channel that hold the classes'
+                numbers. Images: as `image`. Or what the U-Net sees, float (B, conditioning_channels, h, w). None is no
+                conditioning image.
+            guidance_scale: how far beyond the prediction without conditions to go (arXiv 2207.12598): 1 is the
+                prediction with them, 0 that without. A dict has a scale for each of `class_labels` and
+                `conditioning_image`, 1 where it has none. Needs a model whose conditions were left out at times.
+            guidance_interval: (lowest, highest) noise level sigma, of latents of unit variance, within which there is
+                guidance (arXiv 2404.07724); elsewhere its scale is 1.
+            guidance_unet: a weaker model of the same kind, in the place of the prediction without conditions
+                (autoguidance, arXiv 2406.02507); `guidance_scale` is then one number.
 
         Returns:
             `ImagePipelineOutput` whose `images` is as `output_type` says, or a tuple.
@@ -249,6 +360,12 @@ class LatentDDPMPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs = getattr(
             callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs
         )
+        labels = self._read_class_labels(class_labels)
+        given = {} if labels is None else {"class_labels": labels}
+        maps = self._read_conditioning_image(conditioning_image)
+        given |= {} if maps is None else {"conditioning_image": maps}
+        batch_size = self._spread(given, batch_size)
+        scales = self._read_guidance(guidance_scale, guidance_unet)
         shape = self._latents_shape(batch_size)
         self._check_inputs(
             batch_size,
@@ -272,6 +389,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
             repaint = self._prepare_mask(mask_image, batch_size)  # (1 or B, 1, H, W), bool
         self._interrupt = False
         device, dtype = self._execution_device, self.unet.dtype
+        given = {name: value.to(device) for name, value in given.items()}
 
         # ------------------------------------------------------------------------------ starting noise
 
@@ -307,7 +425,12 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 if self.interrupt:
                     continue
                 inputs = {}
-                prediction = self.unet(scale_model_input(latents, t), t).sample  # (B, C, h, w)
+                inside = scales
+                if guidance_interval is not None:
+                    keep, spread = noise_level(self.scheduler, t)
+                    lowest, highest = guidance_interval
+                    inside = scales if lowest * keep <= spread <= highest * keep else dict.fromkeys(scales, 1.0)
+                prediction = self._predict(scale_model_input(latents, t), t, given, inside, guidance_unet)
                 if "pred_original_sample" in callback_on_step_end_tensor_inputs:
                     inputs["pred_original_sample"] = predict_original(latents, prediction, self.scheduler, t).to(dtype)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False, **extra)[0].to(dtype)
@@ -343,6 +466,143 @@ class LatentDDPMPipeline(DiffusionPipeline):
             return (images,)
         return ImagePipelineOutput(images=images)
 
+    def _predict(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        given: dict[str, torch.Tensor],
+        scales: dict[str, float],
+        guidance_unet: UNet2DModel | None,
+    ) -> torch.Tensor:
+        """The U-Net's prediction (B, C, h, w), guided; arguments as of `__call__`, with a scale for each condition."""
+        if guidance_unet is not None:
+            strong = self._ask(self.unet, latents, t, given)
+            scale = next(iter(scales.values()))
+            if scale == 1:
+                return strong
+            weak = self._ask(guidance_unet, latents, t, given)
+            return weak + scale * (strong - weak)
+        named = [name for name in CONDITIONS if name in given and scales.get(name, 1.0) is not None]
+        weights = guidance_weights([scales.get(name, 1.0) for name in named])
+        asked = [(k, weight) for k, weight in enumerate(weights) if weight != 0]
+        if len(asked) == 1:
+            return self._ask(self.unet, latents, t, {name: given[name] for name in named[: asked[0][0]]})
+        # all in one batch: the model with the first k conditions, for each k that counts
+        merged = {
+            name: torch.cat([given[name] if place < k else self._nothing(name, given[name]) for k, _ in asked])
+            for place, name in enumerate(named)
+        }
+        predictions = self._ask(self.unet, torch.cat([latents] * len(asked)), t, merged).chunk(len(asked))
+        return sum(weight * prediction for (_, weight), prediction in zip(asked, predictions, strict=True))
+
+    def _nothing(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """What stands for no condition of that name, in the shape and dtype of `like`."""
+        if name == "class_labels":
+            return torch.full_like(like, self.unet.config.num_class_embeds - 1)
+        return torch.zeros_like(like)
+
+    def _ask(
+        self, unet: UNet2DModel, latents: torch.Tensor, t: torch.Tensor, given: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """A U-Net's prediction (B, C, h, w) with what is `given`, and nothing in the place of what is not."""
+        words = {}
+        if unet.config.num_class_embeds is not None:
+            nobody = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
+            words["class_labels"] = given.get("class_labels", self._nothing("class_labels", nobody))
+        if self.conditioning_channels:
+            empty = latents.new_zeros(len(latents), self.conditioning_channels, *latents.shape[2:])
+            latents = torch.cat((latents, given.get("conditioning_image", empty).to(latents.dtype)), dim=1)
+        return unet(latents, t, **words).sample
+
+    def _read_class_labels(self, labels: Any) -> torch.Tensor | None:
+        """Labels int64 (1 or B,) from numbers and names."""
+        if labels is None:
+            return None
+        names = self.class_names
+        if not names:
+            raise ValueError("class_labels: this model knows no classes")
+        if isinstance(labels, torch.Tensor):
+            labels = labels.flatten().tolist()
+        numbers = []
+        for label in [labels] if isinstance(labels, (int, str)) else labels:
+            if isinstance(label, str):
+                if label not in names:
+                    nearest = difflib.get_close_matches(label, names, n=1, cutoff=0.0)
+                    raise ValueError(f"class_labels: there is no class {label!r}; did you mean {nearest[0]!r}?")
+                label = names.index(label)
+            if not -1 <= int(label) < len(names):
+                raise ValueError(f"class_labels must be from 0 to {len(names) - 1}, or -1 for no class, got {label}")
+            numbers.append(len(names) if int(label) == -1 else int(label))
+        if not numbers:
+            raise ValueError("class_labels is empty")
+        return torch.tensor(numbers)
+
+    def _read_conditioning_image(self, image: Any) -> torch.Tensor | None:
+        """Input channels (1 or B, K, h, w) from images or semantic maps."""
+        if image is None:
+            return None
+        if not self.conditioning_channels:
+            raise ValueError("conditioning_image: this model takes none")
+        size = tuple(self._latents_shape(1)[2:])
+        is_tensor = isinstance(image, torch.Tensor) and image.is_floating_point()
+        if is_tensor and tuple(image.shape[1:]) == (self.conditioning_channels, *size):
+            return image
+        classes = self.config.get("conditioning_classes")
+        if classes is None:
+            channels = self.conditioning_channels - 1
+            options = {"do_convert_rgb": channels == 3, "do_convert_grayscale": channels == 1}
+            pixels = self._preprocess("conditioning_image", image, None, channels, **options)
+            return image_channels(pixels * 2 - 1, size)
+        factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
+        pixels = (size[0] * factor, size[1] * factor)
+        maps = self._read_maps(image)
+        if tuple(maps.shape[1:]) != pixels:
+            maps = torch.nn.functional.interpolate(maps[:, None].float(), pixels, mode="nearest")[:, 0].long()
+        if maps.min() < 0 or maps.max() >= classes:
+            raise ValueError(
+                f"conditioning_image: the maps of this model have the classes 0 to {classes - 1}, got "
+                f"{int(maps.min())} to {int(maps.max())}"
+            )
+        return class_shares(maps, classes, size)
+
+    @staticmethod
+    def _read_maps(image: Any) -> torch.Tensor:
+        """Integers (1 or B, H, W)."""
+        if isinstance(image, torch.Tensor):
+            maps = image[None] if image.ndim == 2 else image
+        else:
+            images = [
+                torch.from_numpy(np.array(one)) for one in (image if isinstance(image, (list, tuple)) else [image])
+            ]
+            if any(one.ndim != 2 for one in images):
+                raise ValueError("conditioning_image: a semantic map has one channel, which holds the classes' numbers")
+            maps = torch.stack([one.long() for one in images])
+        if maps.ndim != 3 or maps.is_floating_point():
+            raise ValueError(
+                f"conditioning_image: semantic maps are integers (B, H, W), got {maps.dtype} {tuple(maps.shape)}"
+            )
+        return maps.long()
+
+    def _spread(self, given: dict[str, torch.Tensor], batch_size: int) -> int:
+        """Repeats what is given once for all, in place; the batch size that results."""
+        for name, value in given.items():
+            if batch_size == 1 and len(value) > 1:
+                batch_size = len(value)
+            if len(value) not in (1, batch_size):
+                raise ValueError(f"{name}: got {len(value)} for {batch_size} images; one for all, or one each")
+        for name, value in given.items():
+            given[name] = value.expand(batch_size, *value.shape[1:])
+        return batch_size
+
+    def _read_guidance(self, scale: float | dict[str, float], guidance_unet: UNet2DModel | None) -> dict[str, float]:
+        if isinstance(scale, dict):
+            unknown = [name for name in scale if name not in CONDITIONS]
+            if unknown or guidance_unet is not None:
+                what = f"{', '.join(unknown)}" if unknown else "a dict with guidance_unet"
+                raise ValueError(f"guidance_scale is a number, or a dict of {', '.join(CONDITIONS)}; got {what}")
+            return {name: float(scale.get(name, 1.0)) for name in CONDITIONS}
+        return dict.fromkeys(CONDITIONS, float(scale))
+
     def _noised(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w): the model-space latents `clean` at the noise level of the scheduler's next step, at `t`."""
         keep, spread = noise_level(self.scheduler, t)
@@ -360,14 +620,15 @@ class LatentDDPMPipeline(DiffusionPipeline):
         return self._preprocess("mask_image", mask, batch_size, 1, do_convert_grayscale=True) >= 0.5
 
     def _preprocess(
-        self, name: str, image: PipelineImageInput, batch_size: int, channels: int, **options: bool
+        self, name: str, image: PipelineImageInput, batch_size: int | None, channels: int, **options: bool
     ) -> torch.Tensor:
         factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
-        height, width = (side * factor for side in self._latents_shape(batch_size)[2:])
+        height, width = (side * factor for side in self._latents_shape(1)[2:])
         # Not normalized: a trip through [-1, 1] could round the pixels that inpainting keeps.
         processor = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, **options)
         image = processor.preprocess(image, height=height, width=width).float().contiguous()
-        if image.shape[1:] != (channels, height, width) or len(image) not in (1, batch_size):
+        many = batch_size is not None and len(image) not in (1, batch_size)
+        if image.shape[1:] != (channels, height, width) or many:
             raise ValueError(
                 f"{name} must be 1 or {batch_size} of {channels} channels ({height}x{width} pixels), "
                 f"got the shape {tuple(image.shape)}"
@@ -381,7 +642,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         if size is None:
             raise ValueError("unet.config.sample_size is not set, so the size of the latents is unknown")
         height, width = (size, size) if isinstance(size, int) else size
-        return (batch_size, self.unet.config.in_channels, height, width)
+        return (batch_size, self.unet.config.out_channels, height, width)
 
     def _check_inputs(
         self,

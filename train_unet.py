@@ -17,6 +17,7 @@ import torch
 from diffusers import UNet2DModel
 
 from latent_ddpm.checkpoint import CheckpointFolder, must_fit
+from latent_ddpm.conditions import make_conditions, to_device, unet_inputs
 from latent_ddpm.config import UNetConfig, parse_config, save_config
 from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
@@ -32,9 +33,9 @@ from latent_ddpm.export import (
 from latent_ddpm.grids import make_grid, save_png
 from latent_ddpm.health import SkippedSteps
 from latent_ddpm.hub import is_best
-from latent_ddpm.latents import hash_folder, latents_for_run
+from latent_ddpm.latents import hash_folder, images_for_run, latents_folder, latents_for_run
 from latent_ddpm.launch import check_before_loading, claim, fit_to_processes, make_accelerator, make_publisher, run
-from latent_ddpm.models.unet import make_unet
+from latent_ddpm.models.unet import check_latents_fit, make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
 from latent_ddpm.sampling import draw_film
@@ -60,10 +61,7 @@ def main(argv: list[str]) -> int:
             f"--autoencoder the one it was, or another --output_dir to train on this one's latents."
         )
     latent_size = check_autoencoder_fits(autoencoder, config)
-    torch.manual_seed(config.seed)
-    unet = make_unet(config, autoencoder.config.latent_channels, latent_size)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    check_latents_fit(config, latent_size)
 
     # ---------------------------------------------------------------------------------------------- latents
     sharding = Sharding.requested()
@@ -76,12 +74,19 @@ def main(argv: list[str]) -> int:
         claim(output_dir, "unet")
     device = accelerator.device
     autoencoder.to(device)
-    latents, held_out = latents_for_run(
-        config, autoencoder, device, accelerator.is_main_process, accelerator.wait_for_everyone
-    )
+    is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
+    images = images_for_run(config, is_main, wait)
+    latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)
+    folder = latents_folder(config)
+    conditions = make_conditions(config, images[0], folder, latent_size, latents.flips, device, wait)
+    of_held_out = make_conditions(config, images[1], folder / "held_out", latent_size, False, device, wait)
     fold_normalization(autoencoder, latents.mean, latents.std)
 
     # -------------------------------------------------------------------------------------- model and optimizer
+    torch.manual_seed(config.seed)
+    unet = make_unet(config, autoencoder.config.latent_channels, latent_size, **conditions.unet_arguments())
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     ema = PowerEMA(unet, config.ema_sigma_rels)
     if state:
         with must_fit(config.resume_from_checkpoint):
@@ -151,8 +156,13 @@ def main(argv: list[str]) -> int:
             checkpoints.save(step, state)
         accelerator.wait_for_everyone()
 
+    # what the grids are drawn with
+    shown = of_held_out.shown(held_out, config.num_validation_samples, config.guidance_scale)
+
     def sampler(averaged: UNet2DModel) -> LatentDDPMPipeline:
-        pipeline = LatentDDPMPipeline(vqvae=autoencoder, unet=averaged, scheduler=sampling_scheduler(config))
+        pipeline = LatentDDPMPipeline(
+            autoencoder, averaged, sampling_scheduler(config), **conditions.pipeline_arguments()
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -167,8 +177,10 @@ def main(argv: list[str]) -> int:
                 batch = training_batch(
                     held_out.batch(numbers.numpy()).to(device), numbers.to(device), config, alphas_cumprod
                 )
+                given = to_device(of_held_out.given(held_out, numbers.numpy()), device)
+                noisy, words = unet_inputs(batch.noisy, given)
                 with accelerator.autocast():
-                    total += float(batch.loss(averaged(batch.noisy, batch.timesteps).sample)) * len(numbers)
+                    total += float(batch.loss(averaged(noisy, batch.timesteps, **words).sample)) * len(numbers)
             if len(held_out):
                 tracker.log(validation_loss=total / len(held_out))
 
@@ -180,6 +192,7 @@ def main(argv: list[str]) -> int:
                     latents=normal(config.seed, Stream.SAMPLE, numbers, latents.shape),
                     num_inference_steps=config.num_inference_steps,
                     output_type="pt",
+                    **shown,
                 ).images
             path = tracker.image(make_grid(pictures.cpu() * 2 - 1))
             tracker.bar.write(f"unet step {tracker.step}: samples in {path}")
@@ -190,7 +203,14 @@ def main(argv: list[str]) -> int:
         averaged = whole_unet(ema.model, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
             scheduler = sampling_scheduler(config)
-            export_pipeline(output_dir / "pipeline", autoencoder, averaged, scheduler, config.num_inference_steps)
+            export_pipeline(
+                output_dir / "pipeline",
+                autoencoder,
+                averaged,
+                scheduler,
+                config.num_inference_steps,
+                **conditions.pipeline_arguments(),
+            )
         return averaged
 
     def publish(step: int) -> None:
@@ -212,10 +232,13 @@ def main(argv: list[str]) -> int:
             start += accelerator.process_index * config.train_batch_size
             numbers = torch.arange(start, start + config.train_batch_size)
             flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
-            clean = latents.batch(order.indices(np.asarray(numbers)), flipped).to(device, non_blocking=True)
+            rows = order.indices(np.asarray(numbers))
+            clean = latents.batch(rows, flipped).to(device, non_blocking=True)
+            given = to_device(conditions.given(latents, rows, flipped, numbers), device)
             batch = training_batch(clean, numbers.to(device), config, alphas_cumprod)
+            noisy, words = unet_inputs(batch.noisy, given)
             with accelerator.accumulate(model):
-                loss = batch.loss(model(batch.noisy, batch.timesteps).sample)
+                loss = batch.loss(model(noisy, batch.timesteps, **words).sample)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
@@ -257,9 +280,10 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------------------------------------------ export
     averaged = export()
     if accelerator.is_main_process:
-        _, film = draw_film(
-            sampler(averaged), 4, config.seed, torch.arange(4), config.num_inference_steps
-        )  # (4, S, C, R, R)
+        four = {name: value[:4] if isinstance(value, torch.Tensor) else value for name, value in shown.items()}
+        _, film = draw_film(  # (4, S, C, R, R)
+            sampler(averaged), 4, config.seed, torch.arange(4), config.num_inference_steps, **four
+        )
         save_png(make_grid(film.flatten(0, 1) * 2 - 1, film.shape[1]), output_dir / "samples" / "film_strip.png")
     if publisher is not None and config.hub_strategy != "best":
         publisher.push(f"U-Net after {config.max_train_steps} steps")

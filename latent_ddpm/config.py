@@ -312,6 +312,15 @@ class UNetConfig(RunConfig):
     Args:
         autoencoder: stage 1's folder (config.json and safetensors); unset takes `<output_dir>/autoencoder`.
         latents_dir: where the latent cache is kept; unset takes `<output_dir>/latents`.
+        conditions: what the U-Net is told besides: class, image (an image or semantic map per example), both, or
+            nothing.
+        class_dropout: share of the examples whose class is left out, which guidance needs (arXiv 2207.12598).
+        conditioning_image_column: the column of the dataset that holds the conditioning images.
+        conditioning_image_dir: a folder that holds them, under the names that train_data_dir has, with any suffix.
+        conditioning_image_classes: classes of a semantic map, whose pixels are their numbers from 0; unset takes the
+            conditioning image as an image.
+        conditioning_image_dropout: share of the examples whose conditioning image is left out.
+        guidance_scale: of the grids, the exported pipeline's samples in evaluations, and the card; 1 is no guidance.
         unet_block_out_channels: channels per level of the U-Net.
         unet_layers_per_block: residual blocks per level.
         unet_attention_levels: levels (0 is the finest) whose blocks have self-attention.
@@ -345,6 +354,13 @@ class UNetConfig(RunConfig):
 
     autoencoder: str | None = None
     latents_dir: str | None = None
+    conditions: list[Literal["class", "image"]] = dataclasses.field(default_factory=list)
+    class_dropout: float = 0.1
+    conditioning_image_column: str | None = None
+    conditioning_image_dir: str | None = None
+    conditioning_image_classes: int | None = None
+    conditioning_image_dropout: float = 0.1
+    guidance_scale: float = 1.0
     unet_block_out_channels: list[int] = dataclasses.field(default_factory=lambda: [128, 256, 256])
     unet_layers_per_block: int = 2
     unet_attention_levels: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
@@ -400,6 +416,7 @@ class UNetConfig(RunConfig):
         _require(fits, "ema_sigma_rels", rels, f"one or more different numbers above 0 and at most {MAX_SIGMA_REL}")
         _require(self.ema_snapshots >= 0, "ema_snapshots", self.ema_snapshots, "0 or more")
         self._check_noise()
+        self._check_conditions()
         _require(0 < self.beta_start <= self.beta_end < 1, "beta_start", self.beta_start, "0 < beta_start <= beta_end")
         if self.num_inference_steps > self.num_train_timesteps:
             raise UserError(
@@ -421,6 +438,30 @@ class UNetConfig(RunConfig):
                 "rescale_betas_zero_snr makes the last level pure noise, from which prediction_type epsilon says "
                 "nothing about the image; use v_prediction or sample."
             )
+
+    def _check_conditions(self) -> None:
+        kinds = self.conditions
+        _require(len(set(kinds)) == len(kinds), "conditions", kinds, "a list that names each kind once")
+        for key in ("class_dropout", "conditioning_image_dropout"):
+            _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
+        _require(self.guidance_scale > 0, "guidance_scale", self.guidance_scale, "greater than 0")
+        if self.guidance_scale != 1 and not kinds:
+            raise UserError("guidance_scale is for conditions; an unconditional model has nothing to be guided by.")
+        places = [key for key in ("conditioning_image_column", "conditioning_image_dir") if getattr(self, key)]
+        if "image" not in kinds:
+            if places or self.conditioning_image_classes is not None:
+                raise UserError(f"{(*places, 'conditioning_image_classes')[0]} is for conditions that have image.")
+            return
+        if len(places) != 1:
+            raise UserError("conditions has image: set one of conditioning_image_column and conditioning_image_dir.")
+        if self.conditioning_image_dir and self.train_data_dir is None:
+            raise UserError("conditioning_image_dir lies beside a train_data_dir; a dataset_name has columns.")
+        if self.streaming:
+            raise UserError("A dataset that is streamed keeps labels, but no conditioning images.")
+        classes = self.conditioning_image_classes
+        _require(
+            classes is None or 2 <= classes <= 256, "conditioning_image_classes", classes, "from 2 to 256, or null"
+        )
 
     @property
     def autoencoder_dir(self) -> Path:
@@ -597,7 +638,7 @@ FREE_KEYS = {
     *("train_batch_size", "gradient_accumulation_steps"),  # their product with the processes is kept: same_batch
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("dataloader_num_workers", "heartbeat_timeout", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
-    *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots"),
+    *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots", "guidance_scale"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_variants", "hub_license"),
     "gradient_checkpointing",
 }

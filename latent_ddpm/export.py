@@ -200,10 +200,39 @@ pipeline(batch_size=16, num_inference_steps={steps}).images[0].save("sample.png"
 `pipeline.py` is a richer pipeline (given latents, every scheduler, callbacks, all output types):
 `DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)`.
 """
+CONDITIONED = """---
+library_name: diffusers
+tags:
+- diffusers
+- latent-diffusion
+---
+
+# {name}
+
+A latent diffusion model trained from scratch with latent-ddpm: {autoencoder} (latents
+{channels}x{size}x{size}) and a UNet2DModel of {parameters:.1f} million parameters, {prediction}.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+pipeline({words}, num_inference_steps={steps}).images[0].save("sample.png")
+```
+"""
 KL_NOTE = """
 The first way logs that `vqvae` is an AutoencoderKL where a VQModel was expected: LDMPipeline names only that class, and
 works with both.
 """
+
+
+def example_words(conditions: dict[str, Any]) -> str:
+    """The arguments of a pipeline's example call, as Python."""
+    words = []
+    if conditions.get("class_names"):
+        words.append(f"class_labels={conditions['class_names'][:2]!r}")
+    if "conditioning_classes" in conditions:
+        words.append('conditioning_image=PIL.Image.open("map.png")')
+    return ", ".join(words) or "batch_size=16"
 
 
 def export_pipeline(
@@ -212,6 +241,7 @@ def export_pipeline(
     unet: UNet2DModel,
     scheduler: SchedulerMixin,
     num_inference_steps: int,
+    **conditions: Any,
 ) -> None:
     """Write a folder that `DiffusionPipeline.from_pretrained` of an untouched diffusers loads.
 
@@ -221,28 +251,36 @@ def export_pipeline(
         unet: in model space.
         scheduler: that the pipeline samples with.
         num_inference_steps: stands in the card's example.
+        conditions: what LatentDDPMPipeline is told of them. Without any the folder holds a stock LDMPipeline; else, for
+            that has no word for them, it names the class in its pipeline.py.
     """
 
     def write(aside: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipeline = LDMPipeline(vqvae=autoencoder, unet=unet, scheduler=scheduler)
+            kind = pipeline_latent_ddpm.LatentDDPMPipeline if conditions else LDMPipeline
+            pipeline = kind(vqvae=autoencoder, unet=unet, scheduler=scheduler, **conditions)
             pipeline.save_pretrained(aside, safe_serialization=True)
+        if conditions:
+            index = json.loads((aside / "model_index.json").read_text())
+            index["_class_name"] = ["pipeline", index["_class_name"]]
+            (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for path in aside.glob("*/config.json"):
             config = json.loads(path.read_text())
             config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.copyfile(pipeline_latent_ddpm.__file__, aside / "pipeline.py")
         codes = code_count(autoencoder)
-        card = CARD.format(
+        card = (CONDITIONED if conditions else CARD).format(
             name=folder.resolve().parent.name,
             autoencoder=f"a VQ-VAE with {codes} codes" if codes else "a KL-VAE",
-            channels=unet.config.in_channels,
+            channels=unet.config.out_channels,
             size=unet.config.sample_size,
             parameters=unet.num_parameters() / 1e6,
             prediction=scheduler.config.prediction_type.replace("_", "-"),
             steps=num_inference_steps,
+            words=example_words(conditions),
         )
-        (aside / "README.md").write_text(card if codes else card + KL_NOTE)
+        (aside / "README.md").write_text(card if codes or conditions else card + KL_NOTE)
 
     replace_folder(folder, write)

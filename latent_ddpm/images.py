@@ -127,3 +127,31 @@ def resize_and_crop(
         image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
     pixels = np.asarray(image).reshape(resolution, resolution, -1)  # (H, W, C)
     return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+
+
+def nearest_square(image: Image.Image, resolution: int) -> np.ndarray:
+    """A map of classes at another size: the window of `resize_and_crop` at the centre, without new values.
+
+    Args:
+        image: of one channel: "L", "P" (the palette's indices count), "1", or 16 or 32 bits with values below 256.
+        resolution: side of the result in pixels.
+
+    Returns:
+        uint8 (resolution, resolution).
+
+    Raises:
+        ValueError: the image has several channels, or values above 255 or below 0.
+    """
+    image = _upright(image)
+    if len(image.getbands()) > 1:
+        raise ValueError(f"it has {len(image.getbands())} channels, and a map of classes has one")
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(f"its values go from {values.min()} to {values.max()}, and classes from 0 to 255")
+    image = Image.fromarray(values.astype(np.uint8))
+    side = min(image.size)
+    left, top = ((length - side) * centre for length, centre in zip(image.size, CENTRE, strict=True))
+    if side == resolution:
+        left, top = round(left), round(top)
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((resolution, resolution), Image.Resampling.NEAREST, box=box))

@@ -29,7 +29,7 @@ from latent_ddpm.distributed import all_reduce_sum, process_count, process_index
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import StockAutoencoder, latents_of
 from latent_ddpm.files import remove_leftovers, write_json, write_whole
-from latent_ddpm.sources import ImageSource, open_sources
+from latent_ddpm.sources import open_sources
 from latent_ddpm.streaming import read_stream, undecodable
 
 logger = logging.getLogger(__name__)
@@ -377,12 +377,37 @@ def finish_cache(place: Path, shards: int, meta: dict) -> None:
     write_json(place / "meta.json", meta)
 
 
+def images_for_run(config: UNetConfig, is_main: bool, wait: Callable[[], None]) -> tuple[ImageDataset, ImageDataset]:
+    """The training set of stage 2 and its held-out images, cropped at the centre; call in every process.
+
+    Arguments and errors are those of `latents_for_run`.
+    """
+    output_dir = Path(config.output_dir)
+    if config.streaming:
+        read_stream(config, process_index(), process_count(), wait)
+    sources = open_sources(config)
+    total = sum(map(len, sources)) + undecodable(config)
+    bad_images = BadImages(output_dir / "bad_images.jsonl", total, config.max_bad_image_share)
+    # train=False: the cache holds centre crops, whatever stage 1 was shown
+    train, held_out = (
+        open_image_dataset(source, config, output_dir / "cache", bad_images, train=False, is_main=is_main, wait=wait)
+        for source in sources
+    )
+    return train, held_out
+
+
+def latents_folder(config: UNetConfig) -> Path:
+    """Where a run's caches of latents are kept."""
+    return Path(config.latents_dir) if config.latents_dir else Path(config.output_dir) / "latents"
+
+
 def latents_for_run(
     config: UNetConfig,
     autoencoder: StockAutoencoder,
     device: torch.device,
     is_main: bool,
     wait: Callable[[], None],
+    images: tuple[ImageDataset, ImageDataset] | None = None,
 ) -> tuple[LatentCache, LatentCache]:
     """The latents of a run's training set and of its held-out images, made if they are missing; call in every process.
 
@@ -394,23 +419,15 @@ def latents_for_run(
         device: where it works.
         is_main: whether this process prepares what only one may.
         wait: a barrier over the processes.
+        images: of `images_for_run`, where they have been opened already.
 
     Raises:
         UserError: no data, too many undecodable images, or an unusable autoencoder.
     """
-    output_dir = Path(config.output_dir)
-    if config.streaming:
-        read_stream(config, process_index(), process_count(), wait)
-    sources = open_sources(config)
-    total = sum(map(len, sources)) + undecodable(config)
-    bad_images = BadImages(output_dir / "bad_images.jsonl", total, config.max_bad_image_share)
-    folder = Path(config.latents_dir) if config.latents_dir else output_dir / "latents"
+    opened = images_for_run(config, is_main, wait) if images is None else images
+    folder = latents_folder(config)
 
-    def cache_of(source: ImageSource, folder: Path, flip: bool, must_vary: bool) -> LatentCache:
-        # train=False: the cache holds centre crops, whatever stage 1 was shown
-        images = open_image_dataset(
-            source, config, output_dir / "cache", bad_images, train=False, is_main=is_main, wait=wait
-        )
+    def cache_of(images: ImageDataset, folder: Path, flip: bool, must_vary: bool) -> LatentCache:
         key = cache_key(config.autoencoder_dir, images, config.resolution, config.image_channels, flip)
         workers = config.dataloader_num_workers
         batch_size = config.train_batch_size
@@ -419,9 +436,9 @@ def latents_for_run(
             images, folder, key, batch_size, device, wait, workers, must_vary,
         )  # fmt: skip
 
-    train = cache_of(sources[0], folder, config.random_flip, True)
-    held_out = cache_of(sources[1], folder / "held_out", False, False)
-    bad_images.check()
+    train = cache_of(opened[0], folder, config.random_flip, True)
+    held_out = cache_of(opened[1], folder / "held_out", False, False)
+    opened[0].bad_images.check()
     return train, dataclasses.replace(held_out, mean=train.mean, std=train.std)
 
 

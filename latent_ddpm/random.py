@@ -34,6 +34,8 @@ class Stream(enum.IntEnum):
     POSTERIOR = 9
     EQUIVARIANCE = 10
     LATENT_NOISE = 11
+    DROP_CLASS = 12
+    DROP_IMAGE = 13
 
 
 def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:

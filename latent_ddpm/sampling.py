@@ -130,7 +130,7 @@ def with_scheduler(scheduler: diffusers.SchedulerMixin, name: str) -> diffusers.
 def latent_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
     """(D, h, w) of the latents that the pipeline's U-Net denoises."""
     size = pipe.unet.config.sample_size
-    return (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    return (pipe.unet.config.out_channels, *((size, size) if isinstance(size, int) else size))
 
 
 def image_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
@@ -181,7 +181,7 @@ def draw_images(
         num_inference_steps: denoising steps.
         eta: noise of DDIM, see `LatentDDPMPipeline`.
         noise: (B, D, h, w), to begin with in place of the numbers' own.
-        inputs: what else `LatentDDPMPipeline` takes: `image`, `strength`, `mask_image`, a callback.
+        inputs: what else `LatentDDPMPipeline` takes: `image`, `strength`, `mask_image`, conditions, a callback.
 
     Returns:
         float32 (B, C, H, W) in [0, 1] on the pipeline's device.

