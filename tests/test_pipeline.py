@@ -747,4 +747,4 @@ def test_the_uploaded_file_stands_alone():
         for line in PIPELINE_FILE.read_text().splitlines()
         if line.startswith(("import ", "from "))
     }
-    assert imported - sys.stdlib_module_names <= {"torch", "numpy", "PIL", "diffusers"}
+    assert imported - sys.stdlib_module_names <= {"torch", "numpy", "PIL", "diffusers", "huggingface_hub"}
