@@ -75,3 +75,14 @@ def judge(probabilities: torch.Tensor) -> dict:
         "smallest_class_share": float(shares.min()),
         "largest_class_share": float(shares.max()),
     }
+
+
+def silhouettes(images: torch.Tensor) -> torch.Tensor:
+    """Where digits (N, 1, 32, 32) in [-1, 1] are bright, as the column `silhouette` has it: bool (N, 32, 32)."""
+    return images[:, 0] >= 128 / 127.5 - 1
+
+
+def intersection_over_union(asked: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Of silhouettes (N, H, W), bool: float (N,); 1 where both are empty."""
+    both, either = ((asked & drawn).flatten(1).sum(1), (asked | drawn).flatten(1).sum(1))
+    return torch.where(either > 0, both / either.clamp_min(1), 1.0)

@@ -259,7 +259,13 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 
 def draw_shared(
-    pipe: LatentDDPMPipeline, seed: int, count: int, batch_size: int, num_inference_steps: int
+    pipe: LatentDDPMPipeline,
+    seed: int,
+    count: int,
+    batch_size: int,
+    num_inference_steps: int,
+    given: dict[str, torch.Tensor] | None = None,
+    **inputs: Any,
 ) -> torch.Tensor | None:
     """Images number 0 .. count - 1, the same bits on any number of processes; call it in every process.
 
@@ -272,6 +278,8 @@ def draw_shared(
         count: how many images, at least 1.
         batch_size: images at a time in one process.
         num_inference_steps: denoising steps.
+        given: conditions of all images, (count, ...) each, by their name in `LatentDDPMPipeline`.
+        inputs: what else that takes, the same for all images.
 
     Returns:
         uint8 (count, C, H, W) on the CPU, in order of number, in the first process; None in the others.
@@ -288,7 +296,9 @@ def draw_shared(
             numbers = torch.arange(start, min(start + batch_size, count))
             part = torch.zeros(batch_size, *image_shape(pipe), dtype=torch.uint8, device=pipe.device)
             if len(numbers):
-                part[: len(numbers)] = to_uint8(draw_images(pipe, seed, numbers, num_inference_steps) * 2 - 1)
+                own = {name: values[numbers] for name, values in (given or {}).items()}
+                images = draw_images(pipe, seed, numbers, num_inference_steps, **own, **inputs)
+                part[: len(numbers)] = to_uint8(images * 2 - 1)
             joint = all_gather_rows(part)  # (P * batch_size, C, H, W), by rank and so by number; padded at the very end
             if first == 0:
                 kept.append(joint.cpu())

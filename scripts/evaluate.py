@@ -25,8 +25,15 @@
         compared images: where samples are near to that, it is the autoencoder that has to become better. Mirrored
         training images are not searched: a mirrored copy has nearly the same features.
 
+        A pipeline with conditions draws with those of the compared training images, and, where it has classes, a linear
+        classifier trained on the training images' features says how often a sample is what was asked for
+        (class_agreement; held_out_class_agreement is the same of held-out images). --guidance_scales measures several.
+
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 25
-        Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits.
+        Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits. One with classes
+        is asked for all in turn, and class_agreement says how often the classifier sees the class that was asked for;
+        one with silhouettes is given those of digits (of the classes asked for, if it has both) that the classifier of
+        real digits was not trained on, and iou is the mean intersection over union with them. --guidance_scale.
 
 Prints the figures and writes them as JSON (--json FILE; by default evaluation-<what>.json in the run's folder).
 """
@@ -44,14 +51,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from latent_ddpm.conditions import ConditioningImages
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data import BadImages, ImageDataset, eval_batches, open_image_dataset, to_float, to_uint8
-from latent_ddpm.digits import digit_probabilities, digit_tensors, judge, train_digit_classifier
+from latent_ddpm.digits import (
+    digit_probabilities,
+    digit_tensors,
+    intersection_over_union,
+    judge,
+    silhouettes,
+    train_digit_classifier,
+)
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluate import evaluate_autoencoder, psnr
 from latent_ddpm.export import check_autoencoder_fits, code_count, latents_of, load_autoencoder, quantize_indices
@@ -68,6 +84,7 @@ from latent_ddpm.features import (
 )
 from latent_ddpm.files import write_json
 from latent_ddpm.grids import make_grid, reconstruction_grid, save_png
+from latent_ddpm.latents import images_for_run
 from latent_ddpm.launch import make_accelerator, run
 from latent_ddpm.losses import TRUNKS, load_lpips
 from latent_ddpm.random import permutation
@@ -216,6 +233,8 @@ class Reals:
         rows: int64 (n,), those that samples are compared with.
         held_out_distance: median distance of held-out images to their nearest training image.
         held_out: how many those are.
+        held_out_features: float32 (held_out, D).
+        held_out_labels: int64 (held_out,), the classes of those; -1 without.
     """
 
     images: ImageDataset
@@ -224,6 +243,8 @@ class Reals:
     rows: torch.Tensor
     held_out_distance: float
     held_out: int
+    held_out_features: torch.Tensor
+    held_out_labels: np.ndarray
 
 
 def read_reals(
@@ -258,11 +279,13 @@ def read_reals(
         for kept, new in zip((features, indices), cached_features(network, shown, device, path), strict=True):
             kept.append(new)
         datasets.append(images)
-    (train, held_out), (train_indices, _) = features, indices
+    (train, held_out), (train_indices, held_out_indices) = features, indices
+    known = datasets[1].labels
+    held_out_labels = np.array([-1 if known is None else known[i] for i in held_out_indices.tolist()])
     # always the same ones, whatever the seed of the samples; not the first ones, which may be of one class
     rows = torch.from_numpy(permutation(0, 0, len(train))[:count])
     distance = float(nearest(held_out, train, 1)[0].median())
-    return Reals(datasets[0], train, train_indices, rows, distance, len(held_out))
+    return Reals(datasets[0], train, train_indices, rows, distance, len(held_out), held_out, held_out_labels)
 
 
 @torch.no_grad()
@@ -327,9 +350,10 @@ def draw_sweep(path: Path, settings: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4.2), constrained_layout=True)
-    for scheduler in dict.fromkeys(setting["scheduler"] for setting in settings):
-        points = [(s["steps"], s["fd"]) for s in settings if s["scheduler"] == scheduler]
-        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=scheduler)
+    for line in dict.fromkeys((setting["scheduler"], setting.get("guidance_scale")) for setting in settings):
+        points = [(s["steps"], s["fd"]) for s in settings if (s["scheduler"], s.get("guidance_scale")) == line]
+        label = line[0] if line[1] is None else f"{line[0]}, guidance {line[1]:g}"
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     axis.set_xscale("log")
     steps = sorted({setting["steps"] for setting in settings})
     axis.set_xticks(steps, [str(number) for number in steps])
@@ -343,6 +367,7 @@ def draw_sweep(path: Path, settings: list[dict]) -> None:
 
 def print_table(settings: list[dict]) -> None:
     columns = ("scheduler", "steps", "fd", "kid", "precision", "recall", "density", "coverage")
+    columns += tuple(key for key in ("guidance_scale", "class_agreement") if key in settings[0])
     columns += ("neighbour_distance_over_held_out", "images_per_second")
     rows = [[f"{s[key]:.4g}" if isinstance(s[key], float) else str(s[key]) for key in columns] for s in settings]
     heads = [*columns[:-2], "near/held-out", "images/s"]
@@ -365,6 +390,7 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     parser.add_argument("--feature_cache", type=Path)
     parser.add_argument("--max_real_images", type=int)
     parser.add_argument("--reconstructions", action="store_true")
+    parser.add_argument("--guidance_scales", type=float, nargs="+")
     options, rest = parser.parse_known_args(argv)
     check_installed(options.feature_extractor, "matplotlib")
     config = parse_config(UNetConfig, rest)
@@ -399,7 +425,61 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
         raise UserError(f"--steps {max(options.steps)} is more than the {known} that the model was trained with.")
     schedulers = {name: with_scheduler(pipe.scheduler, name) for name in options.schedulers}
     schedulers = schedulers or {type(pipe.scheduler).__name__: pipe.scheduler}
-    return pipe, [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
+    has_conditions = bool(pipe.class_names or pipe.conditioning_channels)
+    if options.guidance_scales and not has_conditions:
+        raise UserError("--guidance_scales is for pipelines with conditions.")
+    scales = dict.fromkeys(options.guidance_scales or [config.guidance_scale]) if has_conditions else [None]
+    settings = [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
+    return pipe, [(*setting, scale) for setting in settings for scale in scales]
+
+
+def conditions_of(
+    config: UNetConfig, pipe: LatentDDPMPipeline, count: int, most: int | None, accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """Of `count` samples the conditions of the training images that they are compared with, in all processes alike."""
+    if not (pipe.class_names or pipe.conditioning_channels):
+        return {}
+    images, _ = images_for_run(config, accelerator.is_main_process, accelerator.wait_for_everyone)
+    rows = np.arange(len(images))
+    if most is not None and most < len(rows):
+        rows = np.sort(permutation(0, 0, len(rows))[:most])  # as read_reals chooses
+    chosen = rows[permutation(0, 0, len(rows))[:count]]
+    chosen = chosen[np.arange(count) % len(chosen)]
+    given = {}
+    if pipe.class_names:
+        if images.labels is None:
+            raise UserError("The pipeline has classes, but the dataset has none.")
+        given["class_labels"] = torch.tensor([images.labels[i] for i in chosen])
+    if pipe.conditioning_channels:
+        if not (config.conditioning_image_column or config.conditioning_image_dir):
+            raise UserError(
+                "The pipeline takes conditioning images: say where they are, with the keys of the config that it was "
+                "trained with (--config <output_dir>/train_unet.yaml)."
+            )
+        maps = ConditioningImages(images, config)
+        given["conditioning_image"] = torch.stack([maps.get(int(i)) for i in chosen])
+        if config.conditioning_image_classes is not None:
+            given["conditioning_image"] = given["conditioning_image"][:, 0]
+        else:
+            given["conditioning_image"] = given["conditioning_image"].float() / 255
+    return given
+
+
+def linear_classifier(reals: Reals) -> tuple[Callable[[torch.Tensor], torch.Tensor], float] | None:
+    """A linear classifier of features (N, D) -> labels (N,), and its accuracy on held-out images; None without classes.
+
+    Multinomial logistic regression on standardized features (scikit-learn).
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if reals.images.labels is None:
+        return None
+    labels = np.array([reals.images.labels[i] for i in reals.indices.tolist()])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=200)).fit(reals.train.numpy(), labels)
+    accuracy = float((model.predict(reals.held_out_features.numpy()) == reals.held_out_labels).mean())
+    return lambda features: torch.from_numpy(model.predict(features.numpy())), accuracy
 
 
 def command_of(argv: list[str], accelerator: Accelerator) -> str:
@@ -439,13 +519,18 @@ def measure_pipeline(argv: list[str]) -> None:
             result["reconstructions"] = measure_reconstructions(pipe, reals, network, device)
         result |= {"held_out_images": reals.held_out, "held_out_neighbour_distance": reals.held_out_distance}
 
+    given = conditions_of(config, pipe, options.num_images, options.max_real_images, accelerator)
+    classifier = linear_classifier(reals) if is_main and "class_labels" in given else None
+    if classifier is not None:
+        result["held_out_class_agreement"] = classifier[1]
     settings: list[dict] = []
     sheet = []
-    for name, scheduler, steps in sweep:
+    for name, scheduler, steps, scale in sweep:
         pipe.scheduler = scheduler
         accelerator.wait_for_everyone()  # or the wait for the first process would count as drawing
         begun = time.perf_counter()
-        samples = draw_shared(pipe, options.seed, options.num_images, options.batch_size, steps)
+        guidance = {} if scale is None else {"guidance_scale": scale}
+        samples = draw_shared(pipe, options.seed, options.num_images, options.batch_size, steps, given, **guidance)
         seconds = time.perf_counter() - begun
         if not is_main:
             continue
@@ -461,15 +546,19 @@ def measure_pipeline(argv: list[str]) -> None:
                 "reals": len(reals.rows),
                 **compare_features(features, reals.train[reals.rows]),
                 **neighbour_figures(distances[:, 0], reals),
+                **guidance,
                 "images_per_second": len(samples) / seconds,
                 "samples_sha256": hashlib.sha256(samples.numpy().tobytes()).hexdigest(),
             }
         )
+        if classifier is not None:
+            agrees = classifier[0](features) == given["class_labels"]
+            settings[-1]["class_agreement"] = float(agrees.double().mean())
         # written again and again: a long sweep that is stopped leaves what it has
         sheet.append(to_float(samples[: 16 if len(sweep) > 1 else 64]))
         save_png(make_grid(torch.cat(sheet), columns=16), path.with_name(f"{path.stem}-samples.png"))
         if settings[-1] is min(settings, key=lambda setting: setting["fd"]):
-            result["neighbours_shown"] = f"{name}, {steps} steps"
+            result["neighbours_shown"] = f"{name}, {steps} steps" + (f", guidance {scale:g}" if guidance else "")
             picture = path.with_name(f"{path.stem}-neighbours.png")
             draw_neighbours(picture, result["neighbours_shown"], samples, distances, found, reals)
         write_json(path, {**result, "settings": settings})
@@ -488,16 +577,34 @@ def measure_digits(argv: list[str]) -> None:
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     pipeline = load_pipeline(str(options.pipeline))
     pipeline.set_progress_bar_config(disable=True)
-    drawn = draw_shared(pipeline, options.seed, options.num_images, 250, options.num_inference_steps)
     digits, labels = digit_tensors()
     held_out = torch.arange(len(digits)) % 10 == 0
+    chosen = held_out.nonzero()[:, 0]
+    chosen = chosen[torch.from_numpy(permutation(0, 0, len(chosen)))]
+    chosen = chosen[torch.arange(options.num_images) % len(chosen)]
+    given, inputs = {}, {}
+    if pipeline.class_names:
+        given["class_labels"] = labels[chosen]
+    if pipeline.conditioning_channels:
+        given["conditioning_image"] = silhouettes(digits[chosen]).long()
+    if given:
+        inputs["guidance_scale"] = options.guidance_scale
+    steps = options.num_inference_steps
+    drawn = draw_shared(pipeline, options.seed, options.num_images, 250, steps, given, **inputs)
     known = digit_probabilities(train_digit_classifier(digits[~held_out], labels[~held_out]), digits[held_out])
-    judged = judge(digit_probabilities(train_digit_classifier(digits, labels), to_float(drawn)))
+    probabilities = digit_probabilities(train_digit_classifier(digits, labels), to_float(drawn))
+    judged = judge(probabilities)
+    if "class_labels" in given:
+        judged["class_agreement"] = float((probabilities.argmax(1) == labels[chosen]).double().mean())
+    if "conditioning_image" in given:
+        asked = given["conditioning_image"].bool()
+        judged["iou"] = float(intersection_over_union(asked, silhouettes(to_float(drawn))).mean())
     show_json(
         options.json or options.pipeline.parent / "evaluation-digits.json",
         {
@@ -505,6 +612,7 @@ def measure_digits(argv: list[str]) -> None:
             "images": options.num_images,
             "steps": options.num_inference_steps,
             "scheduler": type(pipeline.scheduler).__name__,
+            **inputs,
             **judged,
             # what the same classifier, trained without them, says of real digits
             "real_held_out_accuracy": float((known.argmax(1) == labels[held_out]).double().mean()),
