@@ -21,6 +21,7 @@ from latent_ddpm.data import (
     BadImages,
     ExampleOrder,
     eval_batches,
+    next_images,
     open_image_dataset,
     to_float,
     train_batches,
@@ -49,7 +50,7 @@ from latent_ddpm.losses import (
 )
 from latent_ddpm.models.discriminator import PatchDiscriminator
 from latent_ddpm.models.equivariance import transform_of
-from latent_ddpm.models.quantizers import perplexity
+from latent_ddpm.models.quantizers import images_for_codes, perplexity
 from latent_ddpm.models.vqvae import Autoencoder
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.sources import open_sources
@@ -98,9 +99,10 @@ def main(argv: list[str]) -> int:
         for source, is_train in ((train_source, True), (validation_source, False))
     )
     bad_images.check()
+    order = ExampleOrder(len(train_set), config.seed)
     batches = train_batches(
         train_set,
-        ExampleOrder(len(train_set), config.seed),
+        order,
         first_step=first_step,
         last_step=config.max_train_steps,
         batch_size=config.train_batch_size,
@@ -223,6 +225,21 @@ def main(argv: list[str]) -> int:
             )
         accelerator.wait_for_everyone()
 
+    @torch.no_grad()
+    def start_codes(images: torch.Tensor) -> None:
+        """Put the codes where the encoder's outputs are: of the first batch or, later, of as many as it takes."""
+        learned = config.codebook_start > 0
+        if learned:
+            first = config.codebook_start * images_per_step
+            count = max(images_per_step, images_for_codes(config))
+            shares = (first, count, accelerator.process_index, accelerator.num_processes)
+            images = to_float(next_images(train_set, order, *shares).to(device))
+        with accelerator.autocast():
+            autoencoder.initialize(images, learned)
+        if learned:
+            ema.restart(autoencoder)  # an average over two bases of the latents would belong to neither
+            tracker.say("The codes enter.")
+
     def validate() -> None:
         def reconstruct(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             output = ema.model(images)
@@ -231,7 +248,8 @@ def main(argv: list[str]) -> int:
         shares = eval_batches(
             validation_set, config.train_batch_size, accelerator.process_index, accelerator.num_processes
         )
-        measured = evaluate_autoencoder(reconstruct, shares, len(epoch_counts), device)
+        codes = 0 if autoencoder.plain else len(epoch_counts)
+        measured = evaluate_autoencoder(reconstruct, shares, codes, device)
         tracker.log(**{f"validation_{key}": value for key, value in measured.items() if key != "images"})
         if accelerator.is_main_process:
             # spread over the split, which may be sorted by class
@@ -241,10 +259,10 @@ def main(argv: list[str]) -> int:
                 reconstructions = reconstruct(originals)[0]
             tracker.image(reconstruction_grid(originals.cpu(), reconstructions.cpu()))
             tracker.histogram(latents=ema.model.encode(originals))
-            if len(epoch_counts):
+            if codes:
                 tracker.histogram(uses_of_a_code=epoch_counts)
             said = f"validation PSNR {measured['psnr']:.2f} dB"
-            if len(epoch_counts):
+            if codes:
                 said += f", {measured['codebook_usage']:.1%} of codes in use, perplexity {measured['perplexity']:.0f}"
             tracker.say(said)
             watch.validation(measured, tracker.step / config.max_train_steps)
@@ -289,6 +307,7 @@ def main(argv: list[str]) -> int:
             set_learning_rate(disc_optimizer, rate * disc_learning_rate)
         if step % steps_per_epoch == 0:
             epoch_counts.zero_()
+        autoencoder.plain = ema.model.plain = step < config.codebook_start
         losses: dict[str, torch.Tensor] = {}
 
         def note(name: str, value: torch.Tensor, losses: dict[str, torch.Tensor] = losses) -> None:
@@ -298,8 +317,8 @@ def main(argv: list[str]) -> int:
             images = to_float(batch["image"].to(device, non_blocking=True))
             if step == 0 and not losses:
                 check_images(images, len(train_set), tracker.say)
-                with accelerator.autocast():
-                    autoencoder.initialize(images)
+            if step == config.codebook_start and not losses:
+                start_codes(images)
             if entered and step == disc_begins and not losses:
                 patch_gan.initialize(images)
             with accelerator.accumulate(*networks):
@@ -371,7 +390,7 @@ def main(argv: list[str]) -> int:
                         patch_gan.track(losses["logits_real"], losses["logits_fake"], disc_kept)
                     disc_optimizer.step()
                     disc_optimizer.zero_grad()
-        counts = autoencoder.quantizer.update(step, kept)
+        counts = None if autoencoder.plain else autoencoder.quantizer.update(step, kept)
         if counts is not None:
             epoch_counts += counts
         ema.update(autoencoder, step)
@@ -386,7 +405,7 @@ def main(argv: list[str]) -> int:
             skipped.report(tracker.say)
             disc_skipped.report(tracker.say)
             watch.training(measured)
-            if len(epoch_counts):
+            if len(epoch_counts) and not autoencoder.plain:
                 measured["codebook_usage"] = float((epoch_counts > 0).float().mean())
                 measured["perplexity"] = perplexity(epoch_counts)
             tracker.log(**measured, learning_rate=rate * config.learning_rate)
@@ -404,7 +423,8 @@ def main(argv: list[str]) -> int:
             return stop.exit_status
         if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:
             save(ended_at)
-            if config.push_to_hub and config.hub_strategy == "checkpoint" and ended_at < config.max_train_steps:
+            every = config.push_to_hub and config.hub_strategy == "checkpoint" and ended_at < config.max_train_steps
+            if every and ended_at > config.codebook_start:  # before, it could not be published as what it will be
                 publish(ended_at)
             tracker.pause()
     tracker.close()

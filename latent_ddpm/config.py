@@ -182,6 +182,8 @@ class AutoencoderConfig(RunConfig):
         fsq_balance_weight: weight of the loss that moves encoder outputs to codes of fsq's grid that lie idle.
         gradient_estimator: how gradients pass the choice of a code: straight_through, or rotation (arXiv 2410.06424).
         kl_weight: weight of kl's divergence from the standard normal, on the scale of LDM's own 1e-6.
+        codebook_start: step at which the codes enter; until then the network learns as a plain autoencoder, which keeps
+            more of the latent channels alive.
         codebook_decay: decay of the codebook's moving averages (arXiv 1711.00937, appendix A.1).
         codebook_revive_below: a code used less than this share of the mean is put on an encoder output (ema, simvq).
         commitment_weight: weight of the commitment loss (arXiv 1711.00937, eq. 3).
@@ -217,6 +219,7 @@ class AutoencoderConfig(RunConfig):
     fsq_balance_weight: float = 0.03
     gradient_estimator: Literal["straight_through", "rotation"] = "straight_through"
     kl_weight: float = 1e-6
+    codebook_start: int = 0
     codebook_decay: float = 0.99
     codebook_revive_below: float = 0.05
     commitment_weight: float = 0.25
@@ -249,7 +252,7 @@ class AutoencoderConfig(RunConfig):
         nonnegative = ("lpips_weight", "latent_noise", "commitment_weight", "codebook_revive_below", "disc_weight")
         for key in (*nonnegative, "disc_start", "disc_ramp_steps", "disc_r1_weight", "disc_lecam_weight"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        for key in ("kl_weight", "fsq_balance_weight"):
+        for key in ("kl_weight", "fsq_balance_weight", "codebook_start"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in ("codebook_decay", "ema_decay"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
@@ -288,6 +291,11 @@ class AutoencoderConfig(RunConfig):
             )
 
     def _check_quantizer(self) -> None:
+        start, steps = self.codebook_start, self.max_train_steps
+        has_codes = self.quantizer != "kl"
+        _require(has_codes or start == 0, "codebook_start", start, "0 when quantizer is kl, which has no codes")
+        if start >= steps and self.max_train_images is None:
+            raise UserError(f"codebook_start {start} is not before the end of the run, max_train_steps {steps}.")
         if self.quantizer != "fsq":
             _require(self.fsq_levels is None, "fsq_levels", self.fsq_levels, "unset unless quantizer is fsq")
             usual = self.gradient_estimator == "straight_through"

@@ -503,6 +503,16 @@ def eval_batches(
     return _batches(dataset, ((None, i) for i in indices), num_workers)
 
 
+def next_images(
+    dataset: ImageDataset, order: "ExampleOrder", start: int, count: int, process_index: int, num_processes: int
+) -> torch.Tensor:
+    """This process's share of the `count` examples from number `start` on, augmented: uint8 (B, C, H, W)."""
+    share = -(-count // num_processes)
+    numbers = np.arange(start + process_index * share, start + (process_index + 1) * share)
+    pairs = list(zip(numbers.tolist(), order.indices(numbers).tolist(), strict=True))
+    return torch.stack([item["image"] for item in dataset.__getitems__(pairs)])
+
+
 def range_batches(
     dataset: ImageDataset, indices: range, batch_size: int, num_workers: int = 0
 ) -> Iterator[dict[str, torch.Tensor]]:

@@ -51,6 +51,11 @@ class EMA:
         """ema <- decay * ema + (1 - decay) * model."""
         _lerp(self.model, model, 1 - self.decay_at(step))
 
+    @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Forget the past: ema <- model."""
+        _lerp(self.model, model, 1.0)
+
 
 # ----------------------------------------------------------------------------------------- power-function averages
 

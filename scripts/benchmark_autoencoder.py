@@ -48,6 +48,7 @@ from latent_ddpm.latents import Moments, overall_std
 from latent_ddpm.launch import run
 from latent_ddpm.losses import reconstruction_loss
 from latent_ddpm.models.equivariance import transform_of
+from latent_ddpm.models.quantizers import images_for_codes
 from latent_ddpm.models.vqvae import Autoencoder
 from latent_ddpm.optim import clip_gradients, make_optimizer, set_learning_rate
 from latent_ddpm.sources import open_sources
@@ -92,11 +93,18 @@ class Ours:
         self.model = Autoencoder(config).to(device)
         self.optimizer = make_optimizer(self.model.parameters(), config, config.learning_rate, config.optimizer)
         self.ema = EMA(self.model, config.ema_decay)
+        self.kept: list[torch.Tensor] = []  # the last images, for when the codes enter
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def step(self, images: torch.Tensor, numbers: torch.Tensor, progress: float) -> None:
-        if self.steps == 0:
-            self.model.initialize(images)
+        start = self.config.codebook_start
+        self.model.plain = self.ema.model.plain = self.steps < start
+        if self.model.plain:
+            self.kept = [*self.kept, images][-math.ceil(images_for_codes(self.config) / len(images)) :]
+        if self.steps == start:
+            self.model.initialize(torch.cat((*self.kept, images)), learned=start > 0)
+            if start:
+                self.ema.restart(self.model)
         warmed_up = min(1, (self.steps + 1) / max(1, self.config.lr_warmup_steps))
         rate = 0.5 * (1 + math.cos(math.pi * progress)) * warmed_up
         set_learning_rate(self.optimizer, rate * self.config.learning_rate)
@@ -109,7 +117,8 @@ class Ours:
         loss.backward()
         _, kept = clip_gradients(self.optimizer, self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
-        self.model.quantizer.update(self.steps, kept)
+        if not self.model.plain:
+            self.model.quantizer.update(self.steps, kept)
         self.ema.update(self.model, self.steps)
         self.steps += 1
 

@@ -105,6 +105,8 @@ def test_stage_1_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained
     [
         {"quantizer": "simvq", "gradient_estimator": "rotation", "optimizer": "muon"},
         {"quantizer": "fsq", "fsq_levels": "[8,5,5]", "num_vq_embeddings": 200},
+        {"quantizer": "ema", "codebook_start": 4, "latent_channels": 3},  # where the killed run goes on
+        {"quantizer": "simvq", "codebook_start": 3},
     ],
 )
 def test_other_quantizers_train_resume_and_export(photos, tmp_path, quantizer):
@@ -270,6 +272,19 @@ def test_a_checkpoint_whose_adversarial_weight_was_never_held_goes_on_without_ho
     weights = losses(tmp_path, "autoencoder", "adaptive_weight")
     held, measured = ({weights[step] for step in steps} for steps in (range(7, 9), range(9, 13)))
     assert len(held) == 1 and len(measured) == 4 and min(measured) > 0
+
+
+def test_codes_enter_two_processes_as_they_enter_one(photos, tmp_path):
+    flags = {"train_data_dir": photos, "resolution": 16, "random_flip": "true", "max_train_steps": 8}
+    flags |= {"codebook_start": 4, "validation_steps": 4}
+    for name, processes, batch in (("one", None, 8), ("two", 2, 4)):
+        text = launch("train_autoencoder.py", tmp_path / name, processes=processes, train_batch_size=batch, **flags)
+        assert text.count("The codes enter.") == 1
+    one, two = (losses(tmp_path / name, "autoencoder") for name in ("one", "two"))
+    assert max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-3
+    records = read_metrics(tmp_path / "one" / "metrics.jsonl")
+    usage = {r["step"] for r in records if "validation_codebook_usage" in r}
+    assert usage == {8} and {r["step"] for r in records if "validation_psnr" in r} == {4, 8}
 
 
 @pytest.mark.parametrize("gan", [GAN, OTHER_GAN], ids=["hinge, spectral", "non-saturating, actnorm, R1, LeCam"])

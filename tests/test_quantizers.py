@@ -16,7 +16,9 @@ from latent_ddpm.models.quantizers import (
     FSQ,
     EMACodebook,
     SimVQ,
+    decoder_metric,
     fsq_values,
+    images_for_codes,
     kmeans,
     nearest_code,
     perplexity,
@@ -408,3 +410,64 @@ def test_two_processes_hold_the_table_of_one_with_the_joint_batch(tmp_path):
         assert (alone["affine"] is None) == (name != "fsq")
         if name == "fsq":
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone["affine"], joint["affine"], strict=True))
+
+
+# ------------------------------------------------------------------------- codes that enter after a while
+
+
+def make_autoencoder(**changes):
+    torch.manual_seed(0)
+    shape = {"resolution": 16, "block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4}
+    return Autoencoder(AutoencoderConfig(dataset_name="x", num_vq_embeddings=16, **shape, **changes))
+
+
+def test_decoder_metric_of_a_linear_decoder_is_its_gram_matrix():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 3, generator=generator)  # of one position's latents into its own 2x2 pixels of 3 channels
+    scales = torch.tensor([3.0, 1.0, 0.1]).view(1, 3, 1, 1)
+    latents = torch.randn(64, 3, 8, 8, generator=generator) * scales + 2
+
+    def decode(z):
+        return torch.nn.functional.pixel_shuffle(torch.einsum("pd,ndhw->nphw", mixing, z), 2)
+
+    matrix, shift = decoder_metric(lambda images: latents, decode, torch.zeros(64, 3, 16, 16))
+    gram = (mixing.T @ mixing).double()
+    ratio = (matrix.T @ matrix) / gram
+    torch.testing.assert_close(ratio, ratio[0, 0].expand(3, 3), rtol=1e-3, atol=0)
+    mapped = torch.einsum("ab,nbhw->nahw", matrix, latents.double()) + shift.view(1, 3, 1, 1)
+    torch.testing.assert_close(mapped.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-5, rtol=0)
+    assert float(mapped.var((0, 2, 3)).mean()) == pytest.approx(1, rel=1e-2)
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "simvq", "fsq"])
+def test_codes_that_enter_late_leave_the_plain_autoencoder_as_it_was(quantizer):
+    levels = {"fsq_levels": [2, 2, 2, 2]} if quantizer == "fsq" else {}
+    model = make_autoencoder(quantizer=quantizer, codebook_start=5, **levels)
+    images = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    model.plain = True
+    before = model(images)
+    assert before.quantized.indices is None and before.quantized.loss(AutoencoderConfig(dataset_name="x")) == 0
+    model.initialize(images, learned=True)
+    torch.testing.assert_close(model(images).reconstruction, before.reconstruction, rtol=1e-3, atol=1e-3)
+    model.plain = False
+    after = model.eval()(images)
+    assert after.quantized.indices.unique().numel() > 8
+    error = (after.quantized.latents - model.encode(images)).var() / model.encode(images).var()
+    assert error < 0.6
+
+
+def test_a_plain_autoencoder_gives_the_quantizers_parameters_a_gradient_of_0():
+    """Or DistributedDataParallel would wait for them."""
+    model = make_autoencoder(quantizer="simvq", codebook_start=5)
+    model.plain = True
+    output = model(torch.rand(2, 3, 16, 16))
+    (output.reconstruction.mean() + output.quantized.codebook_loss).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.quantizer.parameters())
+
+
+def test_how_many_images_k_means_takes():
+    config = AutoencoderConfig(dataset_name="x", resolution=32, block_out_channels=[16, 32, 64], num_vq_embeddings=1024)
+    assert images_for_codes(config) == 256

@@ -9,7 +9,7 @@ batch would.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.distributed import all_gather_rows, all_reduce_sum, process_count, process_index
 from latent_ddpm.random import Stream, integers, normal, uniform
 
+VECTORS_PER_CODE = 16  # that k-means starts from when the codes enter a network that has learned
 _MAX_DISTANCES = 2**25  # elements of one block of the distance matrix: 128 MiB
 
 
@@ -27,7 +28,7 @@ class Quantized(NamedTuple):
     """What a quantizer returns.
 
     latents: (B, D, H, W) float32, the codes, with an estimated gradient to the encoder.
-    indices: (B, H, W) int64.
+    indices: (B, H, W) int64; None of `unquantized`.
     commitment_loss: scalar, mean squared distance of encoder outputs to their codes, which pulls the outputs
         (arXiv 1711.00937, eq. 3, third term).
     codebook_loss: what else the table asks for: of SimVQ the same distance, but pulling the codes (second term); of
@@ -35,7 +36,7 @@ class Quantized(NamedTuple):
     """
 
     latents: torch.Tensor
-    indices: torch.Tensor
+    indices: torch.Tensor | None
     commitment_loss: torch.Tensor
     codebook_loss: torch.Tensor
 
@@ -102,6 +103,51 @@ def joint_moments(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, in
     covariance = (vectors - mean).T @ (vectors - mean) / len(vectors)
     floor = 1e-6 * covariance.diagonal().mean() + 1e-8
     return mean, torch.linalg.cholesky(covariance + floor * torch.eye(len(mean)).to(mean)), len(vectors)
+
+
+def decoder_metric(
+    encode: Callable[[torch.Tensor], torch.Tensor], decode: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The affine map of latents after which a step of one length, in any direction, changes the image alike.
+
+    A step dz at one position changes the squared error of the image by dz^T G dz, where G is the mean of J^T J over
+    positions and J the decoder's Jacobian, taken by finite differences. The map is G^(1/2), scaled so that latents
+    have unit variance on average over the channels, around their mean.
+
+    Args:
+        encode: images (B, C, R, R) -> latents (B, D, h, w).
+        decode: its inverse, or nearly.
+        images: of this process; the result is that of all processes' together.
+
+    Returns:
+        A matrix (D, D) and, to be added after it, a vector (D,), float64.
+    """
+    latents = encode(images).float()
+    width, side = latents.shape[1], latents.shape[2]
+    mean, factor, _ = joint_moments(latents)
+    step = 0.3 * float((factor @ factor.T).diagonal().mean().sqrt())
+    here = torch.zeros_like(latents[:1, :1])  # far enough apart that what they change hardly overlaps
+    here[..., min(1, side - 1) :: 4, min(1, side - 1) :: 4] = step
+    gram, positions = latents.new_zeros(width, width, dtype=torch.float64), int((here > 0).sum()) * len(images)
+    for part in latents.split(32):
+        base = decode(part)
+        moved = []
+        for channel in range(width):
+            offset = torch.zeros_like(part)
+            offset[:, channel : channel + 1] = here
+            moved.append((decode(part + offset) - base).flatten().double() / step)
+        gram += torch.stack(moved) @ torch.stack(moved).T
+    joint = all_reduce_sum(torch.cat((gram.flatten(), gram.new_tensor([positions]))))
+    values, vectors = torch.linalg.eigh(joint[:-1].view(width, width) / joint[-1])
+    matrix = vectors @ (values.clamp_min(1e-6 * values.max()).sqrt()[:, None] * vectors.T)
+    matrix = matrix / (matrix @ factor).pow(2).sum(1).mean().sqrt()
+    return matrix, -matrix @ mean
+
+
+def unquantized(latents: torch.Tensor, quantizer: nn.Module) -> Quantized:
+    """Encoder outputs (B, D, H, W) that go past a quantizer, whose parameters then have the gradient 0."""
+    nothing = sum((p.sum() * 0 for p in quantizer.parameters()), latents.new_zeros(()))
+    return Quantized(latents.float(), None, nothing.detach(), nothing)
 
 
 def straight_through(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -417,6 +463,12 @@ def fsq_values(levels: int) -> torch.Tensor:
         positive.append(2 * tip - positive[-1])
     negative = [-value for value in reversed(positive if even else positive[1:])]
     return torch.tensor(negative + positive) - shift
+
+
+def images_for_codes(config: AutoencoderConfig) -> int:
+    """How many images have VECTORS_PER_CODE latents for each code."""
+    positions = (config.resolution // 2 ** (len(config.block_out_channels) - 1)) ** 2
+    return -(-VECTORS_PER_CODE * config.num_vq_embeddings // positions)
 
 
 def make_quantizer(config: AutoencoderConfig) -> Quantizer:

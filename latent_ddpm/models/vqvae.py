@@ -16,7 +16,7 @@ from torch import nn
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.models.equivariance import Transform, with_noise
 from latent_ddpm.models.posterior import KLPosterior, Posterior
-from latent_ddpm.models.quantizers import Quantized, make_quantizer
+from latent_ddpm.models.quantizers import Quantized, decoder_metric, make_quantizer, unquantized
 
 _EPS = 1e-6  # of the group norms, as in VQModel
 
@@ -187,6 +187,9 @@ class Autoencoder(nn.Module):
 
     Args:
         config: see AutoencoderConfig for the keys that shape it.
+
+    Attributes:
+        plain: while this is set, encoder outputs go to the decoder as they are, past the codes.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -196,6 +199,7 @@ class Autoencoder(nn.Module):
         is_kl = config.quantizer == "kl"
         outputs = 2 * width if is_kl else width  # a mean and the logarithm of a variance for each latent
         self.latent_channels, self.seed, self.latent_noise = width, config.seed, config.latent_noise
+        self.plain = False
         self.encoder = Encoder(config.image_channels, outputs, *shape)
         self.quant_conv = nn.Conv2d(outputs, outputs, 1)
         values_per_position = config.image_channels * 4 ** (len(widths) - 1)
@@ -204,16 +208,31 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(width, config.image_channels, *shape)
 
     @torch.no_grad()
-    def initialize(self, images: torch.Tensor) -> None:
-        """Bring quantizer and encoder together on the first batch, images (B, C, R, R); call it in every process."""
-        latents = self.encode(images).float()
+    def initialize(self, images: torch.Tensor, learned: bool = False) -> None:
+        """Bring quantizer and encoder together on images (B, C, R, R); call it in every process.
+
+        With `learned`, encoder and decoder have been trained already. Their latents then are first brought to units of
+        what the decoder makes of them (`decoder_metric`), so that the nearest code is the one that costs least in
+        pixels; the decoder undoes this, and whatever the quantizer asks for.
+        """
         with torch.autocast(images.device.type, enabled=False):
-            affine = self.quantizer.initialize(latents)
+            if learned:
+                self._change_basis(*decoder_metric(self.encode, self.decode, images), undo=True)
+            affine = self.quantizer.initialize(self.encode(images).float())
             if affine is not None:
-                matrix, shift = affine
-                weight, bias = self.quant_conv.weight, self.quant_conv.bias
-                weight.copy_((matrix @ weight.flatten(1)).view_as(weight))
-                bias.copy_(matrix @ bias + shift)
+                self._change_basis(*affine, undo=learned)
+
+    def _change_basis(self, matrix: torch.Tensor, shift: torch.Tensor, undo: bool) -> None:
+        """Send latents through a matrix (D, D) and add a vector (D,); with `undo`, have the decoder take it back."""
+        weight, bias = self.quant_conv.weight, self.quant_conv.bias
+        matrix, shift = matrix.to(weight), shift.to(weight)
+        weight.copy_((matrix @ weight.flatten(1)).view_as(weight))
+        bias.copy_(matrix @ bias + shift)
+        if undo:
+            weight, bias = self.post_quant_conv.weight, self.post_quant_conv.bias
+            inverse = torch.linalg.inv(matrix)
+            bias.sub_(weight.flatten(1) @ (inverse @ shift))
+            weight.copy_((weight.flatten(1) @ inverse).view_as(weight))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> latents (B, D, R/f, R/f).
@@ -242,7 +261,7 @@ class Autoencoder(nn.Module):
             encoded = transform.apply(encoded)
         if noisy and not is_kl:
             encoded = with_noise(encoded, numbers, self.seed, self.latent_noise)
-        quantized = self.quantizer(encoded, numbers)
+        quantized = unquantized(encoded, self.quantizer) if self.plain else self.quantizer(encoded, numbers)
         if transform is not None and is_kl:
             quantized = quantized._replace(latents=transform.apply(quantized.latents))
         if noisy and is_kl:
