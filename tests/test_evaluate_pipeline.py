@@ -114,10 +114,10 @@ def test_defaults_are_the_pipelines_own_and_a_sweep_is_the_cross_product(run, co
     options, parsed = script.pipeline_options([*config, "--num_inference_steps", "7"])
     assert options.steps == [7] and options.pipeline == str(run[0] / "pipeline") and options.num_images == 5000
     pipe, sweep = script.load_for(options, parsed)
-    assert sweep == [("DDIMScheduler", pipe.scheduler, 7)]
+    assert sweep == [("DDIMScheduler", pipe.scheduler, 7, None)]
     options, parsed = script.pipeline_options([*config, "--schedulers", "heun", "ddim", "--steps", "9", "3"])
     _, sweep = script.load_for(options, parsed)
-    assert [(name, steps) for name, _, steps in sweep] == [("heun", 9), ("heun", 3), ("ddim", 9), ("ddim", 3)]
+    assert [(name, steps) for name, _, steps, _ in sweep] == [("heun", 9), ("heun", 3), ("ddim", 9), ("ddim", 3)]
     assert type(sweep[0][1]).__name__ == "HeunDiscreteScheduler"
 
 
