@@ -186,9 +186,8 @@ def draw(contestants: list[Contestant], title: str, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     for axis, key, label in zip(axes, ("psnr", "codebook_usage"), ("PSNR (dB)", "codes in use"), strict=True):
         for contestant in contestants:
-            minutes = [point["minutes"] for point in contestant.curve]
-            if key in contestant.curve[0]:  # kl has no codes
-                axis.plot(minutes, [point[key] for point in contestant.curve], marker=".", label=contestant.name)
+            points = [point for point in contestant.curve if key in point]  # kl has no codes, others not from the start
+            axis.plot(*([p[name] for p in points] for name in ("minutes", key)), marker=".", label=contestant.name)
         axis.set_xlabel("minutes of training")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
@@ -243,7 +242,8 @@ def main(argv: list[str]) -> int:
             contestants.append(Contestant(name, recipe, batches, codes))
 
         def measure(contestant: Contestant, batches: list) -> dict[str, float]:
-            return evaluate_autoencoder(contestant.recipe.reconstruct, batches, contestant.num_codes, device)
+            codes = 0 if getattr(contestant.recipe.model, "plain", False) else contestant.num_codes
+            return evaluate_autoencoder(contestant.recipe.reconstruct, batches, codes, device)
 
         turns = math.ceil(budget / options.turn)
         for turn in tqdm(range(turns), desc="turns", unit="turn"):
