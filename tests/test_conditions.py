@@ -198,7 +198,7 @@ def test_conditioning_images_that_are_images():
         ({"conditioning_image": Image.new("RGB", (16, 16))}, "a semantic map has one channel"),
         ({"conditioning_image": Image.fromarray(a_map(5))}, "classes 0 to 1, got 0 to 5"),
         ({"conditioning_image": torch.zeros(16, 16)}, "semantic maps are integers"),
-        ({"guidance_scale": {"klass": 2.0}}, "a dict of conditioning_image, class_labels; got klass"),
+        ({"guidance_scale": {"klass": 2.0}}, "a dict of conditioning_image, class_labels, prompt; got klass"),
     ],
 )
 def test_what_the_call_refuses(pipe, words, message):
