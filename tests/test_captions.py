@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_tensors, checkpoint_tensors, environment, launch, launch_and_stop, losses
+from conftest import assert_same_tensors, checkpoint_tensors, environment, launch, launch_and_stop, losses, run_script
 from PIL import Image
 
 from latent_ddpm.captions import TextEncoder, embed_captions, read_captions
@@ -290,3 +290,21 @@ def test_prompts_in_every_form(trained):
         draw(pipe, prompt_embeds=embeds)
     with pytest.raises(ValueError, match=r"must be \(B, T, 8\)"):
         draw(pipe, prompt=None, prompt_embeds=embeds[..., :4])
+
+
+def test_what_is_published_has_the_encoder_and_a_card_whose_code_runs(trained, tmp_path, monkeypatch):
+    from huggingface_hub import ModelCard
+
+    output_dir, _ = trained
+    run_script("push_to_hub.py", str(output_dir), "--dry_run", str(tmp_path / "laid"), "--hub_model_id", "me/fish")
+    assert (tmp_path / "laid" / "text_encoder" / "model.safetensors").exists()
+    card = ModelCard.load(tmp_path / "laid" / "README.md")
+    assert card.data.pipeline_tag == "text-to-image" and "The classes are bird, fish" in card.text
+    assert "there is no\nconditioning but on class and text" in card.text
+    assert str(tmp_path) not in card.content and str(output_dir) not in card.content
+    code = re.search("```python\n(.*?)```", card.text, re.DOTALL)[1]
+    assert "guidance_scale=2" in code
+    (tmp_path / "code.py").write_text(code.replace("me/fish", str(tmp_path / "laid")))
+    away = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-P", "code.py"], cwd=tmp_path, env=away, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "sample.png").exists(), done.stderr[-2000:]
