@@ -8,7 +8,7 @@ This one file is also uploaded beside the weights as `pipeline.py`, so it needs 
 Both load the same three components and draw the same images from the same generator. This class adds what
 later diffusers pipelines have: any scheduler, given latents, one generator per image, half precision,
 callbacks, CPU offload, `encode` / `decode`, variations of an image (SDEdit) and inpainting. A model that is
-conditioned on a class, or on an image or semantic map, has this class alone, for LDMPipeline has no word for them.
+conditioned on a class, an image or semantic map, or a text, has this class alone, for LDMPipeline has no word for them.
 """
 
 import difflib
@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar, Optional, Union
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from diffusers import (
     LMSDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
+    UNet2DConditionModel,
     UNet2DModel,
     VQModel,
 )
@@ -36,7 +37,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CONDITIONS = ("conditioning_image", "class_labels")  # in the order in which guidance adds them
+CONDITIONS = ("conditioning_image", "class_labels", "prompt")  # in the order in which guidance adds them
 
 
 def class_shares(maps: torch.Tensor, classes: int, size: tuple[int, int]) -> torch.Tensor:
@@ -183,26 +184,36 @@ class LatentDDPMPipeline(DiffusionPipeline):
             for no class.
         conditioning_classes: of the semantic maps of a model that is conditioned on them; None for images. Its U-Net
             has that many input channels behind the latents', or an image's and one.
+        text_encoder: of a model that is conditioned on text, whose U-Net is a `UNet2DConditionModel`; transformers'.
+        tokenizer: of the text encoder.
+        text_encoder_id: a Hub id or folder, from which the two are loaded when they are needed and not given.
+        max_caption_tokens: prompts are cut there.
     """
 
-    model_cpu_offload_seq = "unet->vqvae"
+    model_cpu_offload_seq = "text_encoder->unet->vqvae"
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "pred_original_sample"]
 
     # Union, not |: from_pretrained of diffusers 0.35 reads these annotations, and fails on the newer spelling.
     def __init__(
         self,
         vqvae: Union[VQModel, AutoencoderKL],  # noqa: UP007
-        unet: UNet2DModel,
+        unet: Union[UNet2DModel, UNet2DConditionModel],  # noqa: UP007
         scheduler: SchedulerMixin,
-        class_names: list | None = None,
-        conditioning_classes: int | None = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        class_names: Optional[list] = None,  # noqa: UP045
+        conditioning_classes: Optional[int] = None,  # noqa: UP045
+        text_encoder_id: Optional[str] = None,  # noqa: UP045
+        max_caption_tokens: Optional[int] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
-        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
-        if (
-            class_names is not None or conditioning_classes is not None
-        ):  # else stock LDMPipeline's config stays as it is
-            self.register_to_config(class_names=class_names, conditioning_classes=conditioning_classes)
+        self.register_modules(
+            vqvae=vqvae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        about = {"class_names": class_names, "conditioning_classes": conditioning_classes}
+        about |= {"text_encoder_id": text_encoder_id, "max_caption_tokens": max_caption_tokens}
+        self.register_to_config(**{name: value for name, value in about.items() if value is not None})
 
     @classmethod
     def from_pretrained(
@@ -247,6 +258,45 @@ class LatentDDPMPipeline(DiffusionPipeline):
     def conditioning_channels(self) -> int:
         """Input channels of the U-Net behind the latents'; 0 without conditioning image."""
         return self.unet.config.in_channels - self.unet.config.out_channels
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the model is conditioned on text."""
+        return self.unet.config.get("cross_attention_dim") is not None
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of texts, and which of their tokens count.
+
+        Returns:
+            float (B, T, cross_attention_dim), zero where there is no token, and bool (B, T), on the pipeline's device.
+
+        Raises:
+            ValueError: the pipeline has no text encoder and names none.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            name = self.config.get("text_encoder_id")
+            if name is None:
+                raise ValueError("prompt: this pipeline has no text encoder; give prompt_embeds")
+            import transformers
+
+            kind = {
+                "clip": "CLIPTextModel",
+                "t5": "T5EncoderModel",
+                "mt5": "MT5EncoderModel",
+                "siglip": "SiglipTextModel",
+            }
+            kind = kind.get(transformers.AutoConfig.from_pretrained(name).model_type, "AutoModel")
+            encoder = getattr(transformers, kind).from_pretrained(name).eval().requires_grad_(False)
+            self.register_modules(text_encoder=encoder, tokenizer=transformers.AutoTokenizer.from_pretrained(name))
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.config.get("max_caption_tokens"), return_tensors="pt"
+        )
+        encoder = self.text_encoder.to(self._execution_device)
+        ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
+        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden * mask.unsqueeze(-1), mask.bool()
 
     @property
     def interrupt(self) -> bool:
@@ -300,7 +350,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
         conditioning_image: PipelineImageInput | torch.Tensor | None = None,
         guidance_scale: float | dict[str, float] = 1.0,
         guidance_interval: tuple[float, float] | None = None,
-        guidance_unet: UNet2DModel | None = None,
+        guidance_unet: UNet2DModel | UNet2DConditionModel | None = None,
+        prompt: str | Sequence[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt: str = "",
     ) -> ImagePipelineOutput | tuple:
         """Draws images; with `image`, variations of it (SDEdit, arXiv 2108.01073); with `mask_image`, fills holes.
 
@@ -341,12 +395,17 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 numbers. Images: as `image`. Or what the U-Net sees, float (B, conditioning_channels, h, w). None is no
                 conditioning image.
             guidance_scale: how far beyond the prediction without conditions to go (arXiv 2207.12598): 1 is the
-                prediction with them, 0 that without. A dict has a scale for each of `class_labels` and
-                `conditioning_image`, 1 where it has none. Needs a model whose conditions were left out at times.
+                prediction with them, 0 that without. A dict has a scale for each of `class_labels`,
+                `conditioning_image` and `prompt`, 1 where it has none. Needs a model whose conditions were left out at
+                times.
             guidance_interval: (lowest, highest) noise level sigma, of latents of unit variance, within which there is
                 guidance (arXiv 2404.07724); elsewhere its scale is 1.
             guidance_unet: a weaker model of the same kind, in the place of the prediction without conditions
                 (autoguidance, arXiv 2406.02507); `guidance_scale` is then one number.
+            prompt: of a model with text: one for all or one per image. None is no text.
+            prompt_embeds: in its place, what `encode_prompt` returns first, (1 or B, T, W).
+            prompt_attention_mask: and second, bool (1 or B, T); None takes all tokens.
+            negative_prompt: what stands for no text; what the model has learned as such is the empty one.
 
         Returns:
             `ImagePipelineOutput` whose `images` is as `output_type` says, or a tuple.
@@ -364,6 +423,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
         given = {} if labels is None else {"class_labels": labels}
         maps = self._read_conditioning_image(conditioning_image)
         given |= {} if maps is None else {"conditioning_image": maps}
+        text = self._read_prompt(prompt, prompt_embeds, prompt_attention_mask, negative_prompt)
+        given |= {} if text is None else {"prompt": text}
         batch_size = self._spread(given, batch_size)
         scales = self._read_guidance(guidance_scale, guidance_unet)
         shape = self._latents_shape(batch_size)
@@ -472,7 +533,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         t: torch.Tensor,
         given: dict[str, torch.Tensor],
         scales: dict[str, float],
-        guidance_unet: UNet2DModel | None,
+        guidance_unet: UNet2DModel | UNet2DConditionModel | None,
     ) -> torch.Tensor:
         """The U-Net's prediction (B, C, h, w), guided; arguments as of `__call__`, with a scale for each condition."""
         if guidance_unet is not None:
@@ -499,16 +560,27 @@ class LatentDDPMPipeline(DiffusionPipeline):
         """What stands for no condition of that name, in the shape and dtype of `like`."""
         if name == "class_labels":
             return torch.full_like(like, self.unet.config.num_class_embeds - 1)
+        if name == "prompt":
+            empty = self._no_text.to(like)
+            return torch.nn.functional.pad(empty, (0, 0, 0, like.shape[1] - empty.shape[1])).expand_as(like)
         return torch.zeros_like(like)
 
     def _ask(
-        self, unet: UNet2DModel, latents: torch.Tensor, t: torch.Tensor, given: dict[str, torch.Tensor]
+        self,
+        unet: UNet2DModel | UNet2DConditionModel,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        given: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """A U-Net's prediction (B, C, h, w) with what is `given`, and nothing in the place of what is not."""
         words = {}
         if unet.config.num_class_embeds is not None:
             nobody = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
             words["class_labels"] = given.get("class_labels", self._nothing("class_labels", nobody))
+        if self.takes_text:
+            text = given.get("prompt", self._no_text.to(latents.device).expand(len(latents), -1, -1))
+            words["encoder_hidden_states"] = text[..., :-1].to(latents.dtype)
+            words["encoder_attention_mask"] = text[..., -1] > 0.5
         if self.conditioning_channels:
             empty = latents.new_zeros(len(latents), self.conditioning_channels, *latents.shape[2:])
             latents = torch.cat((latents, given.get("conditioning_image", empty).to(latents.dtype)), dim=1)
@@ -583,6 +655,41 @@ class LatentDDPMPipeline(DiffusionPipeline):
             )
         return maps.long()
 
+    def _read_prompt(
+        self,
+        prompt: str | Sequence[str] | None,
+        embeds: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        negative_prompt: str,
+    ) -> torch.Tensor | None:
+        """Embeddings and, as one channel more, their mask: (1 or B, T, W + 1); None without text."""
+        if not self.takes_text:
+            if prompt is not None or embeds is not None:
+                raise ValueError("prompt: this model takes no text")
+            return None
+        if prompt is not None and embeds is not None:
+            raise ValueError("give prompt or prompt_embeds, not both")
+        width = self.unet.config.cross_attention_dim
+        if isinstance(prompt, (list, tuple)) and not prompt:
+            raise ValueError("prompt is empty")
+
+        def packed(embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            if embeds.ndim != 3 or embeds.shape[-1] != width:
+                raise ValueError(f"prompt_embeds must be (B, T, {width}), got {tuple(embeds.shape)}")
+            mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+            return torch.cat((embeds.float(), mask.to(embeds.device)[..., None].float()), dim=-1)
+
+        if embeds is not None and self.text_encoder is None and self.config.get("text_encoder_id") is None:
+            self._no_text = torch.zeros(1, 1, width + 1)  # the empty text's own embedding is not to be had
+            self._no_text[..., -1] = 1
+        else:
+            self._no_text = packed(*self.encode_prompt(negative_prompt))
+        if prompt is None and embeds is None:
+            return None
+        text = packed(*self.encode_prompt(prompt)) if embeds is None else packed(embeds, mask)
+        short = self._no_text.shape[1] - text.shape[1]
+        return torch.nn.functional.pad(text, (0, 0, 0, max(0, short)))
+
     def _spread(self, given: dict[str, torch.Tensor], batch_size: int) -> int:
         """Repeats what is given once for all, in place; the batch size that results."""
         for name, value in given.items():
@@ -594,7 +701,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
             given[name] = value.expand(batch_size, *value.shape[1:])
         return batch_size
 
-    def _read_guidance(self, scale: float | dict[str, float], guidance_unet: UNet2DModel | None) -> dict[str, float]:
+    def _read_guidance(self, scale: float | dict[str, float], guidance_unet: Any) -> dict[str, float]:
         if isinstance(scale, dict):
             unknown = [name for name in scale if name not in CONDITIONS]
             if unknown or guidance_unet is not None:

@@ -37,6 +37,7 @@ class Facts:
         files: names of what is published.
         configs: of the published parts ("vqvae", "unet", "scheduler"), their config.json.
         parameters: of the published parts, their number.
+        index: the pipeline's model_index.json.
     """
 
     autoencoder: dict[str, Any]
@@ -46,6 +47,25 @@ class Facts:
     files: set[str]
     configs: dict[str, dict[str, Any]]
     parameters: dict[str, int]
+    index: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def conditions(self) -> list[str]:
+        """What the model is conditioned on: of "class", "image" and "text"."""
+        unet, found = self.configs.get("unet", {}), []
+        if unet.get("num_class_embeds"):
+            found.append("class")
+        if unet.get("in_channels") != unet.get("out_channels"):
+            found.append("image")
+        return (
+            [*found, "text"] if unet.get("cross_attention_dim") and unet.get("_class_name") != "UNet2DModel" else found
+        )
+
+    @property
+    def task(self) -> str:
+        """The Hub's word for what the model does."""
+        of = {"text": "text-to-image", "image": "image-to-image"}
+        return next((task for kind, task in of.items() if kind in self.conditions), TASK)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -107,6 +127,7 @@ def read_facts(folder: Path) -> Facts:
         configs={part: _json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
                  for part in parts},
         parameters={part: _count(paths[0]) for part, paths in weights.items() if paths},
+        index=_json(folder / "model_index.json"),
     )  # fmt: skip
 
 
@@ -148,9 +169,15 @@ def figures(facts: Facts) -> list[Figure]:
             ("coverage", "Coverage", "coverage", ".3f"),
         ):
             add(best, result["command"], key, f"{name} ({how})", kind, form)
+        real = result.get("held_out_class_agreement", 0)
+        name = f"Samples of the class asked for, by a linear classifier ({how}; {real:.1%} of held-out images)"
+        add(best, result["command"], "class_agreement", name, "class_agreement", ".1%")
     if result := facts.evaluations.get("digits"):
         add(result, result["command"], "confident", f"Samples that a classifier of digits knows with p > 0.9 "
             f"({result.get('images')} samples)", "confident_samples", ".1%")  # fmt: skip
+        for key, name in (("class_agreement", "Samples of the digit that was asked for, by the same classifier"),
+                          ("iou", "Intersection over union with the silhouette that was asked for")):  # fmt: skip
+            add(result, result["command"], key, f"{name} ({result.get('images')} samples)", key, ".3f")
     if result := facts.evaluations.get("autoencoder"):
         held_out = f"{result.get('images', 0):,} held-out images"
         extractor = EXTRACTOR_NAMES.get(result.get("rfd_feature_extractor", ""), "")
@@ -196,6 +223,47 @@ def _stage_line(name: str, stage: dict[str, Any], config: dict[str, Any]) -> str
     return line + f"batches of {stage['images'] // max(1, stage['step'])}."
 
 
+def _conditioned_use(facts: Facts, repo_id: str, steps: int) -> str:
+    """How a model with conditions is called, which is by its own pipeline."""
+    words, needs, names = [], [], facts.index.get("class_names") or []
+    if "class" in facts.conditions:
+        words.append(f"class_labels={names[:4]!r}" if names else "class_labels=[0, 1]")
+    if "text" in facts.conditions:
+        words.append('prompt="..."')
+    if "image" in facts.conditions:
+        needs.append("from PIL import Image")
+        words.append('conditioning_image=Image.open("map.png")')
+    scale = facts.unet.get("guidance_scale", 1.0)
+    if scale != 1:
+        words.append(f"guidance_scale={scale:g}")
+    needs = "\n".join(["from diffusers import DiffusionPipeline", *needs])
+    told = []
+    if names:
+        shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+        told.append(f"The classes are {shown}; their numbers will do as well.")
+    if "image" in facts.conditions:
+        classes = facts.index.get("conditioning_classes")
+        told.append(
+            f"`conditioning_image` is a semantic map of one channel that holds the numbers of the classes, 0 to "
+            f"{classes - 1}." if classes else "`conditioning_image` is an image."
+        )  # fmt: skip
+    told.append(
+        "What is left out is not given. `guidance_scale` above 1 goes further towards what is given, a dict has a "
+        "scale for each. diffusers' own latent pipeline has no word for conditions, so this one comes with the "
+        "repository, as code, and has to be trusted."
+    )
+    return f"""## Use
+
+```python
+{needs}
+
+pipeline = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)
+pipeline({", ".join(words)}, num_inference_steps={steps}).images[0].save("sample.png")
+```
+
+{" ".join(told)}"""
+
+
 def _parts(facts: Facts, repo_id: str) -> dict[str, str]:
     """The generated parts of the card by name, in order."""
     data, _ = dataset_of(facts)
@@ -214,7 +282,9 @@ def _parts(facts: Facts, repo_id: str) -> dict[str, str]:
     if "samples.png" in facts.files:
         parts["about"] += "\n\n![samples](samples.png)\n\n*Samples, not chosen: as they came from the seed.*"
 
-    if unet:
+    if unet and facts.conditions:
+        parts["use"] = _conditioned_use(facts, repo_id, steps)
+    elif unet:
         parts["use"] = f"""## Use
 
 ```python
@@ -284,7 +354,7 @@ autoencoder = {vqvae["_class_name"]}.from_pretrained("{repo_id}", subfolder="vqv
         target = schedule.get("prediction_type", "").replace("_", "-")
         levels = "a rectified flow" if schedule.get("use_flow_sigmas") else f"{schedule.get('beta_schedule')} betas"
         made.append(
-            f"- **U-Net**: stock `UNet2DModel`, channels {unet['block_out_channels']}, "
+            f"- **U-Net**: stock `{unet.get('_class_name', 'UNet2DModel')}`, channels {unet['block_out_channels']}, "
             f"{facts.parameters.get('unet', 0) / 1e6:.2f} million parameters, {target}, {levels}; samples with "
             f"`{facts.configs['scheduler'].get('_class_name')}`."
         )
@@ -293,10 +363,11 @@ autoencoder = {vqvae["_class_name"]}.from_pretrained("{repo_id}", subfolder="vqv
     if "curves.png" in facts.files:
         parts["training"] += "\n\n![training curves](curves.png)"
 
+    conditions = f"conditioning but on {' and '.join(facts.conditions)}" if facts.conditions else "conditioning"
     parts["limits"] = f"""## Intended use and limits
 
 It {"draws" if unet else "encodes and decodes"} images like those it was trained on, and nothing else: there is no
-conditioning{" and no safety filter" if unet else ""}. Its images inherit the biases, and the rights of others, that the
+{conditions}{" and no safety filter" if unet else ""}. Its images inherit the biases, and the rights of others, that the
 collection has. The training images' licence was not examined by the software that wrote this card."""
     return parts
 
@@ -305,7 +376,7 @@ def _head(facts: Facts, repo_id: str, license: str | None) -> dict[str, Any]:
     hub_dataset = dataset_of(facts)[1]
     results = [
         EvalResult(
-            task_type=TASK,
+            task_type=facts.task,
             dataset_type=hub_dataset or "imagefolder",
             dataset_name=hub_dataset or "the maker's own images",
             metric_type=row.kind,
@@ -316,10 +387,10 @@ def _head(facts: Facts, repo_id: str, license: str | None) -> dict[str, Any]:
     ]
     head = ModelCardData(
         library_name="diffusers",
-        pipeline_tag=TASK if "unet" in facts.configs else None,
+        pipeline_tag=facts.task if "unet" in facts.configs else None,
         license=license,
         datasets=[hub_dataset] if hub_dataset else None,
-        tags=["diffusers", "latent-diffusion", "latent-ddpm", TASK],
+        tags=["diffusers", "latent-diffusion", "latent-ddpm", facts.task],
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )

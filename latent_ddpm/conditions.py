@@ -1,4 +1,4 @@
-"""What a U-Net may be told besides its noisy latents: a class, an image or semantic map, both, or nothing.
+"""What a U-Net may be told besides its noisy latents: a class, an image or semantic map, a text; any, or nothing.
 
 A condition knows how its values are read and cached, how they are left out at random (arXiv 2207.12598), what the U-Net
 needs to take them in, and what the pipeline has to be told. The training loop asks `Conditions` and has no branch per
@@ -6,6 +6,7 @@ kind: without any, the U-Net is asked as it always was.
 
     ClassCondition     labels of the dataset -> UNet2DModel's class embedding, one more for "no class"
     ImageCondition     an image or map of classes per example, at the size of the latents -> more input channels
+    TextCondition      captions, embedded by a frozen encoder -> cross-attention, of a UNet2DConditionModel
 """
 
 import abc
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latent_ddpm.captions import TextEncoder, embed_captions, read_captions
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.data import ImageDataset, to_uint8
 from latent_ddpm.errors import UserError
@@ -25,7 +27,9 @@ from latent_ddpm.random import Stream, uniform
 from latent_ddpm.sources import ImageSource, digest
 from pipeline_latent_ddpm import class_shares, image_channels
 
-Given = dict[str, torch.Tensor]  # what a batch is given: class_labels (B,), conditioning_image (B, K, h, w)
+# what a batch is given: class_labels (B,), conditioning_image (B, K, h, w), encoder_hidden_states (B, T, W) with
+# encoder_attention_mask (B, T)
+Given = dict[str, torch.Tensor]
 
 
 class Condition(abc.ABC):
@@ -44,12 +48,15 @@ class Condition(abc.ABC):
         """What the U-Net's constructor is given: `num_class_embeds`, or `conditioning_channels`."""
 
     @abc.abstractmethod
-    def values(self, records: np.ndarray, flipped: np.ndarray | None) -> Given:
+    def values(
+        self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
+    ) -> Given:
         """The values of examples.
 
         Args:
             records: of the latent cache (B,).
             flipped: bool (B,), which of the examples are mirrored, or None.
+            numbers: int64 (B,), the example numbers; None where there are none.
         """
 
     @abc.abstractmethod
@@ -77,7 +84,9 @@ class ClassCondition(Condition):
     def unet_arguments(self) -> dict[str, Any]:
         return {"num_class_embeds": len(self.names) + 1}
 
-    def values(self, records: np.ndarray, flipped: np.ndarray | None) -> Given:
+    def values(
+        self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
+    ) -> Given:
         labels = torch.from_numpy(records["label"].astype(np.int64))
         return {"class_labels": torch.where(labels < 0, len(self.names), labels)}
 
@@ -108,7 +117,9 @@ class ImageCondition(Condition):
     def unet_arguments(self) -> dict[str, Any]:
         return {"conditioning_channels": self.cache.shape[0]}
 
-    def values(self, records: np.ndarray, flipped: np.ndarray | None) -> Given:
+    def values(
+        self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
+    ) -> Given:
         return {"conditioning_image": self.cache.batch(records["index"], flipped)}
 
     def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
@@ -117,6 +128,66 @@ class ImageCondition(Condition):
 
     def pipeline_arguments(self) -> dict[str, Any]:
         return {"conditioning_classes": self.classes}
+
+
+class TextCondition(Condition):
+    """A caption for each image, chosen among its own by the example's number.
+
+    Args:
+        cache: of `embed_captions`; its row 0 is the empty caption, which stands for none.
+        choices: of each image of the dataset, the rows of its captions.
+        encoder: that made the embeddings.
+        seed: of the run.
+        config: of the run.
+    """
+
+    stream = Stream.DROP_TEXT
+
+    def __init__(
+        self, cache: LatentCache, choices: list[list[int]], encoder: TextEncoder, seed: int, config: UNetConfig
+    ) -> None:
+        self.cache, self.encoder, self.seed, self.dropout = cache, encoder, seed, config.caption_dropout
+        self.config = config
+        self._starts = np.cumsum([0, *map(len, choices)])
+        self._rows = np.array([row for own in choices for row in own], dtype=np.int64)
+
+    def unet_arguments(self) -> dict[str, Any]:
+        return {"cross_attention_dim": self.encoder.width}
+
+    def rows(self, indices: np.ndarray, numbers: torch.Tensor | None) -> np.ndarray:
+        """The captions' rows in the cache: int64 (B,); 0 for an image without."""
+        first, count = self._starts[indices], np.diff(self._starts)[indices]
+        place = np.zeros(len(indices), dtype=np.int64)
+        if numbers is not None:
+            draws = uniform(self.seed, Stream.CAPTION, numbers).double().numpy()
+            place = np.minimum((draws * count).astype(np.int64), np.maximum(count - 1, 0))
+        return np.where(count > 0, self._rows[np.minimum(first + place, len(self._rows) - 1)], 0)
+
+    def values(
+        self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
+    ) -> Given:
+        return self._embedded(self.rows(records["index"], numbers))
+
+    def _embedded(self, rows: np.ndarray) -> Given:
+        different, where = np.unique(rows, return_inverse=True)  # a batch often has few
+        found = self.cache.records(different)
+        embeddings = torch.from_numpy(found["latents"][:, 0, 0].astype(np.float32))[where]  # (B, T, W)
+        tokens = torch.from_numpy(found["label"].astype(np.int64))[where]
+        mask = torch.arange(embeddings.shape[1]) < tokens[:, None]
+        return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+
+    def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
+        empty = self._embedded(np.zeros(1, dtype=np.int64))
+        return {
+            **given,
+            **{name: torch.where(dropped.view(-1, *[1] * (v.ndim - 1)), empty[name], v) for name, v in given.items()},
+        }
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        known = {"max_caption_tokens": self.encoder.most_tokens}
+        if self.config.export_text_encoder:
+            return {"text_encoder": self.encoder.model, "tokenizer": self.encoder.tokenizer, **known}
+        return {"text_encoder_id": self.config.text_encoder, **known}
 
 
 class Conditions:
@@ -160,7 +231,7 @@ class Conditions:
             return {}
         records, values = latents.records(rows), {}
         for condition in self.all:
-            own = condition.values(records, flipped)
+            own = condition.values(records, flipped, numbers)
             if numbers is not None and condition.dropout > 0:
                 own = condition.leave_out(own, uniform(self.seed, condition.stream, numbers) < condition.dropout)
             values |= own
@@ -169,12 +240,15 @@ class Conditions:
     def shown(self, latents: LatentCache, count: int, guidance_scale: float) -> dict[str, Any]:
         """What the pipeline is told for a grid of `count` samples.
 
-        With conditioning images, the first examples' own conditions; else the classes in turn.
+        With conditioning images or captions, the first examples' own conditions; else the classes in turn.
         """
         if not self.all:
             return {}
         given = self.given(latents, np.arange(count) % len(latents))
-        if "conditioning_image" not in given:
+        if "encoder_hidden_states" in given:
+            given["prompt_embeds"] = given.pop("encoder_hidden_states")
+            given["prompt_attention_mask"] = given.pop("encoder_attention_mask")
+        if "class_labels" in given and len(given) == 1:
             classes = next(len(condition.names) for condition in self.all if isinstance(condition, ClassCondition))
             given["class_labels"] = torch.arange(count) % classes
         elif "class_labels" in given:  # for which the pipeline has another number
@@ -299,6 +373,18 @@ def _image_condition(
     return ImageCondition(cache, classes, config.conditioning_image_dropout)
 
 
+def _text_condition(
+    config: UNetConfig, images: ImageDataset, folder: Path, device: torch.device, wait: Callable[[], None]
+) -> TextCondition:
+    captions = read_captions(images, config)
+    encoder = TextEncoder(config.text_encoder, config.max_caption_tokens)
+    different = sorted({caption for own in captions for caption in own})
+    number = {caption: row for row, caption in enumerate(different, start=1)}
+    cache = embed_captions(encoder, ["", *different], folder, device, wait)
+    choices = [[number[caption] for caption in own] for own in captions]
+    return TextCondition(cache, choices, encoder, config.seed, config)
+
+
 def make_conditions(
     config: UNetConfig,
     images: ImageDataset,
@@ -332,4 +418,6 @@ def make_conditions(
         made.append(ClassCondition(images.class_names, config.class_dropout))
     if "image" in config.conditions:
         made.append(_image_condition(config, images, folder, latent_size, flip, device, wait))
+    if "text" in config.conditions:
+        made.append(_text_condition(config, images, folder, device, wait))
     return Conditions(made, config.seed)

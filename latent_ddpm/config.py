@@ -23,6 +23,8 @@ from latent_ddpm.files import write_whole
 MAX_SIGMA_REL = 0.28  # of an average of weights; the plain mean of all has 12^-0.5 = 0.289 (ema.gamma_of)
 LPIPS_MIN_PIXELS = {"vgg": 16, "alex": 31, "squeeze": 17}  # below, a pooling layer of the trunk has no output
 
+EMBEDDED_ENCODER = "embedded:minilm"  # see latent_ddpm/captions.py
+
 SECTIONS = ("train_autoencoder", "train_unet")
 
 
@@ -320,14 +322,20 @@ class UNetConfig(RunConfig):
     Args:
         autoencoder: stage 1's folder (config.json and safetensors); unset takes `<output_dir>/autoencoder`.
         latents_dir: where the latent cache is kept; unset takes `<output_dir>/latents`.
-        conditions: what the U-Net is told besides: class, image (an image or semantic map per example), both, or
-            nothing.
+        conditions: what the U-Net is told besides: class, image (an image or semantic map per example), text, any of
+            these, or nothing.
         class_dropout: share of the examples whose class is left out, which guidance needs (arXiv 2207.12598).
         conditioning_image_column: the column of the dataset that holds the conditioning images.
         conditioning_image_dir: a folder that holds them, under the names that train_data_dir has, with any suffix.
         conditioning_image_classes: classes of a semantic map, whose pixels are their numbers from 0; unset takes the
             conditioning image as an image.
         conditioning_image_dropout: share of the examples whose conditioning image is left out.
+        caption_column: the column that holds the captions, or of a folder the key in NAME.json and metadata files.
+        caption_templates: captions made from class names in its place, each with {} for the name.
+        caption_dropout: share of the examples whose caption is left out.
+        text_encoder: any encoder that transformers loads, frozen: a folder, an id of the Hub, or embedded:minilm.
+        max_caption_tokens: captions are cut there.
+        export_text_encoder: put encoder and tokenizer into the exported pipeline, which else names text_encoder.
         guidance_scale: of the grids, the exported pipeline's samples in evaluations, and the card; 1 is no guidance.
         unet_block_out_channels: channels per level of the U-Net.
         unet_layers_per_block: residual blocks per level.
@@ -362,12 +370,18 @@ class UNetConfig(RunConfig):
 
     autoencoder: str | None = None
     latents_dir: str | None = None
-    conditions: list[Literal["class", "image"]] = dataclasses.field(default_factory=list)
+    conditions: list[Literal["class", "image", "text"]] = dataclasses.field(default_factory=list)
     class_dropout: float = 0.1
     conditioning_image_column: str | None = None
     conditioning_image_dir: str | None = None
     conditioning_image_classes: int | None = None
     conditioning_image_dropout: float = 0.1
+    caption_column: str = "text"
+    caption_templates: list[str] | None = None
+    caption_dropout: float = 0.1
+    text_encoder: str | None = None
+    max_caption_tokens: int = 77
+    export_text_encoder: bool = True
     guidance_scale: float = 1.0
     unet_block_out_channels: list[int] = dataclasses.field(default_factory=lambda: [128, 256, 256])
     unet_layers_per_block: int = 2
@@ -450,11 +464,22 @@ class UNetConfig(RunConfig):
     def _check_conditions(self) -> None:
         kinds = self.conditions
         _require(len(set(kinds)) == len(kinds), "conditions", kinds, "a list that names each kind once")
-        for key in ("class_dropout", "conditioning_image_dropout"):
+        for key in ("class_dropout", "conditioning_image_dropout", "caption_dropout"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
         _require(self.guidance_scale > 0, "guidance_scale", self.guidance_scale, "greater than 0")
         if self.guidance_scale != 1 and not kinds:
             raise UserError("guidance_scale is for conditions; an unconditional model has nothing to be guided by.")
+        if ("text" in kinds) != (self.text_encoder is not None):
+            lacks = "set text_encoder" if "text" in kinds else "text_encoder is for conditions that have text"
+            raise UserError(f"conditions {kinds}: {lacks}.")
+        if self.text_encoder == EMBEDDED_ENCODER and not self.export_text_encoder:
+            raise UserError(f"text_encoder {EMBEDDED_ENCODER} has no name on the Hub: set export_text_encoder true.")
+        templates = self.caption_templates
+        fits = templates is None or (len(templates) > 0 and all("{}" in template for template in templates))
+        _require(fits, "caption_templates", templates, "a list of texts with {} in each, or null")
+        _require(self.max_caption_tokens > 1, "max_caption_tokens", self.max_caption_tokens, "greater than 1")
+        if "text" in kinds and self.streaming and templates is None:
+            raise UserError("A dataset that is streamed keeps labels, but no captions: set caption_templates.")
         places = [key for key in ("conditioning_image_column", "conditioning_image_dir") if getattr(self, key)]
         if "image" not in kinds:
             if places or self.conditioning_image_classes is not None:
@@ -647,6 +672,7 @@ FREE_KEYS = {
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("dataloader_num_workers", "heartbeat_timeout", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots", "guidance_scale"),
+    *("text_encoder", "export_text_encoder"),  # where it lies; that it is the same one, its embeddings' key says
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_variants", "hub_license"),
     "gradient_checkpointing",
 }

@@ -188,7 +188,7 @@ tags:
 # {name}
 
 A latent diffusion model trained from scratch with latent-ddpm: {autoencoder} (latents
-{channels}x{size}x{size}) and a UNet2DModel of {parameters:.1f} million parameters, {prediction}.
+{channels}x{size}x{size}) and a {kind} of {parameters:.1f} million parameters, {prediction}.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -210,7 +210,7 @@ tags:
 # {name}
 
 A latent diffusion model trained from scratch with latent-ddpm: {autoencoder} (latents
-{channels}x{size}x{size}) and a UNet2DModel of {parameters:.1f} million parameters, {prediction}.
+{channels}x{size}x{size}) and a {kind} of {parameters:.1f} million parameters, {prediction}.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -232,6 +232,8 @@ def example_words(conditions: dict[str, Any]) -> str:
         words.append(f"class_labels={conditions['class_names'][:2]!r}")
     if "conditioning_classes" in conditions:
         words.append('conditioning_image=PIL.Image.open("map.png")')
+    if "max_caption_tokens" in conditions:
+        words.append('prompt="..."')
     return ", ".join(words) or "batch_size=16"
 
 
@@ -272,6 +274,7 @@ def export_pipeline(
         shutil.copyfile(pipeline_latent_ddpm.__file__, aside / "pipeline.py")
         codes = code_count(autoencoder)
         card = (CONDITIONED if conditions else CARD).format(
+            kind=type(unet).__name__,
             name=folder.resolve().parent.name,
             autoencoder=f"a VQ-VAE with {codes} codes" if codes else "a KL-VAE",
             channels=unet.config.out_channels,

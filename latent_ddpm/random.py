@@ -36,6 +36,8 @@ class Stream(enum.IntEnum):
     LATENT_NOISE = 11
     DROP_CLASS = 12
     DROP_IMAGE = 13
+    DROP_TEXT = 14
+    CAPTION = 15
 
 
 def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:

@@ -7,16 +7,20 @@ the processes (checkpoints, snapshots, exports) is whole, so that a run can go o
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from diffusers import UNet2DModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from latent_ddpm.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel, UNet2DModel
+
+    StockUNet = UNet2DModel | UNet2DConditionModel
 
 
 def _is_set(variable: str) -> bool:
@@ -55,7 +59,7 @@ class Sharding:
         del os.environ["ACCELERATE_USE_FSDP"]
         return cls(os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
 
-    def cut(self, unet: UNet2DModel) -> None:
+    def cut(self, unet: "StockUNet") -> None:
         """Cut the U-Net's weights over all processes, in place, a block at a time; it is on its device."""
         from torch.distributed.fsdp import fully_shard
 
@@ -65,7 +69,7 @@ class Sharding:
 
 
 def prepare(
-    accelerator: Accelerator, unet: UNet2DModel, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, unet: "StockUNet", optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
     """`accelerator.prepare`; without DistributedDataParallel where the weights are cut."""
     if not _is_cut(unet):
@@ -126,7 +130,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict({**state, "state": fitting})
 
 
-def whole_unet(unet: UNet2DModel, keep: bool) -> UNet2DModel | None:
+def whole_unet(unet: "StockUNet", keep: bool) -> "StockUNet | None":
     """The U-Net itself where it is whole, else a whole copy in evaluation mode; all processes call this.
 
     Returns:
@@ -137,6 +141,6 @@ def whole_unet(unet: UNet2DModel, keep: bool) -> UNet2DModel | None:
     state = gather(unet.state_dict(), keep)
     if not keep:
         return None
-    whole = UNet2DModel.from_config(unet.config)
+    whole = type(unet).from_config(unet.config)
     whole.load_state_dict(state)
     return whole.to(unet.device).eval().requires_grad_(False)

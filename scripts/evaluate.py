@@ -33,7 +33,8 @@
         Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits. One with classes
         is asked for all in turn, and class_agreement says how often the classifier sees the class that was asked for;
         one with silhouettes is given those of digits (of the classes asked for, if it has both) that the classifier of
-        real digits was not trained on, and iou is the mean intersection over union with them. --guidance_scale.
+        real digits was not trained on, and iou is the mean intersection over union with them; one with text is asked in
+        the words of --prompts in turn, {} being the digit's name. --guidance_scale.
 
 Prints the figures and writes them as JSON (--json FILE; by default evaluation-<what>.json in the run's folder).
 """
@@ -57,6 +58,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from latent_ddpm.captions import read_captions
 from latent_ddpm.conditions import ConditioningImages
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data import BadImages, ImageDataset, eval_batches, open_image_dataset, to_float, to_uint8
@@ -89,7 +91,7 @@ from latent_ddpm.launch import make_accelerator, run
 from latent_ddpm.losses import TRUNKS, load_lpips
 from latent_ddpm.random import permutation
 from latent_ddpm.sampling import draw_shared, find_scheduler, image_shape, load_pipeline, with_scheduler
-from latent_ddpm.sources import SubsetSource, open_sources
+from latent_ddpm.sources import NUMBER_WORDS, SubsetSource, open_sources
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 
@@ -425,19 +427,22 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
         raise UserError(f"--steps {max(options.steps)} is more than the {known} that the model was trained with.")
     schedulers = {name: with_scheduler(pipe.scheduler, name) for name in options.schedulers}
     schedulers = schedulers or {type(pipe.scheduler).__name__: pipe.scheduler}
-    has_conditions = bool(pipe.class_names or pipe.conditioning_channels)
-    if options.guidance_scales and not has_conditions:
+    if options.guidance_scales and not has_conditions(pipe):
         raise UserError("--guidance_scales is for pipelines with conditions.")
-    scales = dict.fromkeys(options.guidance_scales or [config.guidance_scale]) if has_conditions else [None]
+    scales = dict.fromkeys(options.guidance_scales or [config.guidance_scale]) if has_conditions(pipe) else [None]
     settings = [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
     return pipe, [(*setting, scale) for setting in settings for scale in scales]
+
+
+def has_conditions(pipe: LatentDDPMPipeline) -> bool:
+    return bool(pipe.class_names or pipe.conditioning_channels or pipe.takes_text)
 
 
 def conditions_of(
     config: UNetConfig, pipe: LatentDDPMPipeline, count: int, most: int | None, accelerator: Accelerator
 ) -> dict[str, torch.Tensor]:
     """Of `count` samples the conditions of the training images that they are compared with, in all processes alike."""
-    if not (pipe.class_names or pipe.conditioning_channels):
+    if not has_conditions(pipe):
         return {}
     images, _ = images_for_run(config, accelerator.is_main_process, accelerator.wait_for_everyone)
     rows = np.arange(len(images))
@@ -450,6 +455,11 @@ def conditions_of(
         if images.labels is None:
             raise UserError("The pipeline has classes, but the dataset has none.")
         given["class_labels"] = torch.tensor([images.labels[i] for i in chosen])
+    if pipe.takes_text:
+        captions = read_captions(images, config)
+        given |= embedded(
+            pipe, [captions[i][n % len(captions[i])] if captions[i] else "" for n, i in enumerate(chosen)]
+        )
     if pipe.conditioning_channels:
         if not (config.conditioning_image_column or config.conditioning_image_dir):
             raise UserError(
@@ -572,12 +582,21 @@ def measure_pipeline(argv: list[str]) -> None:
     accelerator.wait_for_everyone()
 
 
+def embedded(pipe: LatentDDPMPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """The prompts as `LatentDDPMPipeline` takes them when they are many: each different one is encoded once."""
+    different = sorted(set(prompts))
+    embeds, mask = pipe.encode_prompt(different)
+    rows = torch.tensor([different.index(prompt) for prompt in prompts])
+    return {"prompt_embeds": embeds.cpu()[rows], "prompt_attention_mask": mask.cpu()[rows]}
+
+
 def measure_digits(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="evaluate.py digits")
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--prompts", nargs="+", default=["a {}"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
@@ -593,6 +612,10 @@ def measure_digits(argv: list[str]) -> None:
         given["class_labels"] = labels[chosen]
     if pipeline.conditioning_channels:
         given["conditioning_image"] = silhouettes(digits[chosen]).long()
+    if pipeline.takes_text:
+        asked = [options.prompts[n % len(options.prompts)] for n in range(options.num_images)]
+        words = [prompt.replace("{}", NUMBER_WORDS[labels[i]]) for prompt, i in zip(asked, chosen, strict=True)]
+        given |= embedded(pipeline, words)
     if given:
         inputs["guidance_scale"] = options.guidance_scale
     steps = options.num_inference_steps
@@ -600,7 +623,7 @@ def measure_digits(argv: list[str]) -> None:
     known = digit_probabilities(train_digit_classifier(digits[~held_out], labels[~held_out]), digits[held_out])
     probabilities = digit_probabilities(train_digit_classifier(digits, labels), to_float(drawn))
     judged = judge(probabilities)
-    if "class_labels" in given:
+    if "class_labels" in given or pipeline.takes_text:
         judged["class_agreement"] = float((probabilities.argmax(1) == labels[chosen]).double().mean())
     if "conditioning_image" in given:
         asked = given["conditioning_image"].bool()
@@ -613,6 +636,7 @@ def measure_digits(argv: list[str]) -> None:
             "steps": options.num_inference_steps,
             "scheduler": type(pipeline.scheduler).__name__,
             **inputs,
+            **({"prompts": options.prompts} if pipeline.takes_text else {}),
             **judged,
             # what the same classifier, trained without them, says of real digits
             "real_held_out_accuracy": float((known.argmax(1) == labels[held_out]).double().mean()),

@@ -15,6 +15,7 @@ from conftest import (
     launch,
     launch_and_stop,
     losses,
+    run_script,
 )
 from diffusers import DDIMScheduler, UNet2DModel, VQModel
 from hypothesis import given, settings
@@ -198,7 +199,7 @@ def test_conditioning_images_that_are_images():
         ({"conditioning_image": Image.new("RGB", (16, 16))}, "a semantic map has one channel"),
         ({"conditioning_image": Image.fromarray(a_map(5))}, "classes 0 to 1, got 0 to 5"),
         ({"conditioning_image": torch.zeros(16, 16)}, "semantic maps are integers"),
-        ({"guidance_scale": {"klass": 2.0}}, "a dict of conditioning_image, class_labels; got klass"),
+        ({"guidance_scale": {"klass": 2.0}}, "a dict of conditioning_image, class_labels, prompt; got klass"),
     ],
 )
 def test_what_the_call_refuses(pipe, words, message):
@@ -437,3 +438,21 @@ def test_classes_need_a_dataset_that_has_them(trained, data, tmp_path):
     flags = {**flags, "train_data_dir": data / "images" / "bird", "conditioning_image_dir": data / "maps" / "bird"}
     text = launch("train_unet.py", tmp_path / "out", expect=2, **flags)
     assert "conditions has class, but the dataset has no classes" in text
+
+
+def test_evaluation_draws_with_the_training_images_conditions(trained, tmp_path):
+    """And says how often samples are of the class that was asked for."""
+    output_dir, flags = trained
+    keys = ("train_data_dir", "resolution", "conditions", "conditioning_image_dir", "conditioning_image_classes")
+    words = [str(word) for key in keys for word in (f"--{key}", flags[key])]
+    path = tmp_path / "evaluation.json"
+    words += ["--output_dir", str(output_dir), "--num_images", "12", "--steps", "2", "--json", str(path)]
+    run_script("evaluate.py", "pipeline", *words, "--guidance_scales", "1", "3")
+    result = json.loads(path.read_text())
+    assert [setting["guidance_scale"] for setting in result["settings"]] == [1.0, 3.0]
+    assert result["settings"][0]["samples_sha256"] != result["settings"][1]["samples_sha256"]
+    assert all(0 <= setting["class_agreement"] <= 1 for setting in result["settings"])
+    assert 0 <= result["held_out_class_agreement"] <= 1
+    words = ["--train_data_dir", str(flags["train_data_dir"]), "--resolution", "16", "--output_dir", str(output_dir)]
+    done = run_script("evaluate.py", "pipeline", *words, "--num_images", "12", expect=2)
+    assert "The pipeline takes conditioning images: say where they are" in done.stderr
