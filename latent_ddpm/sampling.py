@@ -201,6 +201,8 @@ def draw_images(
             **inputs,
         ).images
     except UNSUPPORTED as error:
+        if str(error).startswith(("class_labels", "conditioning_image", "prompt")):
+            raise UserError(one_line(error)) from error
         if not any(words in str(error) for words in ("prediction_type", "begin midway", "does not say how noisy")):
             raise
         raise UserError(f"{type(pipe.scheduler).__name__} can not sample this model: {one_line(error)}") from error

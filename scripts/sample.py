@@ -5,6 +5,8 @@
     python scripts/sample.py you/mnist-ldm --num_images 4 --interpolate 8 --film_strip
     python scripts/sample.py you/mnist-ldm --num_images 9 --image digit.png --strength 0.6
     python scripts/sample.py you/mnist-ldm --num_images 9 --image digit.png --mask hole.png
+    python scripts/sample.py you/mnist-class --num_images 20 --class_labels 3 7 --guidance_scale 2
+    python scripts/sample.py you/mnist-text --num_images 8 --prompt "a seven" "a handwritten two"
     accelerate launch --num_processes 8 scripts/sample.py you/mnist-ldm --num_images 50000
 
 Writes `grid.png` (of the first 64 images), `00000.png`, `00001.png`, ... and `samples.json`, which records
@@ -12,18 +14,22 @@ every setting. Image number i follows from (seed, i) alone, so neither --batch_s
 (but for rounding, where a batch is of another size), and the files are the same on any number of processes.
 
 --interpolate N adds `interpolation.png`, a row for each pair of neighbours 0-1, 1-2, ... with N images from the one to
-the other, and `interpolation.webp`, the walk through all of them. Of a scheduler that draws noise itself, all
-images of a pair but the last take the first one's. --film_strip adds `film_strip.png`, a row for each of the first 8
-images with what the model predicts after each step, and `film_strip.webp`.
+the other, and `interpolation.webp`, the walk through all of them. All images of a pair but the last take the first
+one's conditions, and its noise of a scheduler that draws some itself. --film_strip adds `film_strip.png`, a row for
+each of the first 8 images with what the model predicts after each step, and `film_strip.webp`.
 
 --image is cropped to a square at its centre and resized, as in training; it stands first in the grid. What is white
 in --mask is painted anew; the other pixels stay as they are.
+
+Of a model with conditions, images take the --class_labels (numbers or names), the --prompt and the
+--conditioning_image files in turn, by their numbers.
 
 On a CPU each process computes with one thread, or the last bits would depend on their number: start as many
 processes as there are cores.
 """
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -33,6 +39,7 @@ import diffusers
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
+from PIL import Image
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_whole
@@ -80,6 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image", type=Path, help="begin with this image, noised")
     parser.add_argument("--strength", type=float, help="how far from --image, up to 1; 0.8, and 1 with --mask")
     parser.add_argument("--mask", type=Path, help="paint anew only what is white in this image")
+    parser.add_argument("--class_labels", nargs="+", metavar="CLASS", help="of a model with classes")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="of a model with text")
+    parser.add_argument("--conditioning_image", nargs="+", type=Path, metavar="FILE", help="of a model that takes one")
+    parser.add_argument("--guidance_scale", type=float, help="how far to go towards these; 1 by default")
     parser.add_argument("--interpolate", type=int, metavar="N", help="N images from each number to the next")
     parser.add_argument("--film_strip", action="store_true", help="show the predictions on the way")
     parser.add_argument("--animation", choices=("webp", "gif"), default="webp")
@@ -134,8 +145,64 @@ def read_image(flag: str, path: Path, channels: int, side: int) -> torch.Tensor:
     return torch.tensor(pixels).permute(2, 0, 1)[None].float() / 255
 
 
+class Told:
+    """What each image of a model with conditions is told.
+
+    Args:
+        pipe: the pipeline.
+        args: the command line.
+
+    Raises:
+        UserError: the model does not take it, there is no such class, or a file cannot be read.
+    """
+
+    def __init__(self, pipe: LatentDDPMPipeline, args: argparse.Namespace) -> None:
+        self.values: dict[str, list | torch.Tensor] = {}
+        self.shared: dict[str, float] = {}
+        names, takes_image = pipe.class_names, pipe.conditioning_channels > 0
+        for flag, has in (("class_labels", names), ("prompt", pipe.takes_text), ("conditioning_image", takes_image)):
+            if getattr(args, flag) and not has:
+                raise UserError(f"--{flag}: this model has no such condition")
+        if args.guidance_scale is not None:
+            if not (args.class_labels or args.prompt or args.conditioning_image):
+                raise UserError("--guidance_scale goes towards --class_labels, --prompt or --conditioning_image")
+            self.shared["guidance_scale"] = args.guidance_scale
+        if args.class_labels:
+            self.values["class_labels"] = [self._label(word, names) for word in args.class_labels]
+        if args.prompt:
+            embeds, mask = pipe.encode_prompt(args.prompt)
+            self.values |= {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+        if args.conditioning_image:
+            self.values["conditioning_image"] = [self._image(path) for path in args.conditioning_image]
+
+    @staticmethod
+    def _label(word: str, names: list[str]) -> int:
+        if word in names:
+            return names.index(word)
+        if word.isdigit() and int(word) < len(names):
+            return int(word)
+        nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.0)[0]
+        raise UserError(f"--class_labels: there is no class {word}; did you mean {nearest}?")
+
+    @staticmethod
+    def _image(path: Path) -> Image.Image:
+        try:
+            return decode(path.read_bytes())
+        except Exception as error:  # as in read_image
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+            raise UserError(f"--conditioning_image {path} can not be read: {reason}") from error
+
+    def of(self, numbers: torch.Tensor) -> dict:
+        """What `LatentDDPMPipeline` takes for the images of these numbers."""
+        told: dict = dict(self.shared)
+        for name, values in self.values.items():
+            places = [int(n) % len(values) for n in numbers]
+            told[name] = values[places] if isinstance(values, torch.Tensor) else [values[place] for place in places]
+        return told
+
+
 def draw_between(
-    pipe: LatentDDPMPipeline, args: argparse.Namespace, **settings: torch.Tensor | float | int
+    pipe: LatentDDPMPipeline, args: argparse.Namespace, told: Told, **settings: torch.Tensor | float | int
 ) -> list[tuple[int, torch.Tensor]]:
     """The images between neighbours that this process draws: (place, float32 (C, H, W) in [-1, 1]), pair after pair."""
     between = args.interpolate - 2
@@ -143,7 +210,8 @@ def draw_between(
     for places in own_blocks((args.num_images - 1) * between, args.batch_size):
         numbers, fraction = places // between, (1 + places % between) / (args.interpolate - 1)
         ends = (normal(args.seed, Stream.SAMPLE, n, latent_shape(pipe)) for n in (numbers, numbers + 1))
-        part = draw_images(pipe, args.seed, numbers, noise=slerp(*ends, fraction), **settings).cpu() * 2 - 1
+        noise = slerp(*ends, fraction)
+        part = draw_images(pipe, args.seed, numbers, noise=noise, **settings, **told.of(numbers)).cpu() * 2 - 1
         images += zip(places.tolist(), part, strict=True)
     return images
 
@@ -210,6 +278,7 @@ def sample(args: argparse.Namespace) -> None:
         settings |= {"image": read_image("--image", args.image, channels, height), "strength": args.strength}
     if args.mask is not None:
         settings["mask_image"] = read_image("--mask", args.mask, 1, height)
+    told = Told(pipe, args)
 
     # ---------------------------------------------------------------------------------- sampling
 
@@ -219,17 +288,17 @@ def sample(args: argparse.Namespace) -> None:
         for numbers in own_blocks(args.num_images, args.batch_size):
             rows = min(len(numbers), FILM_ROWS - int(numbers[0])) if args.film_strip else 0
             if rows > 0:
-                images, strips = draw_film(pipe, rows, args.seed, numbers, **settings)
+                images, strips = draw_film(pipe, rows, args.seed, numbers, **settings, **told.of(numbers))
                 film += zip(numbers.tolist(), strips * 2 - 1)  # noqa: B905 - fewer strips than numbers
             else:
-                images = draw_images(pipe, args.seed, numbers, **settings)
+                images = draw_images(pipe, args.seed, numbers, **settings, **told.of(numbers))
             images = images.cpu() * 2 - 1  # (B, C, H, W) in [-1, 1]
             kept += [(n, image) for n, image in zip(numbers.tolist(), images, strict=True) if n < keep]
             if not args.no_individual:
                 for number, image in zip(numbers.tolist(), images, strict=True):
                     save_png(make_grid(image[None], padding=0), args.output_dir / f"{number:05d}.png")
         if args.interpolate:
-            between = draw_between(pipe, args, **settings)
+            between = draw_between(pipe, args, told, **settings)
     kept, film, between = in_order(kept), in_order(film), in_order(between)
 
     # ---------------------------------------------------------------------------------- what is written last
@@ -260,6 +329,10 @@ def write_record(args: argparse.Namespace, pipe: LatentDDPMPipeline, device: tor
         "image": args.image,
         "strength": args.strength,
         "mask": args.mask,
+        "class_labels": args.class_labels,
+        "prompt": args.prompt,
+        "conditioning_image": args.conditioning_image,
+        "guidance_scale": args.guidance_scale,
         "interpolate": args.interpolate,
         "film_strip": args.film_strip,
         "animation": args.animation,

@@ -456,3 +456,34 @@ def test_evaluation_draws_with_the_training_images_conditions(trained, tmp_path)
     words = ["--train_data_dir", str(flags["train_data_dir"]), "--resolution", "16", "--output_dir", str(output_dir)]
     done = run_script("evaluate.py", "pipeline", *words, "--num_images", "12", expect=2)
     assert "The pipeline takes conditioning images: say where they are" in done.stderr
+
+
+def test_the_sampling_script_takes_conditions_in_turn(trained, data, tmp_path):
+    pipeline = str(trained[0] / "pipeline")
+    maps = [str(data / "maps" / name) for name in ("bird/01.bmp", "bird/03.bmp")]
+    words = [pipeline, "--num_images", "4", "--num_inference_steps", "2", "--class_labels", "fish", "0"]
+    words += ["--conditioning_image", *maps, "--guidance_scale", "300"]
+    for name, more in (
+        ("all", []),
+        ("again", ["--batch_size", "2"]),
+        ("other", ["--seed", "0", "--class_labels", "1"]),
+    ):
+        run_script("sample.py", *words, *more, "--output_dir", str(tmp_path / name))
+    drawn = {name: [np.asarray(Image.open(tmp_path / name / f"{n:05d}.png")).astype(int) for n in range(4)]
+             for name in ("all", "again", "other")}  # fmt: skip
+    for one, other in zip(drawn["all"], drawn["again"], strict=True):
+        assert abs(one - other).max() <= 1
+    assert np.array_equal(drawn["all"][0], drawn["other"][0])  # a fish in both
+    assert not np.array_equal(drawn["all"][1], drawn["other"][1])
+    record = json.loads((tmp_path / "all" / "samples.json").read_text())
+    assert record["class_labels"] == ["fish", "0"] and record["guidance_scale"] == 300
+    for flags, message in (
+        (["--class_labels", "fisch"], "there is no class fisch; did you mean fish"),
+        (["--prompt", "a fish"], "--prompt: this model has no such condition"),
+        (["--guidance_scale", "2"], "--guidance_scale goes towards"),
+        (["--conditioning_image", "nothing.png"], "nothing.png can not be read: No such file"),
+        (["--conditioning_image", str(data / "images/bird/01.png")], "a semantic map has one channel"),
+    ):
+        done = run_script("sample.py", pipeline, "--num_inference_steps", "1", "--output_dir", str(tmp_path / "no"),
+                          *flags, expect=2)  # fmt: skip
+        assert message in done.stderr

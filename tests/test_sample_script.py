@@ -105,6 +105,7 @@ def test_files_grid_and_record(pipeline, tmp_path):
     assert config["beta_end"] == 0.012
     assert record == {
         "pipeline": str(pipeline),
+        **dict.fromkeys(("class_labels", "prompt", "conditioning_image", "guidance_scale")),
         "num_images": 5,
         "batch_size": 2,
         "num_inference_steps": 3,
