@@ -37,6 +37,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# by transformers' model_type, what of a model is its text encoder; of others all
+ENCODER_CLASSES = {
+    "clip": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "siglip": "SiglipTextModel",
+}
 CONDITIONS = ("conditioning_image", "class_labels", "prompt")  # in the order in which guidance adds them
 
 
@@ -280,13 +287,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 raise ValueError("prompt: this pipeline has no text encoder; give prompt_embeds")
             import transformers
 
-            kind = {
-                "clip": "CLIPTextModel",
-                "t5": "T5EncoderModel",
-                "mt5": "MT5EncoderModel",
-                "siglip": "SiglipTextModel",
-            }
-            kind = kind.get(transformers.AutoConfig.from_pretrained(name).model_type, "AutoModel")
+            kind = ENCODER_CLASSES.get(transformers.AutoConfig.from_pretrained(name).model_type, "AutoModel")
             encoder = getattr(transformers, kind).from_pretrained(name).eval().requires_grad_(False)
             self.register_modules(text_encoder=encoder, tokenizer=transformers.AutoTokenizer.from_pretrained(name))
         texts = [prompt] if isinstance(prompt, str) else list(prompt)

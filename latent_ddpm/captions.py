@@ -23,17 +23,12 @@ from latent_ddpm.distributed import process_count, process_index
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
 from latent_ddpm.latents import LatentCache, finish_cache, hash_folder, open_cache, shard_path, write_shard
+from pipeline_latent_ddpm import ENCODER_CLASSES
 
 logger = logging.getLogger(__name__)
 
 SHARD_CAPTIONS = 1024
 BATCH = 64  # captions embedded at once
-ENCODER_CLASSES = {
-    "clip": "CLIPTextModel",
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
-    "siglip": "SiglipTextModel",
-}
 
 
 def read_captions(images: ImageDataset, config: UNetConfig) -> list[list[str]]:
