@@ -160,6 +160,34 @@ def test_embeddings_are_the_encoders_own_and_made_once(encoder_folder, tmp_path,
     assert TextEncoder(str(encoder_folder), 4).tokens(["a red fish a red fish"])["input_ids"].shape == (1, 4)
 
 
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_other_kinds_of_encoders(tmp_path, kind):
+    """Of a whole CLIP or T5 only the text encoder is taken."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    if kind == "clip":
+        shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text = {**shape, "vocab_size": len(WORDS), "eos_token_id": 3, "bos_token_id": 2}
+        picture = {**shape, "image_size": 8, "patch_size": 4}
+        config = transformers.CLIPConfig(text_config=text, vision_config=picture, projection_dim=8)
+        whole = transformers.CLIPModel(config)
+    else:
+        shape = {"d_model": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 4, "vocab_size": len(WORDS)}
+        whole = transformers.T5ForConditionalGeneration(transformers.T5Config(**shape, decoder_start_token_id=0))
+    whole.save_pretrained(tmp_path)
+    encoder = TextEncoder(str(tmp_path), 16)
+    assert encoder.width == 8 and type(encoder.model).__name__ in ("CLIPTextModel", "T5EncoderModel")
+    hidden, mask = encoder.embed(["a red fish", "a bird"], 4, CPU)
+    assert hidden.shape == (2, 4, 8) and mask.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert hidden[0, :3].any(1).all() and not hidden[0, 3:].any() and not torch.equal(hidden[0, 0], hidden[0, 1])
+
+
 def test_captions_are_chosen_and_left_out_by_number_alone(data, encoder_folder, tmp_path):
     config = config_of(data, encoder_folder, tmp_path, caption_dropout=0.3)
     images, _ = images_for_run(config, True, lambda: None)
