@@ -3,7 +3,8 @@
     python scripts/evaluate.py autoencoder --config configs/mnist.yaml
         <output_dir>/autoencoder on the whole validation split: PSNR, SSIM, rFD (Frechet distance of reconstructions
         to originals, with --feature_extractor efficientnet-lite0, inception or dinov2), LPIPS (with --lpips_net),
-        images/s, peak memory; of a VQModel also codebook usage, perplexity, bits per pixel; and a figure beside the
+        images/s, peak memory; of a VQModel also codebook usage, perplexity, bits per pixel, and the deviations of the
+        codes along the main directions of their table (a channel that died has one near 0); and a figure beside the
         JSON file.
         Takes the keys of train_unet.py; --autoencoder DIR measures another one.
 
@@ -196,6 +197,9 @@ def measure_autoencoder(argv: list[str]) -> None:
     originals, reconstructions = torch.cat(seen), torch.cat(made)
     if codes:
         result["bits_per_pixel"] = math.log2(codes) * size**2 / config.resolution**2
+        table = autoencoder.quantize.embedding.weight.double().cpu() * autoencoder.config.scaling_factor
+        deviations = torch.linalg.eigvalsh(table.T.cov()).clamp_min(0).sqrt().flip(0)
+        result["table_deviations"] = [round(value, 4) for value in deviations.tolist()]
     if lpips is not None:
         result |= {"lpips": float(torch.cat(distances).mean()), "lpips_net": options.lpips_net}
     if options.feature_extractor and len(originals) > 1:

@@ -405,6 +405,8 @@ def test_the_other_commands(trained, tmp_path):
            "--json", tmp_path / "e.json")  # fmt: skip
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["images"] == 2 and result["psnr"] > 5 and 0 < result["codebook_usage"] <= 1 and "ssim" in result
+    deviations = result["table_deviations"]
+    assert deviations == sorted(deviations, reverse=True) and deviations[0] > 0.1
     assert result["bits_per_pixel"] == pytest.approx(5 * 64 / 256) and result["peak_memory_gib"] > 0.1  # 32 codes
     assert result["rfd"] > 0 and result["rfd_feature_extractor"] == "efficientnet-lite0"
     assert Image.open(tmp_path / "e.png").size[0] > 500
