@@ -19,9 +19,9 @@ import torch
 
 from latent_ddpm.captions import TextEncoder, embed_captions, read_captions
 from latent_ddpm.config import UNetConfig
-from latent_ddpm.data import ImageDataset, to_uint8
+from latent_ddpm.data import ImageDataset, decode_square, to_uint8
 from latent_ddpm.errors import UserError
-from latent_ddpm.images import nearest_square
+from latent_ddpm.images import decode, nearest_square
 from latent_ddpm.latents import LatentCache, build_cache
 from latent_ddpm.random import Stream, uniform
 from latent_ddpm.sources import ImageSource, digest
@@ -294,9 +294,13 @@ class ConditioningImages(ImageDataset):
         super().__init__(self.of, config, images.bad_images, train=False, kept=images.kept)
 
     def _decode_from(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[np.ndarray, int]:
-        if self.classes is None:
-            return super()._decode_from(i, crop, flip)
+        # nothing stands in for a damaged one, as among images: it would belong to another image
         name = self.name(i)
+        if self.classes is None:
+            pixels = decode_square(self.of, self.source_index(i), self.resolution, self.channels, crop, flip)
+            if isinstance(pixels, str):
+                raise UserError(f"The conditioning image of {name} cannot be used: {pixels}")
+            return pixels, i
         try:
             pixels = nearest_square(self.of.load(self.source_index(i)), self.resolution)
         except Exception as error:  # as for images: Pillow's plugins raise nearly every class there is
@@ -339,8 +343,6 @@ class ConditioningSource(ImageSource):
     def load(self, i: int, at_least: int | None = None) -> Any:
         if self.folder is None:
             return self.source.load_column(i, self.column, at_least)
-        from latent_ddpm.images import decode
-
         stem = Path(self.name(i)).with_suffix("").as_posix()
         if stem not in self._files:
             raise FileNotFoundError(f"there is no {self.folder / stem}.*")

@@ -539,4 +539,4 @@ def _batches(dataset: ImageDataset, requests: Iterator, num_workers: int) -> Ite
     except UserError as error:
         error.__traceback__ = None  # it holds on to the loader, whose workers would end only after a time-out
         dataset.bad_images.check()  # a worker's message carries its traceback: the same one, without it
-        raise
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
