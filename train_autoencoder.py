@@ -76,6 +76,10 @@ def main(argv: list[str]) -> int:
         train_source, validation_source = open_sources(config)
     accelerator = make_accelerator(config)
     config = fit_to_processes(config, state, accelerator)
+    if config.codebook_start >= config.max_train_steps:  # which may have been given in images
+        raise UserError(
+            f"codebook_start {config.codebook_start} is not before the end of the run, step {config.max_train_steps}."
+        )
     if is_finished(config, "autoencoder", first_step, "autoencoder/config.json"):
         logger.info("all %d steps are done; the autoencoder is in %s", first_step, output_dir / "autoencoder")
         return 0
@@ -234,8 +238,7 @@ def main(argv: list[str]) -> int:
             count = max(images_per_step, images_for_codes(config))
             shares = (first, count, accelerator.process_index, accelerator.num_processes)
             images = to_float(next_images(train_set, order, *shares).to(device))
-        with accelerator.autocast():
-            autoencoder.initialize(images, learned)
+        autoencoder.initialize(images, learned)
         if learned:
             ema.restart(autoencoder)  # an average over two bases of the latents would belong to neither
             tracker.say("The codes enter.")
@@ -412,7 +415,8 @@ def main(argv: list[str]) -> int:
             bad_images.check()
         if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
             validate()
-            if config.push_to_hub and config.hub_strategy == "best" and is_best(output_dir, "autoencoder", ended_at):
+            by_validation = config.push_to_hub and config.hub_strategy == "best"
+            if by_validation and is_best(output_dir, "autoencoder", ended_at, after=config.codebook_start):
                 publish(ended_at)
         if stop.should_stop() and ended_at < config.max_train_steps:
             save(ended_at)

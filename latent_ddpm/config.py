@@ -293,11 +293,8 @@ class AutoencoderConfig(RunConfig):
             )
 
     def _check_quantizer(self) -> None:
-        start, steps = self.codebook_start, self.max_train_steps
-        has_codes = self.quantizer != "kl"
+        has_codes, start = self.quantizer != "kl", self.codebook_start
         _require(has_codes or start == 0, "codebook_start", start, "0 when quantizer is kl, which has no codes")
-        if start >= steps and self.max_train_images is None:
-            raise UserError(f"codebook_start {start} is not before the end of the run, max_train_steps {steps}.")
         if self.quantizer != "fsq":
             _require(self.fsq_levels is None, "fsq_levels", self.fsq_levels, "unset unless quantizer is fsq")
             usual = self.gradient_estimator == "straight_through"

@@ -168,10 +168,14 @@ def write_card(folder: Path, repo_id: str, license: str | None, theirs: str | No
 BEST_BY = {"autoencoder": ("validation_psnr", 1), "unet": ("validation_loss", -1)}
 
 
-def is_best(output_dir: Path, stage: str, step: int) -> bool:
-    """Whether the validation at `step`, in metrics.jsonl, was finite and better than all before it."""
+def is_best(output_dir: Path, stage: str, step: int, after: int = 0) -> bool:
+    """Whether the validation at `step`, in metrics.jsonl, was finite and better than all before it.
+
+    Those up to the step `after` do not count, as before the codes of an autoencoder enter.
+    """
     key, sign = BEST_BY[stage]
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["stage"] == stage and key in r]
+    records = [record for record in records if record["step"] > after]
     values = [sign * record[key] for record in records]
     return bool(records) and records[-1]["step"] == step and all(value < values[-1] for value in values[:-1])
 

@@ -283,6 +283,8 @@ def test_codes_enter_two_processes_as_they_enter_one(photos, tmp_path):
     one, two = (losses(tmp_path / name, "autoencoder") for name in ("one", "two"))
     assert max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-3
     records = read_metrics(tmp_path / "one" / "metrics.jsonl")
+    text = launch("train_autoencoder.py", tmp_path / "late", expect=2, **{**flags, "codebook_start": 8})
+    assert "codebook_start 8 is not before the end of the run, step 8" in text
     usage = {r["step"] for r in records if "validation_codebook_usage" in r}
     assert usage == {8} and {r["step"] for r in records if "validation_psnr" in r} == {4, 8}
 

@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT, assert_same_tensors, checkpoint_tensors, command, environment, finished, launch, losses
 from hub_server import TOKEN, USER, Drop, HubServer, Slow, Status
 
+from latent_ddpm.hub import is_best
+
 NAME = f"{USER}/tiny"
 STEPS = {"max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 6}
 
@@ -266,3 +268,13 @@ def test_a_dry_run_writes_what_would_be_published(stage_1, tmp_path):
     assert (tmp_path / "there" / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
     noted = json.loads((tmp_path / "there" / "run.json").read_text())
     assert noted["autoencoder"]["training_images"] == 46
+
+
+def test_what_was_better_before_the_codes_entered_does_not_count(tmp_path):
+    """A plain autoencoder reconstructs better than any with codes, and could not be published as one."""
+    psnr = {2: 30.0, 4: 31.0, 6: 20.0, 8: 21.0, 10: 20.5}
+    for step, value in psnr.items():
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": "autoencoder", "step": step, "validation_psnr": value}) + "\n")
+        assert is_best(tmp_path, "autoencoder", step, after=4) == (step in (6, 8))
+    assert not is_best(tmp_path, "autoencoder", 10)
