@@ -289,14 +289,14 @@ class LatentDDPMPipeline(DiffusionPipeline):
 
             kind = ENCODER_CLASSES.get(transformers.AutoConfig.from_pretrained(name).model_type, "AutoModel")
             encoder = getattr(transformers, kind).from_pretrained(name).eval().requires_grad_(False)
-            self.register_modules(text_encoder=encoder, tokenizer=transformers.AutoTokenizer.from_pretrained(name))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            self.register_modules(text_encoder=encoder.to(self._execution_device), tokenizer=tokenizer)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.config.get("max_caption_tokens"), return_tensors="pt"
         )
-        encoder = self.text_encoder.to(self._execution_device)
-        ids, mask = (tokens[name].to(encoder.device) for name in ("input_ids", "attention_mask"))
-        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        ids, mask = (tokens[name].to(self._execution_device) for name in ("input_ids", "attention_mask"))
+        hidden = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden * mask.unsqueeze(-1), mask.bool()
 
     @property
@@ -356,6 +356,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt: str = "",
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws images; with `image`, variations of it (SDEdit, arXiv 2108.01073); with `mask_image`, fills holes.
 
@@ -407,6 +409,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
             prompt_embeds: in its place, what `encode_prompt` returns first, (1 or B, T, W).
             prompt_attention_mask: and second, bool (1 or B, T); None takes all tokens.
             negative_prompt: what stands for no text; what the model has learned as such is the empty one.
+            negative_prompt_embeds: in its place, as prompt_embeds, (1, T, W).
+            negative_prompt_attention_mask: as prompt_attention_mask.
 
         Returns:
             `ImagePipelineOutput` whose `images` is as `output_type` says, or a tuple.
@@ -424,10 +428,18 @@ class LatentDDPMPipeline(DiffusionPipeline):
         given = {} if labels is None else {"class_labels": labels}
         maps = self._read_conditioning_image(conditioning_image)
         given |= {} if maps is None else {"conditioning_image": maps}
-        text = self._read_prompt(prompt, prompt_embeds, prompt_attention_mask, negative_prompt)
-        given |= {} if text is None else {"prompt": text}
-        batch_size = self._spread(given, batch_size)
         scales = self._read_guidance(guidance_scale, guidance_unet)
+        if self.takes_text:
+            text = self._pack_prompt(prompt, prompt_embeds, prompt_attention_mask)
+            given |= {} if text is None else {"prompt": text}
+            needed = text is None or (guidance_unet is None and any(scale != 1 for scale in scales.values()))
+            nothing = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
+            if negative_prompt_embeds is not None:
+                nothing = (None, *nothing[1:])
+            self._no_text = self._pack_prompt(*nothing) if needed else None
+        elif prompt is not None or prompt_embeds is not None:
+            raise ValueError("prompt: this model takes no text")
+        batch_size = self._spread(given, batch_size)
         shape = self._latents_shape(batch_size)
         self._check_inputs(
             batch_size,
@@ -544,26 +556,34 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 return strong
             weak = self._ask(guidance_unet, latents, t, given)
             return weak + scale * (strong - weak)
-        named = [name for name in CONDITIONS if name in given and scales.get(name, 1.0) is not None]
-        weights = guidance_weights([scales.get(name, 1.0) for name in named])
+        named = [name for name in CONDITIONS if name in given]
+        weights = guidance_weights([scales[name] for name in named])
         asked = [(k, weight) for k, weight in enumerate(weights) if weight != 0]
         if len(asked) == 1:
             return self._ask(self.unet, latents, t, {name: given[name] for name in named[: asked[0][0]]})
         # all in one batch: the model with the first k conditions, for each k that counts
         merged = {
-            name: torch.cat([given[name] if place < k else self._nothing(name, given[name]) for k, _ in asked])
+            name: self._join([given[name] if place < k else self._nothing(name, given[name]) for k, _ in asked])
             for place, name in enumerate(named)
         }
         predictions = self._ask(self.unet, torch.cat([latents] * len(asked)), t, merged).chunk(len(asked))
         return sum(weight * prediction for (_, weight), prediction in zip(asked, predictions, strict=True))
+
+    @staticmethod
+    def _join(values: list[torch.Tensor]) -> torch.Tensor:
+        """One batch of several; texts, (B, T, W + 1), of different lengths are padded with tokens that do not count."""
+        if values[0].ndim == 3:
+            longest = max(value.shape[1] for value in values)
+            values = [torch.nn.functional.pad(value, (0, 0, 0, longest - value.shape[1])) for value in values]
+        return torch.cat(values)
 
     def _nothing(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """What stands for no condition of that name, in the shape and dtype of `like`."""
         if name == "class_labels":
             return torch.full_like(like, self.unet.config.num_class_embeds - 1)
         if name == "prompt":
-            empty = self._no_text.to(like)
-            return torch.nn.functional.pad(empty, (0, 0, 0, like.shape[1] - empty.shape[1])).expand_as(like)
+            empty = self._no_text.to(like)  # as long as it is; `_predict` brings all to one length
+            return empty.expand(len(like), -1, -1)
         return torch.zeros_like(like)
 
     def _ask(
@@ -579,7 +599,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
             nobody = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
             words["class_labels"] = given.get("class_labels", self._nothing("class_labels", nobody))
         if self.takes_text:
-            text = given.get("prompt", self._no_text.to(latents.device).expand(len(latents), -1, -1))
+            text = given["prompt"] if "prompt" in given else self._nothing("prompt", latents)
             words["encoder_hidden_states"] = text[..., :-1].to(latents.dtype)
             words["encoder_attention_mask"] = text[..., -1] > 0.5
         if self.conditioning_channels:
@@ -656,40 +676,23 @@ class LatentDDPMPipeline(DiffusionPipeline):
             )
         return maps.long()
 
-    def _read_prompt(
-        self,
-        prompt: str | Sequence[str] | None,
-        embeds: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        negative_prompt: str,
+    def _pack_prompt(
+        self, prompt: str | Sequence[str] | None, embeds: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
         """Embeddings and, as one channel more, their mask: (1 or B, T, W + 1); None without text."""
-        if not self.takes_text:
-            if prompt is not None or embeds is not None:
-                raise ValueError("prompt: this model takes no text")
-            return None
+        width = self.unet.config.cross_attention_dim
         if prompt is not None and embeds is not None:
             raise ValueError("give prompt or prompt_embeds, not both")
-        width = self.unet.config.cross_attention_dim
-        if isinstance(prompt, (list, tuple)) and not prompt:
-            raise ValueError("prompt is empty")
-
-        def packed(embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-            if embeds.ndim != 3 or embeds.shape[-1] != width:
-                raise ValueError(f"prompt_embeds must be (B, T, {width}), got {tuple(embeds.shape)}")
-            mask = torch.ones(embeds.shape[:2]) if mask is None else mask
-            return torch.cat((embeds.float(), mask.to(embeds.device)[..., None].float()), dim=-1)
-
-        if embeds is not None and self.text_encoder is None and self.config.get("text_encoder_id") is None:
-            self._no_text = torch.zeros(1, 1, width + 1)  # the empty text's own embedding is not to be had
-            self._no_text[..., -1] = 1
-        else:
-            self._no_text = packed(*self.encode_prompt(negative_prompt))
-        if prompt is None and embeds is None:
+        if prompt is not None:
+            if not isinstance(prompt, str) and not prompt:
+                raise ValueError("prompt is empty")
+            embeds, mask = self.encode_prompt(prompt)
+        if embeds is None:
             return None
-        text = packed(*self.encode_prompt(prompt)) if embeds is None else packed(embeds, mask)
-        short = self._no_text.shape[1] - text.shape[1]
-        return torch.nn.functional.pad(text, (0, 0, 0, max(0, short)))
+        if embeds.ndim != 3 or embeds.shape[-1] != width:
+            raise ValueError(f"prompt_embeds must be (B, T, {width}), got {tuple(embeds.shape)}")
+        mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+        return torch.cat((embeds.float(), mask.to(embeds.device)[..., None].float()), dim=-1)
 
     def _spread(self, given: dict[str, torch.Tensor], batch_size: int) -> int:
         """Repeats what is given once for all, in place; the batch size that results."""

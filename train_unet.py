@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 
 from latent_ddpm.checkpoint import CheckpointFolder, must_fit
 from latent_ddpm.conditions import make_conditions, to_device, unet_inputs
@@ -33,9 +32,9 @@ from latent_ddpm.export import (
 from latent_ddpm.grids import make_grid, save_png
 from latent_ddpm.health import SkippedSteps
 from latent_ddpm.hub import is_best
-from latent_ddpm.latents import hash_folder, images_for_run, latents_folder, latents_for_run
+from latent_ddpm.latents import hash_folder, images_for_run, latents_for_run
 from latent_ddpm.launch import check_before_loading, claim, fit_to_processes, make_accelerator, make_publisher, run
-from latent_ddpm.models.unet import check_latents_fit, make_unet
+from latent_ddpm.models.unet import StockUNet, check_latents_fit, make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
 from latent_ddpm.sampling import draw_film
@@ -77,9 +76,12 @@ def main(argv: list[str]) -> int:
     is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
     images = images_for_run(config, is_main, wait)
     latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)
-    folder = latents_folder(config)
-    conditions = make_conditions(config, images[0], folder, latent_size, latents.flips, device, wait)
-    of_held_out = make_conditions(config, images[1], folder / "held_out", latent_size, False, device, wait)
+    conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait)
+    if state and state.get("conditions", conditions.meaning()) != conditions.meaning():
+        raise UserError(
+            f"{checkpoints.folder} was trained with other conditions: other class names, another order of them, or "
+            f"another text_encoder. Give the ones it was, or another --output_dir to train on these."
+        )
     fold_normalization(autoencoder, latents.mean, latents.std)
 
     # -------------------------------------------------------------------------------------- model and optimizer
@@ -145,6 +147,7 @@ def main(argv: list[str]) -> int:
             "images_per_step": images_per_step,
             "latents": latents.folder.name,
             "autoencoder": autoencoder_hash,
+            "conditions": conditions.meaning(),
             "model": unet.state_dict(),
             "ema": ema.state_dict(),
             "optimizer": optimizer.optimizer.state_dict(),
@@ -159,7 +162,7 @@ def main(argv: list[str]) -> int:
     # what the grids are drawn with
     shown = of_held_out.shown(held_out, config.num_validation_samples, config.guidance_scale)
 
-    def sampler(averaged: UNet2DModel) -> LatentDDPMPipeline:
+    def sampler(averaged: StockUNet) -> LatentDDPMPipeline:
         pipeline = LatentDDPMPipeline(
             autoencoder, averaged, sampling_scheduler(config), **conditions.pipeline_arguments()
         )
@@ -199,7 +202,7 @@ def main(argv: list[str]) -> int:
         accelerator.wait_for_everyone()
         tracker.pause()
 
-    def export() -> UNet2DModel | None:
+    def export() -> StockUNet | None:
         averaged = whole_unet(ema.model, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
             scheduler = sampling_scheduler(config)

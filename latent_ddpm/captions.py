@@ -22,7 +22,18 @@ from latent_ddpm.data import ImageDataset
 from latent_ddpm.distributed import process_count, process_index
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
-from latent_ddpm.latents import LatentCache, finish_cache, hash_folder, open_cache, shard_path, write_shard
+from latent_ddpm.latents import (
+    LatentCache,
+    all_reduce_max,
+    finish_cache,
+    hash_folder,
+    is_whole,
+    open_cache,
+    read_meta,
+    read_shard,
+    shard_path,
+    write_shard,
+)
 from pipeline_latent_ddpm import ENCODER_CLASSES
 
 logger = logging.getLogger(__name__)
@@ -31,11 +42,11 @@ SHARD_CAPTIONS = 1024
 BATCH = 64  # captions embedded at once
 
 
-def read_captions(images: ImageDataset, config: UNetConfig) -> list[list[str]]:
+def read_captions(images: ImageDataset, config: UNetConfig, required: bool = True) -> list[list[str]]:
     """The captions of each image, none or several.
 
     Raises:
-        UserError: there is no such column, no classes for the templates, or no caption at all.
+        UserError: there is no such column, or no classes for the templates; they are `required`, and there is none.
     """
     if config.caption_templates:
         if not images.class_names:
@@ -52,9 +63,9 @@ def read_captions(images: ImageDataset, config: UNetConfig) -> list[list[str]]:
             )
         captions = [_clean(source.captions(images.source_index(i), column)) for i in range(len(images))]
     missing = sum(not of_image for of_image in captions)
-    if missing == len(captions):
+    if required and missing == len(captions):
         raise UserError("conditions has text, but no image has a caption.")
-    if missing:
+    if required and missing:
         logger.warning("%d of %d images have no caption; they train without one.", missing, len(captions))
     return captions
 
@@ -143,21 +154,25 @@ def embed_captions(
     joint = hashlib.sha256("\n".join(captions).encode("utf-8", "surrogateescape")).hexdigest()
     key = {"version": 1, "encoder": encoder.fingerprint, "captions": joint, "tokens": longest}
     place = folder / f"text-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
-    if (place / "meta.json").exists():
+    meta = read_meta(place)
+    unfinished = torch.tensor([meta is None or not is_whole(place, meta)], dtype=torch.int64, device=device)
+    if not all_reduce_max(unfinished):  # all processes have to take the same way
         return open_cache(place)
     place.mkdir(parents=True, exist_ok=True)
     remove_leftovers(place)
     shards = -(-len(captions) // SHARD_CAPTIONS)
     mine = range(process_index(), shards, process_count())
     for shard in tqdm(mine, desc="embedding captions", unit="shard", disable=process_index() > 0, dynamic_ncols=True):
+        if read_shard(shard_path(place, shard)) is not None:
+            continue
         chosen = captions[shard * SHARD_CAPTIONS : (shard + 1) * SHARD_CAPTIONS]
-        embeddings, counts = [], []
-        for start in range(0, len(chosen), BATCH):
-            hidden, mask = encoder.embed(chosen[start : start + BATCH], longest, device)
-            embeddings.append(hidden.cpu().to(torch.float16).numpy()[:, None, None])  # (B, 1, 1, T, W)
-            counts.append(mask.sum(1).cpu().numpy())
+        parts = [
+            encoder.embed(chosen[start : start + BATCH], longest, device) for start in range(0, len(chosen), BATCH)
+        ]
+        hidden, mask = (torch.cat([part[k].cpu() for part in parts]) for k in (0, 1))
         numbers = np.arange(len(chosen)) + shard * SHARD_CAPTIONS
-        write_shard(shard_path(place, shard), np.concatenate(embeddings), numbers, np.concatenate(counts))
+        latents = hidden.to(torch.float16).numpy()[:, None, None]  # (N, 1, 1, T, W)
+        write_shard(shard_path(place, shard), latents, numbers, mask.sum(1).numpy())
     encoder.model.to("cpu")
     wait()
     if process_index() == 0:

@@ -22,7 +22,7 @@ from latent_ddpm.config import UNetConfig
 from latent_ddpm.data import ImageDataset, decode_square, to_uint8
 from latent_ddpm.errors import UserError
 from latent_ddpm.images import decode, nearest_square
-from latent_ddpm.latents import LatentCache, build_cache
+from latent_ddpm.latents import LatentCache, build_cache, latents_folder
 from latent_ddpm.random import Stream, uniform
 from latent_ddpm.sources import ImageSource, digest
 from pipeline_latent_ddpm import class_shares, image_channels
@@ -30,6 +30,8 @@ from pipeline_latent_ddpm import class_shares, image_channels
 # what a batch is given: class_labels (B,), conditioning_image (B, K, h, w), encoder_hidden_states (B, T, W) with
 # encoder_attention_mask (B, T)
 Given = dict[str, torch.Tensor]
+# as the U-Net and as the pipeline name them
+TEXT_KEYS = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
 
 
 class Condition(abc.ABC):
@@ -63,9 +65,13 @@ class Condition(abc.ABC):
     def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
         """The values with those of the examples `dropped` (B,), bool, replaced by what stands for none."""
 
+    @abc.abstractmethod
     def pipeline_arguments(self) -> dict[str, Any]:
         """What the pipeline's constructor is given."""
-        return {}
+
+    @abc.abstractmethod
+    def meaning(self) -> Any:
+        """JSON value of all that decides what the U-Net's inputs mean: with another one it would know nothing."""
 
 
 class ClassCondition(Condition):
@@ -95,6 +101,9 @@ class ClassCondition(Condition):
 
     def pipeline_arguments(self) -> dict[str, Any]:
         return {"class_names": self.names}
+
+    def meaning(self) -> Any:
+        return ["class", self.names]
 
 
 class ImageCondition(Condition):
@@ -129,6 +138,9 @@ class ImageCondition(Condition):
     def pipeline_arguments(self) -> dict[str, Any]:
         return {"conditioning_classes": self.classes}
 
+    def meaning(self) -> Any:
+        return ["image", self.classes, self.cache.shape[0]]
+
 
 class TextCondition(Condition):
     """A caption for each image, chosen among its own by the example's number.
@@ -137,31 +149,28 @@ class TextCondition(Condition):
         cache: of `embed_captions`; its row 0 is the empty caption, which stands for none.
         choices: of each image of the dataset, the rows of its captions.
         encoder: that made the embeddings.
-        seed: of the run.
         config: of the run.
     """
 
     stream = Stream.DROP_TEXT
 
-    def __init__(
-        self, cache: LatentCache, choices: list[list[int]], encoder: TextEncoder, seed: int, config: UNetConfig
-    ) -> None:
-        self.cache, self.encoder, self.seed, self.dropout = cache, encoder, seed, config.caption_dropout
-        self.config = config
-        self._starts = np.cumsum([0, *map(len, choices)])
-        self._rows = np.array([row for own in choices for row in own], dtype=np.int64)
+    def __init__(self, cache: LatentCache, choices: list[list[int]], encoder: TextEncoder, config: UNetConfig) -> None:
+        self.cache, self.encoder, self.config, self.dropout = cache, encoder, config, config.caption_dropout
+        self._counts = np.array(list(map(len, choices)), dtype=np.int64)
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._rows = np.array([*(row for own in choices for row in own), 0], dtype=np.int64)
 
     def unet_arguments(self) -> dict[str, Any]:
         return {"cross_attention_dim": self.encoder.width}
 
     def rows(self, indices: np.ndarray, numbers: torch.Tensor | None) -> np.ndarray:
         """The captions' rows in the cache: int64 (B,); 0 for an image without."""
-        first, count = self._starts[indices], np.diff(self._starts)[indices]
+        first, count = self._starts[indices], self._counts[indices]
         place = np.zeros(len(indices), dtype=np.int64)
         if numbers is not None:
-            draws = uniform(self.seed, Stream.CAPTION, numbers).double().numpy()
+            draws = uniform(self.config.seed, Stream.CAPTION, numbers).double().numpy()
             place = np.minimum((draws * count).astype(np.int64), np.maximum(count - 1, 0))
-        return np.where(count > 0, self._rows[np.minimum(first + place, len(self._rows) - 1)], 0)
+        return np.where(count > 0, self._rows[first + place], 0)
 
     def values(
         self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
@@ -177,17 +186,24 @@ class TextCondition(Condition):
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 
     def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
-        empty = self._embedded(np.zeros(1, dtype=np.int64))
+        empty = self.nothing()
         return {
-            **given,
-            **{name: torch.where(dropped.view(-1, *[1] * (v.ndim - 1)), empty[name], v) for name, v in given.items()},
+            name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), empty[name], value)
+            for name, value in given.items()
         }
+
+    def nothing(self) -> Given:
+        """What stands for no caption, of one example."""
+        return self._embedded(np.zeros(1, dtype=np.int64))
 
     def pipeline_arguments(self) -> dict[str, Any]:
         known = {"max_caption_tokens": self.encoder.most_tokens}
         if self.config.export_text_encoder:
             return {"text_encoder": self.encoder.model, "tokenizer": self.encoder.tokenizer, **known}
         return {"text_encoder_id": self.config.text_encoder, **known}
+
+    def meaning(self) -> Any:
+        return ["text", self.encoder.fingerprint, self.encoder.most_tokens]
 
 
 class Conditions:
@@ -211,6 +227,10 @@ class Conditions:
     def pipeline_arguments(self) -> dict[str, Any]:
         """See `Condition.pipeline_arguments`."""
         return {key: value for condition in self.all for key, value in condition.pipeline_arguments().items()}
+
+    def meaning(self) -> list:
+        """See `Condition.meaning`."""
+        return [condition.meaning() for condition in self.all]
 
     def given(
         self,
@@ -245,15 +265,16 @@ class Conditions:
         if not self.all:
             return {}
         given = self.given(latents, np.arange(count) % len(latents))
-        if "encoder_hidden_states" in given:
-            given["prompt_embeds"] = given.pop("encoder_hidden_states")
-            given["prompt_attention_mask"] = given.pop("encoder_attention_mask")
-        if "class_labels" in given and len(given) == 1:
-            classes = next(len(condition.names) for condition in self.all if isinstance(condition, ClassCondition))
-            given["class_labels"] = torch.arange(count) % classes
-        elif "class_labels" in given:  # for which the pipeline has another number
-            classes = next(len(condition.names) for condition in self.all if isinstance(condition, ClassCondition))
-            given["class_labels"] = given["class_labels"].masked_fill(given["class_labels"] == classes, -1)
+        for condition in self.all:
+            if isinstance(condition, TextCondition):
+                nothing = condition.nothing()  # or the pipeline would ask the encoder, and keep it on the GPU
+                for of_unet, of_pipeline in TEXT_KEYS.items():
+                    given[of_pipeline] = given.pop(of_unet)
+                    given[f"negative_{of_pipeline}"] = nothing[of_unet]
+            if isinstance(condition, ClassCondition):
+                classes, labels = len(condition.names), given["class_labels"]
+                own = labels.masked_fill(labels == classes, -1)  # no class has another number in the pipeline
+                given["class_labels"] = own if len(self.all) > 1 else torch.arange(count) % classes
         return {**given, "guidance_scale": guidance_scale}
 
 
@@ -375,51 +396,58 @@ def _image_condition(
     return ImageCondition(cache, classes, config.conditioning_image_dropout)
 
 
-def _text_condition(
-    config: UNetConfig, images: ImageDataset, folder: Path, device: torch.device, wait: Callable[[], None]
-) -> TextCondition:
-    captions = read_captions(images, config)
-    encoder = TextEncoder(config.text_encoder, config.max_caption_tokens)
-    different = sorted({caption for own in captions for caption in own})
-    number = {caption: row for row, caption in enumerate(different, start=1)}
-    cache = embed_captions(encoder, ["", *different], folder, device, wait)
-    choices = [[number[caption] for caption in own] for own in captions]
-    return TextCondition(cache, choices, encoder, config.seed, config)
-
-
 def make_conditions(
     config: UNetConfig,
-    images: ImageDataset,
-    folder: Path,
+    images: tuple[ImageDataset, ImageDataset],
     latent_size: int,
     flip: bool,
     device: torch.device,
     wait: Callable[[], None],
-) -> Conditions:
-    """The conditions that a config asks for, of one split; all processes call this.
+) -> tuple[Conditions, Conditions]:
+    """The conditions that a config asks for, of the training and of the held-out images; all processes call this.
 
     Args:
         config: of the run.
-        images: the split.
-        folder: where caches are kept.
+        images: of `images_for_run`.
         latent_size: side of the latents.
-        flip: whether mirrored versions are needed.
+        flip: whether the training images are needed mirrored too.
         device: where caches are made.
         wait: a barrier of the processes.
 
     Raises:
-        UserError: the dataset has no classes, or no such column; a conditioning image is missing or cannot be used.
+        UserError: the dataset has no classes, or labels beyond them, or no such column, or no captions; a conditioning
+            image is missing or cannot be used.
     """
-    made: list[Condition] = []
-    if "class" in config.conditions:
-        if not images.class_names or len(images.class_names) < 2:
-            raise UserError(
-                "conditions has class, but the dataset has no classes: it needs a column of labels, or images in two "
-                "or more folders, whose names are the classes."
+    encoder = TextEncoder(config.text_encoder, config.max_caption_tokens) if "text" in config.conditions else None
+    folder = latents_folder(config)
+
+    def of_split(images: ImageDataset, folder: Path, train: bool) -> Conditions:
+        made: list[Condition] = []
+        if "class" in config.conditions:
+            made.append(ClassCondition(_class_names(images), config.class_dropout))
+        if "image" in config.conditions:
+            made.append(_image_condition(config, images, folder, latent_size, train and flip, device, wait))
+        if encoder is not None:
+            captions = read_captions(images, config, required=train)
+            different = sorted({caption for own in captions for caption in own})
+            number = {caption: row for row, caption in enumerate(different, start=1)}
+            cache = embed_captions(encoder, ["", *different], folder, device, wait)
+            made.append(
+                TextCondition(cache, [[number[caption] for caption in own] for own in captions], encoder, config)
             )
-        made.append(ClassCondition(images.class_names, config.class_dropout))
-    if "image" in config.conditions:
-        made.append(_image_condition(config, images, folder, latent_size, flip, device, wait))
-    if "text" in config.conditions:
-        made.append(_text_condition(config, images, folder, device, wait))
-    return Conditions(made, config.seed)
+        return Conditions(made, config.seed)
+
+    return of_split(images[0], folder, True), of_split(images[1], folder / "held_out", False)
+
+
+def _class_names(images: ImageDataset) -> list[str]:
+    names = images.class_names
+    if not names or len(names) < 2:
+        raise UserError(
+            "conditions has class, but the dataset has no classes: it needs a column of labels, or images in two "
+            "or more folders, whose names are the classes."
+        )
+    if images.labels and max(images.labels) >= len(names):
+        i = max(range(len(images)), key=lambda i: images.labels[i])
+        raise UserError(f"{images.name(i)} has the label {images.labels[i]}, but there are only {len(names)} classes.")
+    return names

@@ -239,7 +239,7 @@ def _size(path: Path) -> tuple[int, int]:
         return file.tell(), shape[0] * dtype.itemsize
 
 
-def _read_shard(path: Path) -> np.ndarray | None:
+def read_shard(path: Path) -> np.ndarray | None:
     """The records of a shard, or None where it is missing or not what was written."""
     try:
         records, whole = np.load(path, allow_pickle=False), sum(_size(path))
@@ -257,7 +257,7 @@ def _read_shard(path: Path) -> np.ndarray | None:
         return None
 
 
-def _read_meta(place: Path) -> dict | None:
+def read_meta(place: Path) -> dict | None:
     """meta.json, or None where there is none that can be used."""
     try:
         meta = json.loads((place / "meta.json").read_text())
@@ -269,7 +269,7 @@ def _read_meta(place: Path) -> dict | None:
         return None
 
 
-def _is_whole(place: Path, meta: dict) -> bool:
+def is_whole(place: Path, meta: dict) -> bool:
     """Whether all shards are there, as long as they were written."""
     for shard, (_, size) in enumerate(meta["shards"]):
         path = shard_path(place, shard)
@@ -328,8 +328,8 @@ def build_cache(
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     place = Path(folder) / digest
-    meta = _read_meta(place)
-    unfinished = torch.tensor([meta is None or not _is_whole(place, meta)], dtype=torch.int64, device=device)
+    meta = read_meta(place)
+    unfinished = torch.tensor([meta is None or not is_whole(place, meta)], dtype=torch.int64, device=device)
     if not all_reduce_max(unfinished):  # all processes have to take the same way
         return open_cache(place)
     place.mkdir(parents=True, exist_ok=True)
@@ -339,7 +339,7 @@ def build_cache(
     moments: Moments | None = None
     for shard in tqdm(mine, desc="encoding latents", unit="shard", disable=process_index() > 0, dynamic_ncols=True):
         path = shard_path(place, shard)
-        records = _read_shard(path)
+        records = read_shard(path)
         if records is None:
             chosen = range(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, len(dataset)))
             batches = range_batches(dataset, chosen, batch_size, num_workers)
@@ -451,7 +451,7 @@ def all_reduce_max(value: torch.Tensor) -> torch.Tensor:
 
 def open_cache(place: Path) -> LatentCache:
     """Open a finished cache."""
-    meta = _read_meta(place)
+    meta = read_meta(place)
     if meta is None:
         raise UserError(f"{place} holds no finished cache of latents.")
     mean = torch.tensor(meta["mean"], dtype=torch.float32)

@@ -17,7 +17,7 @@ from latent_ddpm.captions import TextEncoder, embed_captions, read_captions
 from latent_ddpm.conditions import make_conditions
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.errors import UserError
-from latent_ddpm.latents import images_for_run, latents_folder, record_type
+from latent_ddpm.latents import images_for_run, record_type
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.sources import DigitsSource, FolderSource, HubSource
 from pipeline_latent_ddpm import LatentDDPMPipeline
@@ -191,7 +191,7 @@ def test_other_kinds_of_encoders(tmp_path, kind):
 def test_captions_are_chosen_and_left_out_by_number_alone(data, encoder_folder, tmp_path):
     config = config_of(data, encoder_folder, tmp_path, caption_dropout=0.3)
     images, _ = images_for_run(config, True, lambda: None)
-    conditions = make_conditions(config, images, latents_folder(config), 8, False, CPU, lambda: None)
+    conditions, _ = make_conditions(config, (images, images), 8, False, CPU, lambda: None)
     text = conditions.all[0]
     index = next(i for i in range(len(images)) if images.name(i) == "fish/00.png")
     records = np.zeros(2000, dtype=record_type((1, 1, 1, 1)))

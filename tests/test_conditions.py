@@ -350,15 +350,15 @@ def test_two_processes_see_the_same_conditions(trained, tmp_path):
 
 def test_mirrored_images_have_mirrored_maps(trained):
     from latent_ddpm.conditions import make_conditions
-    from latent_ddpm.latents import images_for_run, latents_folder
+    from latent_ddpm.latents import images_for_run
 
     output_dir, flags = trained
     config = UNetConfig(output_dir=str(output_dir), train_data_dir=str(flags["train_data_dir"]), resolution=16,
                         random_flip=True, conditions=["image"], conditioning_image_classes=2,
                         conditioning_image_dir=str(flags["conditioning_image_dir"]),
                         max_validation_images=16)  # fmt: skip
-    images = images_for_run(config, True, lambda: None)[0]
-    made = make_conditions(config, images, latents_folder(config), 8, True, torch.device("cpu"), lambda: None)
+    both = images_for_run(config, True, lambda: None)
+    images, (made, _) = both[0], make_conditions(config, both, 8, True, torch.device("cpu"), lambda: None)
     records = np.zeros(len(images), dtype=record_type((1, 1, 1, 1)))
     records["index"] = np.arange(len(images))
     plain, mirrored = (
