@@ -432,9 +432,8 @@ def make_conditions(
             different = sorted({caption for own in captions for caption in own})
             number = {caption: row for row, caption in enumerate(different, start=1)}
             cache = embed_captions(encoder, ["", *different], folder, device, wait)
-            made.append(
-                TextCondition(cache, [[number[caption] for caption in own] for own in captions], encoder, config)
-            )
+            choices = [[number[caption] for caption in own] for own in captions]
+            made.append(TextCondition(cache, choices, encoder, config))
         return Conditions(made, config.seed)
 
     return of_split(images[0], folder, True), of_split(images[1], folder / "held_out", False)

@@ -1,7 +1,9 @@
 """Text: captions from everywhere, embedded once, chosen by number, left out at times; runs and exports keep it all."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +157,11 @@ def test_embeddings_are_the_encoders_own_and_made_once(encoder_folder, tmp_path,
         found = torch.from_numpy(records["latents"][row, 0, 0].astype(np.float32))
         torch.testing.assert_close(found[: len(alone)], alone, rtol=2e-3, atol=2e-3)
         assert not found[len(alone) :].any()
+    shard = cache.folder / "latents-00000.npy"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    assert embed_captions(encoder, captions, tmp_path, CPU, lambda: None).folder == cache.folder
+    assert shard.read_bytes() == whole  # what is damaged is made anew
     monkeypatch.setattr(encoder, "embed", None)
     assert embed_captions(encoder, captions, tmp_path, CPU, lambda: None).folder == cache.folder
     assert TextEncoder(str(encoder_folder), 4).tokens(["a red fish a red fish"])["input_ids"].shape == (1, 4)
@@ -336,3 +343,39 @@ def test_what_is_published_has_the_encoder_and_a_card_whose_code_runs(trained, t
     away = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-P", "code.py"], cwd=tmp_path, env=away, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "sample.png").exists(), done.stderr[-2000:]
+
+
+def test_another_encoder_or_other_classes_are_no_reason_to_go_on(trained, encoder_folder, tmp_path):
+    from transformers import AutoModel
+
+    output_dir, flags = trained
+    shutil.copytree(output_dir, tmp_path / "out")
+    shutil.copytree(encoder_folder, tmp_path / "encoder")
+    model = AutoModel.from_pretrained(encoder_folder)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.add_(0.1)
+    model.save_pretrained(tmp_path / "encoder")
+    flags = {**flags, "max_train_steps": 6}
+    text = launch("train_unet.py", tmp_path / "out", expect=2, **{**flags, "text_encoder": tmp_path / "encoder"})
+    assert "was trained with other conditions" in text
+    shutil.copytree(flags["train_data_dir"], tmp_path / "data")
+    os.rename(tmp_path / "data" / "bird", tmp_path / "data" / "zebra")  # the same images, another order of classes
+    config = (tmp_path / "out" / "train_unet.yaml").read_text()
+    (tmp_path / "out" / "train_unet.yaml").write_text(config.replace(str(flags["train_data_dir"]), f"{tmp_path}/data"))
+    text = launch("train_unet.py", tmp_path / "out", expect=2, **{**flags, "train_data_dir": tmp_path / "data"})
+    assert "was trained with other conditions: other class names" in text
+    assert "going on from step 4" in launch("train_unet.py", output_dir, **flags)
+
+
+def test_training_never_asks_the_encoder_again(trained, monkeypatch):
+    """Grids are drawn with embeddings from the cache: the encoder would fill a GPU that trains."""
+    pipe = LatentDDPMPipeline.from_pretrained(trained[0] / "pipeline")
+    embeds, mask = pipe.encode_prompt(["a red fish", "a blue bird"])
+    nothing, nothing_mask = pipe.encode_prompt("")
+    wanted = draw(pipe)
+    monkeypatch.setattr(pipe, "encode_prompt", None)
+    given = {"prompt": None, "prompt_embeds": embeds, "prompt_attention_mask": mask}
+    given |= {"negative_prompt_embeds": nothing, "negative_prompt_attention_mask": nothing_mask}
+    torch.testing.assert_close(draw(pipe, **given), wanted, rtol=1e-4, atol=1e-4)
+    alone = {name: value for name, value in given.items() if "negative" not in name}
+    draw(pipe, **{**alone, "guidance_scale": 1.0})  # for which nothing is not needed
