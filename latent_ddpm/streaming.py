@@ -13,6 +13,7 @@ from there, so that a reading that was killed goes on, with any number of proces
 
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 from latent_ddpm.config import RunConfig
 from latent_ddpm.data import BadImages, square
 from latent_ddpm.errors import UserError
-from latent_ddpm.files import aside_name, remove_leftovers, write_json
+from latent_ddpm.files import remove_leftovers, write_json, write_whole
 from latent_ddpm.images import CENTRE, TRANSFORM_VERSION, decode
 from latent_ddpm.sources import (
     ImageSource,
@@ -44,7 +45,7 @@ from latent_ddpm.sources import (
 
 logger = logging.getLogger(__name__)
 
-PART_IMAGES = 4096
+PART_IMAGES, PART_BYTES = 4096, 2**27  # a part has as many as both allow
 TRIES = 5  # to read a file, without a part more
 PAUSE = 20.0  # seconds before it is tried again; each time longer
 
@@ -198,6 +199,8 @@ def _read_file(
     if isinstance(stream.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     rows = rows.shard(num_shards=files, index=file)
+    square_bytes = config.resolution**2 * config.image_channels
+    most = max(1, min(PART_IMAGES, PART_BYTES // square_bytes))
     first = 0  # of the file's images in the part at hand
     for part in itertools.count():
         before = _read_sidecar(_part(folder, split, file, part))
@@ -213,7 +216,7 @@ def _read_file(
     with ThreadPoolExecutor(max(1, config.dataloader_num_workers)) as threads:  # Pillow decodes beside Python
         while True:
             try:
-                some = list(itertools.islice(examples, PART_IMAGES))
+                some = list(itertools.islice(examples, most))
             except Exception as error:  # of a server, a file system or a file format: they have no common class
                 raise BrokenStream(f"{type(error).__name__}: {error}") from error
             decoded = threads.map(lambda example: _decode(example[column], config), some)
@@ -225,7 +228,7 @@ def _read_file(
                 pixels.append(image)
                 label = None if labels is None else example[labels]
                 classes.append(-1 if label is None else int(label))
-            ended = len(some) < PART_IMAGES
+            ended = len(some) < most
             sidecar = {"file": file, "first": first, "read": len(some), "labels": classes, "bad": bad, "ended": ended}
             shape = (0, config.resolution, config.resolution, config.image_channels)
             images = np.stack(pixels) if pixels else np.empty(shape, dtype=np.uint8)
@@ -245,14 +248,10 @@ def _decode(value: Any, config: RunConfig) -> np.ndarray | str:
 
 
 def _write_part(path: Path, images: np.ndarray, sidecar: dict) -> None:
-    aside = aside_name(path)
-    try:
-        with aside.open("wb") as file:
-            np.save(file, images, allow_pickle=False)
-        aside.replace(path)
-        write_json(path.with_suffix(".json"), sidecar)  # without which the part does not count
-    finally:
-        aside.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, images, allow_pickle=False)
+    write_whole(path, buffer.getvalue())
+    write_json(path.with_suffix(".json"), sidecar)  # without which the part does not count
 
 
 class Squares:

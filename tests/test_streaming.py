@@ -89,6 +89,16 @@ def test_every_image_is_there_once_and_a_bad_one_is_named(tmp_path):
     assert sorted(seen) == sorted(set(range(sum(IMAGES))) - {BROKEN})
 
 
+def test_parts_of_large_images_have_fewer_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "PART_BYTES", 3 * 8 * 8 * 3 + 5)  # three squares of 8 pixels
+    cfg = config(tmp_path / "out", write_tars(tmp_path / "data"))
+    read(cfg)
+    files = sorted(stream_folder(cfg).glob("train-00000-*.npy"))
+    assert [len(np.load(path)) for path in files] == [3, 3, 3, 0] and sum(map(len, open_sources(cfg))) == sum(
+        IMAGES
+    ) - 1
+
+
 @pytest.mark.parametrize("processes", [2, 3, 5])
 def test_any_number_of_processes_reads_the_same(tmp_path, processes):
     pattern = write_tars(tmp_path / "data")
