@@ -17,14 +17,16 @@ PLACES = {
     "autoencoder": "AUTOENCODER",
     "latents_dir": "LATENTS",
     "lpips_weights": "LPIPS_WEIGHTS",
+    "conditioning_image_dir": "CONDITIONING_IMAGES",
     "resume_from_checkpoint": "CHECKPOINT",
 }
+NAMES = {"dataset_name": "DATASET", "text_encoder": "TEXT_ENCODER"}  # which may be names of the Hub as well
 EMBEDDED = "embedded:"
 ON_THE_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def is_place(value: str) -> bool:
-    """Whether a dataset_name is something on this disk, and not of the Hub or embedded."""
+    """Whether a value of NAMES is something on this disk, and not of the Hub or embedded."""
     if value.startswith(EMBEDDED):
         return False
     return not ON_THE_HUB.fullmatch(value) or value.endswith((".parquet", ".arrow")) or Path(value).exists()
@@ -60,8 +62,9 @@ class Scrubber:
         for key, shown in PLACES.items():
             if section.get(key) and section[key] != "latest":
                 self.places[os.path.normpath(section[key])] = shown
-        if section.get("dataset_name") and is_place(section["dataset_name"]):
-            self.places[os.path.normpath(section["dataset_name"])] = "DATASET"
+        for key, shown in NAMES.items():
+            if section.get(key) and is_place(section[key]):
+                self.places[os.path.normpath(section[key])] = shown
 
     def text(self, text: str) -> str:
         """A text without secrets and without the places of this machine."""
@@ -96,7 +99,7 @@ class Scrubber:
         """A saved config (its sections by name) without places."""
         return {
             name: {
-                key: self.place(value) if value and (key in PLACES or key == "dataset_name") else value
+                key: self.place(value) if value and (key in PLACES or key in NAMES) else value
                 for key, value in section.items()
             }
             for name, section in values.items()

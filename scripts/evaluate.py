@@ -57,6 +57,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from latent_ddpm.captions import read_captions
@@ -588,10 +589,14 @@ def measure_pipeline(argv: list[str]) -> None:
 
 def embedded(pipe: LatentDDPMPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
     """The prompts as `LatentDDPMPipeline` takes them when they are many: each different one is encoded once."""
-    different = sorted(set(prompts))
-    embeds, mask = pipe.encode_prompt(different)
-    rows = torch.tensor([different.index(prompt) for prompt in prompts])
-    return {"prompt_embeds": embeds.cpu()[rows], "prompt_attention_mask": mask.cpu()[rows]}
+    rows = {prompt: row for row, prompt in enumerate(sorted(set(prompts)))}
+    different = list(rows)
+    parts = [pipe.encode_prompt(different[start : start + 64]) for start in range(0, len(different), 64)]
+    embeds, mask = (  # of any length each
+        pad_sequence([value.cpu() for part in parts for value in part[k]], batch_first=True) for k in (0, 1)
+    )
+    chosen = torch.tensor([rows[prompt] for prompt in prompts])
+    return {"prompt_embeds": embeds[chosen], "prompt_attention_mask": mask[chosen]}
 
 
 def measure_digits(argv: list[str]) -> None:

@@ -12,7 +12,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_tensors, checkpoint_tensors, environment, launch, launch_and_stop, losses, run_script
+from conftest import (
+    ROOT,
+    assert_same_tensors,
+    checkpoint_tensors,
+    command,
+    environment,
+    finished,
+    launch,
+    launch_and_stop,
+    losses,
+    run_script,
+)
 from PIL import Image
 
 from latent_ddpm.captions import TextEncoder, embed_captions, read_captions
@@ -379,3 +390,27 @@ def test_training_never_asks_the_encoder_again(trained, monkeypatch):
     torch.testing.assert_close(draw(pipe, **given), wanted, rtol=1e-4, atol=1e-4)
     alone = {name: value for name, value in given.items() if "negative" not in name}
     draw(pipe, **{**alone, "guidance_scale": 1.0})  # for which nothing is not needed
+
+
+def test_many_prompts_are_encoded_once_each_and_in_parts(trained):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    pipe = LatentDDPMPipeline.from_pretrained(trained[0] / "pipeline")
+    prompts = [" ".join(["a"] * (1 + n % 29)) for n in range(150)]
+    found = script.embedded(pipe, prompts)
+    assert len(found["prompt_embeds"]) == 150
+    for n in (0, 28, 29, 149):
+        embeds, mask = pipe.encode_prompt(prompts[n])
+        length = embeds.shape[1]
+        torch.testing.assert_close(found["prompt_embeds"][n, :length], embeds[0], rtol=1e-4, atol=1e-5)
+        assert found["prompt_attention_mask"][n].sum() == mask.sum()
+
+
+def test_an_encoder_that_nobody_else_has_is_not_published_by_name(trained, tmp_path):
+    flags = {**trained[1], "export_text_encoder": "false", "push_to_hub": "true", "hub_model_id": "me/fish"}
+    words = command("train_unet.py", tmp_path, **flags)
+    done = finished(words, env={**environment(), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path)})
+    assert done.returncode == 2 and "nobody else has the text_encoder" in done.stderr

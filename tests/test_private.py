@@ -28,6 +28,19 @@ def test_configs_keep_all_but_places(run, tmp_path):
                     "lpips_weights": "LPIPS_WEIGHTS", "resume_from_checkpoint": "latest"}  # fmt: skip
 
 
+def test_places_of_conditions(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    own = {"conditioning_image_dir": "/clinic/maps", "text_encoder": "/clinic/encoder", "dataset_name": "user/images"}
+    hub = {**own, "text_encoder": "openai/clip-vit-large-patch14"}
+    for config, shown in ((own, "TEXT_ENCODER"), (hub, hub["text_encoder"])):
+        (folder / "train_unet.yaml").write_text(yaml.safe_dump({"train_unet": config}))
+        Scrubber(folder).copy(folder / "train_unet.yaml", tmp_path / "out.yaml")
+        made = yaml.safe_load((tmp_path / "out.yaml").read_text())["train_unet"]
+        assert made == {"conditioning_image_dir": "CONDITIONING_IMAGES", "text_encoder": shown,
+                        "dataset_name": "user/images"}  # fmt: skip
+
+
 def test_json_and_its_commands(run, tmp_path):
     content = {
         "command": f"python scripts/evaluate.py pipeline --config {run}/train.yaml --train_data_dir patients/2024/",
