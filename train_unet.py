@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     check_latents_fit(config, latent_size)
 
     # ---------------------------------------------------------------------------------------------- latents
-    sharding = Sharding.requested()
+    sharding = Sharding.take_request()
     accelerator = make_accelerator(config)
     config = fit_to_processes(config, state, accelerator)
     if is_finished(config, "unet", first_step, "pipeline/model_index.json"):

@@ -39,8 +39,10 @@ class Sharding:
     reshard_after_forward: bool
 
     @classmethod
-    def requested(cls) -> "Sharding | None":
-        """What `accelerate launch` was asked for, kept from accelerate; None where weights stay whole.
+    def take_request(cls) -> "Sharding | None":
+        """What `accelerate launch` was asked for; None where weights stay whole, or it has been taken already.
+
+        The request is removed from the environment: accelerate would cut the network too.
 
         Raises:
             UserError: it was FSDP's first version, its offloading, or DeepSpeed.

@@ -1,4 +1,4 @@
-"""Encode a run's training set into its latent cache, without training on it.
+"""Encode a run's training set into its caches (latents, conditioning images, captions), without training on it.
 
     accelerate launch scripts/cache_latents.py --config configs/mnist.yaml
 
@@ -8,9 +8,10 @@ that train. Takes the keys of train_unet.py. A finished cache is left as it is, 
 
 import logging
 
+from latent_ddpm.conditions import make_conditions
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.export import check_autoencoder_fits, load_autoencoder
-from latent_ddpm.latents import latents_for_run
+from latent_ddpm.latents import images_for_run, latents_for_run
 from latent_ddpm.launch import check_before_loading, make_accelerator, run
 
 logger = logging.getLogger("cache_latents")
@@ -20,12 +21,12 @@ def main(argv: list[str]) -> int:
     config = parse_config(UNetConfig, argv)
     check_before_loading(config, "unet")
     autoencoder = load_autoencoder(config.autoencoder_dir)
-    check_autoencoder_fits(autoencoder, config)
+    latent_size = check_autoencoder_fits(autoencoder, config)
     accelerator = make_accelerator(config)
-    autoencoder.to(accelerator.device)
-    cache, _ = latents_for_run(
-        config, autoencoder, accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
-    )
+    device, is_main, wait = accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
+    images = images_for_run(config, is_main, wait)
+    cache, _ = latents_for_run(config, autoencoder.to(device), device, is_main, wait, images)
+    make_conditions(config, images, latent_size, cache.flips, device, wait)
     logger.info("%d latents of %s in %s", len(cache), "x".join(map(str, cache.shape)), cache.folder)
     return 0
 

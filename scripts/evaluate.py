@@ -492,8 +492,11 @@ def linear_classifier(reals: Reals) -> tuple[Callable[[torch.Tensor], torch.Tens
     if reals.images.labels is None:
         return None
     labels = np.array([reals.images.labels[i] for i in reals.indices.tolist()])
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=200)).fit(reals.train.numpy(), labels)
-    accuracy = float((model.predict(reals.held_out_features.numpy()) == reals.held_out_labels).mean())
+    known, known_held_out = labels >= 0, reals.held_out_labels >= 0  # -1: an image without a label
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=200))
+    model.fit(reals.train.numpy()[known], labels[known])
+    agrees = model.predict(reals.held_out_features.numpy()) == reals.held_out_labels
+    accuracy = float(agrees[known_held_out].mean())
     return lambda features: torch.from_numpy(model.predict(features.numpy())), accuracy
 
 
@@ -568,7 +571,7 @@ def measure_pipeline(argv: list[str]) -> None:
         )
         if classifier is not None:
             agrees = classifier[0](features) == given["class_labels"]
-            settings[-1]["class_agreement"] = float(agrees.double().mean())
+            settings[-1]["class_agreement"] = float(agrees[given["class_labels"] >= 0].double().mean())
         # written again and again: a long sweep that is stopped leaves what it has
         sheet.append(to_float(samples[: 16 if len(sweep) > 1 else 64]))
         save_png(make_grid(torch.cat(sheet), columns=16), path.with_name(f"{path.stem}-samples.png"))

@@ -451,6 +451,14 @@ def test_classes_need_a_dataset_that_has_them(trained, data, tmp_path):
     assert "conditions has class, but the dataset has no classes" in text
 
 
+def test_everything_can_be_cached_before_training(trained, tmp_path):
+    output_dir, _ = trained
+    run_script("cache_latents.py", "--config", str(output_dir / "train_unet.yaml"), "--latents_dir", str(tmp_path))
+    made, trained_on = ({f.relative_to(root) for f in root.rglob("*") if f.is_dir()}
+                        for root in (tmp_path, output_dir / "latents"))  # fmt: skip
+    assert made == trained_on and len(made) == 5  # latents and maps of both splits, and the folder of one of them
+
+
 def test_evaluation_draws_with_the_training_images_conditions(trained, tmp_path):
     """And says how often samples are of the class that was asked for."""
     output_dir, flags = trained

@@ -130,13 +130,13 @@ def test_other_ways_of_cutting_are_refused(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=re.escape(message)):
-        Sharding.requested()
+        Sharding.take_request()
 
 
 @pytest.mark.parametrize(("said", "reshard"), [("true", True), ("false", False)])
 def test_what_the_launcher_asks_for(monkeypatch, said, reshard):
-    assert Sharding.requested() is None
+    assert Sharding.take_request() is None
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": said}.items():
         monkeypatch.setenv(name, value)
-    assert Sharding.requested() == Sharding(reshard)
-    assert Sharding.requested() is None  # and accelerate will not see it
+    assert Sharding.take_request() == Sharding(reshard)
+    assert Sharding.take_request() is None  # and accelerate will not see it
