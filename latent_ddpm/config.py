@@ -357,7 +357,8 @@ class UNetConfig(RunConfig):
         loss_weighting: uniform (on what is predicted), min_snr (arXiv 2303.09556, section 3.4) or edm (arXiv
             2206.00364, eq. 8).
         snr_gamma: of min_snr.
-        inference_scheduler: what the exported pipeline and the grids sample with.
+        inference_scheduler: what the exported pipeline and the grids sample with; the default is DPM-Solver++ of the
+            second order (arXiv 2211.01095).
         ema_sigma_rels: widths of the averages of the weights, relative to the training time (arXiv 2312.02696); the
             first is validated, sampled and exported. From two, scripts/reconstruct_ema.py makes any other.
         ema_snapshots: snapshots of the averages kept over the run, in `<output_dir>/ema`, float16; 0 keeps none.
@@ -399,10 +400,10 @@ class UNetConfig(RunConfig):
     logit_std: float = 1.0
     loss_weighting: Literal["uniform", "min_snr", "edm"] = "min_snr"
     snr_gamma: float = 5.0
-    inference_scheduler: Literal["ddim", "dpmsolver++", "unipc"] = "ddim"
+    inference_scheduler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
     ema_sigma_rels: list[float] = dataclasses.field(default_factory=lambda: [0.1, 0.05])
     ema_snapshots: int = 16
-    num_inference_steps: int = 25
+    num_inference_steps: int = 20
     num_validation_samples: int = 64
 
     def validate(self) -> None:

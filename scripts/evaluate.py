@@ -30,7 +30,7 @@
         classifier trained on the training images' features says how often a sample is what was asked for
         (class_agreement; held_out_class_agreement is the same of held-out images). --guidance_scales measures several.
 
-    python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 25
+    python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 20
         Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits. One with classes
         is asked for all in turn, and class_agreement says how often the classifier sees the class that was asked for;
         one with silhouettes is given those of digits (of the classes asked for, if it has both) that the classifier of
@@ -606,7 +606,7 @@ def measure_digits(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="evaluate.py digits")
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--num_images", type=int, default=1000)
-    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--prompts", nargs="+", default=["a {}"])
     parser.add_argument("--seed", type=int, default=0)

@@ -52,7 +52,7 @@ The pipeline:   {folder}/pipeline; three lines use it, with nothing but diffuser
 
     from diffusers import DiffusionPipeline
     pipeline = DiffusionPipeline.from_pretrained("{folder}/pipeline")
-    pipeline(batch_size=1, num_inference_steps=25).images[0].save("digit.png")
+    pipeline(batch_size=1, num_inference_steps=20).images[0].save("digit.png")
 """
     )
 

@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("pipeline", help="folder with a model_index.json, or a Hub id such as you/name")
     parser.add_argument("--num_images", type=positive, default=64)
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time; changes speed only")
-    parser.add_argument("--num_inference_steps", type=positive, default=25)
+    parser.add_argument("--num_inference_steps", type=positive, default=20)
     parser.add_argument("--scheduler", help="in place of the pipeline's own: " + ", ".join(SCHEDULERS))
     parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 is deterministic, 1 is like DDPM")
     parser.add_argument("--seed", type=int, default=0)

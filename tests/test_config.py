@@ -95,7 +95,10 @@ def test_mistakes_are_named(words, message):
         (["--unet_norm_num_groups", "48"], "unet_norm_num_groups 48 does not divide the 128"),
         (["--unet_attention_levels", "[3]"], "unet_attention_levels is 3"),
         (["--unet_attention_head_dim", "24"], "unet_attention_head_dim 24 does not divide"),
-        (["--prediction_type", "flow_prediction"], "inference_scheduler ddim cannot sample"),
+        (
+            ["--prediction_type", "flow_prediction", "--inference_scheduler", "ddim"],
+            "inference_scheduler ddim cannot sample",
+        ),
         (
             [
                 "--prediction_type",

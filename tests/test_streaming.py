@@ -167,6 +167,23 @@ def test_a_stream_that_breaks_off_is_gone_on_with(tmp_path, monkeypatch):
     assert sum(map(len, open_sources(cfg))) == sum(IMAGES)
 
 
+def test_a_stream_that_breaks_at_many_places_is_read_to_its_end(monkeypatch):
+    """TRIES is for one place: as long as something comes of each try, a file is not given up."""
+    failures, begun = 3 * streaming.TRIES, []
+
+    def read_file(*_):
+        begun.append(1)
+        yield from range(1, len(begun) + 1)
+        if len(begun) <= failures:
+            raise streaming.BrokenStream("again")
+
+    monkeypatch.setattr(streaming, "_read_file", read_file)
+    monkeypatch.setattr(streaming, "PAUSE", 0.0)
+    config = AutoencoderConfig(dataset_name="x")
+    found = list(streaming._read_patiently(None, "train", 0, 1, None, Path(), config))
+    assert len(begun) == found[-1] == failures + 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
