@@ -304,7 +304,7 @@ def test_impossible_configs(values, message):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """40 images in two folders, in the upper or lower half of which there is something; maps of it, twice as large."""
+    """40 images in two folders, something in the upper or lower half and maybe at the right; maps, twice as large."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -312,6 +312,7 @@ def data(tmp_path_factory):
         where = np.zeros((16, 16), dtype=np.uint8)
         where[:8] = upper
         where[8:] = not upper
+        where[:, 12:] = i % 3 == 0
         pixels = rng.integers(0, 80, (16, 16, 3)) + 150 * where[..., None]
         for folder, content, suffix in (("images", pixels.astype(np.uint8), "png"), ("maps", where, "bmp")):
             path = root / folder / f"{name}.{suffix}"
@@ -364,7 +365,8 @@ def test_mirrored_images_have_mirrored_maps(trained):
     plain, mirrored = (
         made.all[0].values(records, np.full(len(images), flip))["conditioning_image"] for flip in (False, True)
     )
-    assert torch.equal(mirrored, plain.flip(-1)) and plain.shape == (len(images), 2, 8, 8)
+    assert torch.equal(mirrored, plain.flip(-1)) and not torch.equal(mirrored, plain)
+    assert plain.shape == (len(images), 2, 8, 8)
     for i in range(len(images)):  # and belong to the image: what is bright there is of class 1
         bright = images.get(i).float().mean(0) > 115
         assert torch.equal(plain[i, 1] > 0.5, bright.view(8, 2, 8, 2).float().mean((1, 3)) > 0.5)
