@@ -168,6 +168,9 @@ def test_embeddings_are_the_encoders_own_and_made_once(encoder_folder, tmp_path,
         found = torch.from_numpy(records["latents"][row, 0, 0].astype(np.float32))
         torch.testing.assert_close(found[: len(alone)], alone, rtol=2e-3, atol=2e-3)
         assert not found[len(alone) :].any()
+    others = [*captions[:2], "picture of a red bird"]  # as many, as long, but other words
+    again = embed_captions(encoder, others, tmp_path, CPU, lambda: None).records(np.arange(3))
+    assert not np.array_equal(again["latents"][2], records["latents"][2])
     shard = cache.folder / "latents-00000.npy"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9])
