@@ -8,8 +8,9 @@ network as UNet2DModel makes it) and `ours`; the other options are the keys of t
 its own, in quotes: `--recipes ours "ours --loss_weighting edm" "stock --autoencoder DIR"`. Each trains for `--minutes`,
 in turns of `--turn` seconds, so that whatever else the machine does meets all alike, and leaves its pipeline in
 `--work_dir`. Then each draws `--num_images` from the same noise, and they are measured against the training images as
-scripts/evaluate.py does. A second call measures what the first has trained. Writes JSON, and a grid of samples beside
-it.
+scripts/evaluate.py does. A recipe with conditions (`"ours --conditions [class]"`) draws with those of the training
+images, with each of `--guidance_scales`, of which the best counts. A second call measures what the first has trained.
+Writes JSON, and a grid of samples beside it.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm.auto import tqdm
 
+from latent_ddpm.conditions import make_conditions, to_device, unet_inputs
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
@@ -45,7 +47,7 @@ from latent_ddpm.export import (
 )
 from latent_ddpm.features import EXTRACTORS, check_installed
 from latent_ddpm.files import write_json
-from latent_ddpm.latents import latents_for_run
+from latent_ddpm.latents import images_for_run, latents_for_run
 from latent_ddpm.launch import run
 from latent_ddpm.models.unet import make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
@@ -63,17 +65,18 @@ class Trainer:
         self.config, self.device, self.steps = config, device, 0
         self.autoencoder = load_autoencoder(config.autoencoder_dir).to(device)
         self.size = check_autoencoder_fits(self.autoencoder, config)
-        self.latents, _ = latents_for_run(config, self.autoencoder, device, True, lambda: None)
+        self.images = images_for_run(config, True, lambda: None)
+        self.latents, _ = latents_for_run(config, self.autoencoder, device, True, lambda: None, self.images)
         self.order = ExampleOrder(len(self.latents), config.seed)
         torch.manual_seed(config.seed)
 
-    def next_latents(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalized latents (B, D, h, w) and the numbers (B,) of the next examples."""
+    def next_examples(self) -> tuple[torch.Tensor, np.ndarray, np.ndarray | None, torch.Tensor]:
+        """Normalized latents (B, D, h, w) of the next examples, their rows, which are mirrored, and their numbers."""
         start = self.steps * self.config.train_batch_size
         numbers = torch.arange(start, start + self.config.train_batch_size)
         flipped = (uniform(self.config.seed, Stream.FLIP, numbers) < 0.5).numpy() if self.latents.flips else None
-        clean = self.latents.batch(self.order.indices(np.asarray(numbers)), flipped)
-        return clean.to(self.device), numbers.to(self.device)
+        rows = self.order.indices(np.asarray(numbers))
+        return self.latents.batch(rows, flipped).to(self.device), rows, flipped, numbers
 
 
 class Ours(Trainer):
@@ -81,8 +84,10 @@ class Ours(Trainer):
 
     def __init__(self, config: UNetConfig, device: torch.device) -> None:
         super().__init__(config, device)
+        self.conditions, _ = make_conditions(config, self.images, self.size, self.latents.flips, device, lambda: None)
         fold_normalization(self.autoencoder, self.latents.mean, self.latents.std)
-        self.unet = make_unet(config, self.autoencoder.config.latent_channels, self.size).to(device)
+        channels, told = self.autoencoder.config.latent_channels, self.conditions.unet_arguments()
+        self.unet = make_unet(config, channels, self.size, **told).to(device)
         self.optimizer = make_optimizer(self.unet.parameters(), config, config.learning_rate, config.optimizer)
         self.ema = PowerEMA(self.unet, config.ema_sigma_rels)
         table = noise_table(config)
@@ -93,9 +98,11 @@ class Ours(Trainer):
         warmed_up = min(1.0, (self.steps + 1) / max(1, self.config.lr_warmup_steps))
         rate = warmed_up * learning_rate_factor(int(progress * SCHEDULE_STEPS), self.timed)
         set_learning_rate(self.optimizer, rate * self.config.learning_rate)
-        clean, numbers = self.next_latents()
-        batch = training_batch(clean, numbers, self.config, self.table)
-        batch.loss(self.unet(batch.noisy, batch.timesteps).sample).backward()
+        clean, rows, flipped, numbers = self.next_examples()
+        batch = training_batch(clean, numbers.to(self.device), self.config, self.table)
+        given = to_device(self.conditions.given(self.latents, rows, flipped, numbers), self.device)
+        noisy, words = unet_inputs(batch.noisy, given)
+        batch.loss(self.unet(noisy, batch.timesteps, **words).sample).backward()
         clip_gradients(self.optimizer, self.unet.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -105,8 +112,9 @@ class Ours(Trainer):
     def export(self, folder: Path) -> int:
         """Write the pipeline; returns its sampling steps."""
         scheduler = sampling_scheduler(self.config)
-        export_pipeline(folder, self.autoencoder, self.ema.model, scheduler, self.config.num_inference_steps)
-        return self.config.num_inference_steps
+        steps, known = self.config.num_inference_steps, self.conditions.pipeline_arguments()
+        export_pipeline(folder, self.autoencoder, self.ema.model, scheduler, steps, **known)
+        return steps
 
 
 class Stock(Trainer):
@@ -123,7 +131,7 @@ class Stock(Trainer):
     def step(self, progress: float) -> None:
         warmed_up = min(1.0, (self.steps + 1) / 500)
         set_learning_rate(self.optimizer, 1e-4 * warmed_up * 0.5 * (1 + math.cos(math.pi * progress)))
-        normalized, _ = self.next_latents()
+        normalized, *_ = self.next_examples()
         as_encoded = normalized * self.latents.std + self.latents.mean.view(-1, 1, 1).to(self.device)
         clean = as_encoded * self.autoencoder.config.scaling_factor
         noise = torch.randn_like(clean)
@@ -166,6 +174,8 @@ class Contestant:
         self.config = parse_config(UNetConfig, self.data_words)
         if self.config.gradient_accumulation_steps > 1:
             raise UserError("This benchmark does not accumulate: set gradient_accumulation_steps 1.")
+        if self.config.conditions and kind == "stock":
+            raise UserError("The stock recipe has no conditions.")
         self.record_path = self.folder / "benchmark.json"
         self.seconds, self.rates = 0.0, []
 
@@ -216,17 +226,22 @@ class Contestant:
         words = [*self.data_words, "--pipeline", self.folder / "pipeline"]
         words += ["--steps", record["sampling_steps"], "--num_images", options.num_images, "--json", path]
         words += ["--feature_extractor", options.feature_extractor, *options.evaluation_words]
+        if self.config.conditions and options.guidance_scales:
+            words += ["--guidance_scales", *options.guidance_scales]
         if not path.exists():
             script = [sys.executable, ROOT / "scripts" / "evaluate.py", "pipeline"]
             if subprocess.run([str(word) for word in [*script, *words]]).returncode:
                 raise UserError(f"{self.name} could not be measured.")
         rates = record.pop("rates")
+        settings = json.loads(path.read_text())["settings"]
+        more = {"settings": settings} if len(settings) > 1 else {}
         return {
             **{key: value for key, value in record.items() if key != "asked"},
             "images_per_second_median": statistics.median(rates),
             "images_per_second_range": [min(rates), max(rates)],
             **{f"sampled_{key}" if key == "images_per_second" else key: value for key, value in
-               json.loads(path.read_text())["settings"][0].items()},
+               min(settings, key=lambda setting: setting["fd"]).items()},
+            **more,
         }  # fmt: skip
 
 
@@ -238,6 +253,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--feature_extractor", default="efficientnet-lite0", choices=EXTRACTORS)
     parser.add_argument("--num_images", type=int, default=5000)
     parser.add_argument("--evaluation_words", type=shlex.split, default=[])
+    parser.add_argument("--guidance_scales", type=float, nargs="+")
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     if {"-h", "--help"} & set(argv):

@@ -138,6 +138,19 @@ def test_benchmark_diffusion_and_that_it_measures_what_was_trained(photos, small
     assert "holds another run" in script("benchmark_diffusion.py", *words, "--seed", 3, expect=2)
 
 
+def test_benchmark_diffusion_with_conditions(photos, small_autoencoder, tmp_path):
+    words = ["--minutes", 0.02, "--turn", 1.2, "--recipes", "ours", "ours --conditions [class]", "--num_images", 12,
+             "--guidance_scales", 1, 3, "--work_dir", tmp_path, "--json", tmp_path / "r.json",
+             "--train_data_dir", photos, "--autoencoder", small_autoencoder, *SMALL_UNET]  # fmt: skip
+    script("benchmark_diffusion.py", *words)
+    alone, conditioned = json.loads((tmp_path / "r.json").read_text())["results"].values()
+    assert "settings" not in alone and [s["guidance_scale"] for s in conditioned["settings"]] == [1, 3]
+    assert conditioned["fd"] == min(s["fd"] for s in conditioned["settings"]) and "class_agreement" in conditioned
+    assert conditioned["parameters"] > alone["parameters"]
+    words[words.index("ours")] = "stock --conditions [class]"
+    assert "The stock recipe has no conditions" in script("benchmark_diffusion.py", *words, expect=2)
+
+
 def test_profile_unet_shares_out_a_step(photos, small_autoencoder, tmp_path):
     words = ["--json", tmp_path / "p.json", "--train_data_dir", photos, "--autoencoder", small_autoencoder,
              "--max_train_steps", 12, "--output_dir", tmp_path, *SMALL_UNET]  # fmt: skip
