@@ -52,7 +52,7 @@ def read_captions(images: ImageDataset, config: UNetConfig, required: bool = Tru
         if not images.class_names:
             raise UserError("caption_templates are filled with class names, but the dataset has no classes.")
         per_class = [[t.replace("{}", name) for t in config.caption_templates] for name in images.class_names]
-        captions = [[] if label < 0 else per_class[label] for label in images.labels]
+        captions = [[] if label < 0 else per_class[label] for label in images.labels.tolist()]
     else:
         source, column = images.source, config.caption_column
         if column not in source.caption_columns():

@@ -446,7 +446,7 @@ def _class_names(images: ImageDataset) -> list[str]:
             "conditions has class, but the dataset has no classes: it needs a column of labels, or images in two "
             "or more folders, whose names are the classes."
         )
-    if images.labels and max(images.labels) >= len(names):
-        i = max(range(len(images)), key=lambda i: images.labels[i])
+    if images.labels.max(initial=-1) >= len(names):
+        i = int(images.labels.argmax())
         raise UserError(f"{images.name(i)} has the label {images.labels[i]}, but there are only {len(names)} classes.")
     return names

@@ -11,6 +11,7 @@ here has a state that a checkpoint would have to hold.
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -126,7 +127,7 @@ class ImageDataset(Dataset):
     and `label` are those of the image that is there.
 
     Attributes:
-        labels: list of the class of each image, or None.
+        labels: int32 (N,), the class of each image, -1 where unknown; or None.
         class_names: list of the name of each class, or None.
         fingerprint: stands for the images, their order, size and channels.
         cached: whether the images are decoded already.
@@ -147,10 +148,10 @@ class ImageDataset(Dataset):
         self.random_flip = train and cfg.random_flip
         self.kept = np.arange(len(source)) if kept is None else np.asarray(kept, dtype=np.int64)
         self.class_names = source.class_names
-        self.labels = None if source.labels is None else [source.labels[k] for k in self.kept]
+        self.labels = None if source.labels is None else source.labels[self.kept]
         self.fingerprint = _cache_key(source, cfg.resolution, cfg.image_channels)
         if len(self.kept) < len(source):
-            self.fingerprint = digest(self.fingerprint, self.kept.tolist())
+            self.fingerprint = digest(self.fingerprint, hashlib.sha256(self.kept.tobytes()).hexdigest())
 
     @property
     def cached(self) -> bool:
@@ -205,7 +206,7 @@ class ImageDataset(Dataset):
         items = []
         for (n, i), crop, flip in zip(pairs, crops, flips, strict=True):
             image, used = self._get(i, CENTRE, False) if n is None else self._get(i, tuple(crop), flip)
-            label = -1 if self.labels is None else self.labels[used]
+            label = -1 if self.labels is None else int(self.labels[used])
             items.append({"image": image, "index": used, "label": label, "example": i if n is None else n})
         return items
 
@@ -214,10 +215,6 @@ class ImageDataset(Dataset):
         if not self.random_flip:
             return torch.zeros(len(numbers), dtype=torch.bool)
         return uniform(self.seed, Stream.FLIP, numbers) < 0.5
-
-    @functools.cached_property
-    def _label_array(self) -> np.ndarray:
-        return np.full(len(self), -1) if self.labels is None else np.asarray(self.labels, dtype=np.int64)
 
     def gather(self, numbers: np.ndarray | None, indices: np.ndarray) -> dict[str, torch.Tensor]:
         """What stacking `self[n, i]` (or `self[i]`, without numbers) gives, at once; for decoded images.
@@ -242,7 +239,9 @@ class ImageDataset(Dataset):
         return {
             "image": image,
             "index": index,
-            "label": torch.from_numpy(self._label_array[indices]),
+            "label": torch.full_like(index, -1)
+            if self.labels is None
+            else torch.from_numpy(self.labels[indices]).long(),
             "example": example,
         }
 

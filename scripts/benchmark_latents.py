@@ -1,15 +1,18 @@
-"""Do the latent cache and the order of examples stay small and quick when the dataset grows?
+"""Do the dataset's index, the latent cache and the order of examples stay small and quick when the dataset grows?
 
     python scripts/benchmark_latents.py --images 10000 10000000 --json docs/results/NAME.json
 
 Writes caches of synthetic latents (4x8x8, as 32-pixel images have) into a temporary folder, about 5.3 GB for ten
-million. Then, in a process of its own each and in turns, opens one and draws shuffled batches of 128 as train_unet.py
-does: the time to the first batch, the resident memory at the end and the images per second. Caches of the operating
-system are as they are: the smaller dataset always fits there.
+million, and datasets of as many rows (the name of an image, a byte in the place of its content, a label). Then, in a
+process of its own each and in turns, opens a cache and draws shuffled batches of 128 as train_unet.py does: the time to
+the first batch, the resident memory at the end and the images per second. Another opens the dataset and splits it into
+training and validation images: the time, and the memory that this takes. Caches of the operating system are as they
+are: the smaller dataset always fits there.
 """
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -23,10 +26,12 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from latent_ddpm.data import ExampleOrder
+from latent_ddpm.config import UNetConfig
+from latent_ddpm.data import BadImages, ExampleOrder, open_image_dataset
 from latent_ddpm.files import write_json
 from latent_ddpm.latents import SHARD_IMAGES, finish_cache, open_cache, shard_path, write_shard
 from latent_ddpm.launch import run
+from latent_ddpm.sources import open_sources
 
 SHAPE = (1, 4, 8, 8)  # versions, channels, height, width
 BATCH = 128
@@ -42,6 +47,39 @@ def write_cache(place: Path, images: int) -> None:
         latents = numbers.standard_normal((len(index), *SHAPE), dtype=np.float32).astype(np.float16)
         write_shard(shard_path(place, shard), latents, index, np.full(len(index), -1))
     finish_cache(place, shards, {"mean": [0.0] * SHAPE[1], "std": 1.0})
+
+
+def write_dataset(path: Path, images: int) -> None:
+    """A parquet file of rows with the name of an image, a byte in the place of its content, and a label."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=1000)}
+    schema = datasets.Features(kinds).arrow_schema
+    with parquet.ParquetWriter(path, schema) as file:
+        for start in range(0, images, 100_000):
+            numbers = range(start, min(start + 100_000, images))
+            rows = [{"bytes": b"x", "path": f"photos/{i % 1000:03d}/{i:08d}.jpg"} for i in numbers]
+            table = {"image": rows, "label": [i % 1000 for i in numbers]}
+            file.write_table(pyarrow.Table.from_pydict(table, schema=schema))
+
+
+def index(path: Path) -> dict:
+    """What one process measures of opening the images of a dataset."""
+    config = UNetConfig(dataset_name=str(path), image_cache_gib=0, resolution=32)
+    import datasets  # noqa: F401, its import is no part of what is measured
+
+    before, begun = psutil.Process().memory_info().rss, time.monotonic()
+    bad_images = BadImages(path.with_suffix(".jsonl"), 10, 0.0)
+    opened = [open_image_dataset(source, config, path.parent, bad_images, False, True, lambda: None)
+              for source in open_sources(config)]  # fmt: skip
+    seconds = time.monotonic() - begun
+    return {
+        "seconds_to_open_dataset": seconds,
+        "dataset_gib": (psutil.Process().memory_info().rss - before) / 2**30,
+        "images": sum(map(len, opened)),
+    }
 
 
 def draw(place: Path, batches: int) -> dict:
@@ -70,19 +108,32 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batches", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--index", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.draw:
         print(json.dumps(draw(options.draw, options.batches)))
+        return 0
+    if options.index:
+        print(json.dumps(index(options.index)))
         return 0
     results: dict[str, list[dict]] = {str(images): [] for images in options.images}
     with tempfile.TemporaryDirectory() as folder:
         for images in options.images:
             write_cache(Path(folder) / str(images), images)
-        for _ in range(options.rounds):
+            write_dataset(Path(folder) / f"{images}.parquet", images)
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(Path(folder) / "cache"), "HF_HUB_OFFLINE": "1"}
+        for number in range(options.rounds + 1):  # the first one has `datasets` make its own files
             for images, measured in results.items():
-                words = [sys.executable, __file__, "--draw", str(Path(folder) / images)]
-                words += ["--batches", str(options.batches)]
-                measured.append(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+                found = {}
+                for words in (
+                    ["--draw", Path(folder) / images, "--batches", options.batches],
+                    ["--index", Path(folder) / f"{images}.parquet"],
+                ):
+                    words = [sys.executable, __file__, *map(str, words)]
+                    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+                    found |= json.loads(done.stdout.splitlines()[-1])
+                if number:
+                    measured.append(found)
     medians = {
         images: {key: statistics.median(result[key] for result in measured) for key in measured[0]}
         for images, measured in results.items()

@@ -288,7 +288,7 @@ def read_reals(
         datasets.append(images)
     (train, held_out), (train_indices, held_out_indices) = features, indices
     known = datasets[1].labels
-    held_out_labels = np.array([-1 if known is None else known[i] for i in held_out_indices.tolist()])
+    held_out_labels = np.full(len(held_out), -1) if known is None else known[held_out_indices.numpy()]
     # always the same ones, whatever the seed of the samples; not the first ones, which may be of one class
     rows = torch.from_numpy(permutation(0, 0, len(train))[:count])
     distance = float(nearest(held_out, train, 1)[0].median())
@@ -459,7 +459,7 @@ def conditions_of(
     if pipe.class_names:
         if images.labels is None:
             raise UserError("The pipeline has classes, but the dataset has none.")
-        given["class_labels"] = torch.tensor([images.labels[i] for i in chosen])
+        given["class_labels"] = torch.from_numpy(images.labels[chosen]).long()
     if pipe.takes_text:
         captions = read_captions(images, config)
         given |= embedded(
@@ -491,7 +491,7 @@ def linear_classifier(reals: Reals) -> tuple[Callable[[torch.Tensor], torch.Tens
 
     if reals.images.labels is None:
         return None
-    labels = np.array([reals.images.labels[i] for i in reals.indices.tolist()])
+    labels = reals.images.labels[reals.indices.numpy()]
     known, known_held_out = labels >= 0, reals.held_out_labels >= 0  # -1: an image without a label
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=200))
     model.fit(reals.train.numpy()[known], labels[known])

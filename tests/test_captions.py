@@ -116,7 +116,7 @@ def test_captions_of_a_dataset_column_and_of_the_digits():
     assert [source.captions(i, "text") for i in range(3)] == ["one", None, "two"]
     assert list(source.captions(0, "many")) == ["a", "b"]
     digits = DigitsSource()
-    assert "a " + {0: "zero", 5: "five"}.get(digits.labels[0], "?") in digits.captions(0, "text")
+    assert "a " + {0: "zero", 5: "five"}.get(int(digits.labels[0]), "?") in digits.captions(0, "text")
 
 
 def test_missing_captions_are_counted_and_none_at_all_is_refused(data, encoder_folder, tmp_path, caplog):

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -36,7 +37,15 @@ from latent_ddpm.data import (
 )
 from latent_ddpm.errors import UserError
 from latent_ddpm.random import Stream, permutation, uniform
-from latent_ddpm.sources import DigitsSource, FolderSource, HubSource, ImageSource, SubsetSource, open_sources
+from latent_ddpm.sources import (
+    CompactStrings,
+    DigitsSource,
+    FolderSource,
+    HubSource,
+    ImageSource,
+    SubsetSource,
+    open_sources,
+)
 
 CIFAR10 = Path(__file__).parents[1] / ".." / "shared" / "data" / "cifar10"
 needs_cifar10 = pytest.mark.skipif(not CIFAR10.is_dir(), reason="no local copy of CIFAR-10")
@@ -93,7 +102,7 @@ class Flat(ImageSource):
 
     def __init__(self, count: int, bad: tuple[int, ...] = (), size: tuple[int, int] = (8, 8)):
         self.count, self.bad, self.size = count, bad, size
-        self.labels, self.class_names = [k % 3 for k in range(count)], ["a", "b", "c"]
+        self.labels, self.class_names = np.arange(count, dtype=np.int32) % 3, ["a", "b", "c"]
         self.fingerprint = f"flat{count}{bad}{size}"
         self.loads = 0
 
@@ -159,7 +168,7 @@ def test_folder_follows_links_but_not_in_circles(tmp_path):
     (root / "circle").symlink_to(root)
     (root / "dangling.png").symlink_to(tmp_path / "nowhere.png")
     source = FolderSource(root)
-    assert source.names == ["dangling.png", "link.png", "linked/2.png"]
+    assert list(source.names) == ["dangling.png", "link.png", "linked/2.png"]
     assert source.load(1).getpixel((0, 0)) == colour(0)
     with pytest.raises(OSError):
         source.load(0)
@@ -217,7 +226,7 @@ def test_parquet_folder_with_its_own_validation_split(tmp_path):
     train, validation = open_sources(config(dataset_name=str(folder)))
     assert (len(train), len(validation)) == (5, 4)
     assert train.class_names == validation.class_names == ["even", "odd"]
-    assert train.labels == [0, 1, 0, 1, 0]
+    assert train.labels.tolist() == [0, 1, 0, 1, 0]
     assert train.name(3) == "train[3] 0003.png"
     assert validation.load(2).getpixel((0, 0)) == colour(102)
 
@@ -232,7 +241,7 @@ def test_a_large_validation_split_is_cut_by_hash(tmp_path):
     _, validation = open_sources(config(dataset_name=str(folder), max_validation_images=4))
     names = sorted((f"test[{i}] {100 + i:04}.png" for i in range(9)), key=lambda n: hashlib.sha256(n.encode()).digest())
     assert {validation.name(i) for i in range(len(validation))} == set(names[:4])
-    assert validation.labels == [int(validation.name(i)[5]) % 2 for i in range(4)]
+    assert validation.labels.tolist() == [int(validation.name(i)[5]) % 2 for i in range(4)]
 
 
 def test_single_parquet_file_and_glob(tmp_path):
@@ -296,6 +305,37 @@ def test_without_a_train_split_the_splits_are_named(tmp_path):
         open_sources(config(dataset_name=str(tmp_path / "set")))
 
 
+@given(st.lists(st.binary(max_size=12)), st.integers(-3, 3))
+def test_compact_strings_are_the_strings(names, i):
+    """Names of files are bytes to Linux, so they may hold what is no UTF-8."""
+    strings = [name.decode("utf-8", "surrogateescape") for name in names]
+    compact = CompactStrings(strings)
+    assert list(compact) == strings and len(compact) == len(strings)
+    if -len(strings) <= i < len(strings):
+        assert compact[i] == strings[i]
+    else:
+        with pytest.raises(IndexError):
+            compact[i]
+
+
+def test_an_index_of_many_images_is_compact():
+    """All that a process keeps of a dataset that is on disk: a row of names and labels, and which images are whose."""
+    count = 100_000
+    rows = {"image": [{"bytes": b"x", "path": f"photos/{i:07d}.jpg"} for i in range(count)],
+            "label": [i % 10 for i in range(count)]}  # fmt: skip
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    tracemalloc.start()  # counts Python's and numpy's memory, and not arrow's
+    source = HubSource(table, "train", "image")
+    held_out = sources._smallest_by_hash(source, 100)
+    rest = SubsetSource(source, np.setdiff1d(np.arange(count), held_out))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept / count < 24  # labels twice, 4 bytes each, and an index of 8
+    assert rest.labels[:3].tolist() == [i % 10 for i in rest.indices[:3]]
+    assert list(source.all_names())[-1] == source.name(count - 1) == f"train[{count - 1}] photos/{count - 1:07d}.jpg"
+
+
 def test_integer_labels():
     def source(labels):
         rows = datasets.Dataset.from_dict({"image": [png(0)] * len(labels), "label": labels})
@@ -305,9 +345,11 @@ def test_integer_labels():
             "image",
         )
 
-    assert source([0, 2, None]).labels == [0, 2, -1]
+    assert source([0, 2, None]).labels.tolist() == [0, 2, -1]
     assert source([0, 2, None]).class_names == ["0", "1", "2"]
     assert source([10**9, 5]).labels is None  # identifiers, not classes
+    hashes = datasets.Dataset.from_dict({"image": [png(0)] * 2, "label": np.array([2**64 - 7, 5], dtype=np.uint64)})
+    assert HubSource(hashes, "train", "image").labels is None
 
 
 def test_splits_agree_on_integer_classes(tmp_path):
@@ -472,7 +514,7 @@ def test_digits():
     source = DigitsSource()
     pixels, labels = mnist_data()
     assert len(source) == 5000 and source.class_names == list("0123456789")
-    assert source.labels == labels.tolist()
+    assert source.labels.tolist() == labels.tolist()
     image = np.asarray(source.load(1234))
     assert image.shape == (32, 32) and image.dtype == np.uint8
     np.testing.assert_array_equal(image[2:30, 2:30], pixels[1234].reshape(28, 28))
@@ -540,7 +582,7 @@ def test_split_is_disjoint_complete_and_stable(names, fraction, most, seed):
 
 def test_subset_carries_everything_along():
     subset = SubsetSource(Flat(9), [7, 2, 4])
-    assert subset.labels == [1, 2, 1] and subset.class_names == ["a", "b", "c"]
+    assert subset.labels.tolist() == [1, 2, 1] and subset.class_names == ["a", "b", "c"]
     assert [subset.name(i) for i in range(3)] == ["flat7", "flat2", "flat4"]
     assert subset.load(0).getpixel((0, 0)) == colour(7)
     prints = {SubsetSource(Flat(n), i).fingerprint for n, i in [(9, [7, 2, 4]), (9, [7, 2]), (8, [7, 2, 4])]}
@@ -645,7 +687,7 @@ def test_lazy_dataset_substitutes_the_next_image(tmp_path, workers):
 def test_label_is_that_of_the_image_shown(tmp_path):
     dataset = opened(Flat(5, bad=(1,)), tmp_path, **LAZY)
     assert dataset[1] | {"image": None} == {"image": None, "index": 2, "label": 2, "example": 1}
-    assert opened(Flat(5, bad=(1,)), tmp_path).labels == [0, 2, 0, 1]
+    assert opened(Flat(5, bad=(1,)), tmp_path).labels.tolist() == [0, 2, 0, 1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -693,7 +735,7 @@ def test_bad_images_late_in_a_large_cache(tmp_path, workers):
     dataset = opened(Flat(200, bad=(3, 70, 150)), tmp_path, dataloader_num_workers=workers)
     good = [k for k in range(200) if k not in (3, 70, 150)]
     assert [dataset.source_index(i) for i in range(197)] == good
-    assert dataset.labels == [k % 3 for k in good]
+    assert dataset.labels.tolist() == [k % 3 for k in good]
     assert shown(dataset.gather(None, np.arange(197))) == good
     assert dataset.bad_images.names() == {"flat3", "flat70", "flat150"}
 

@@ -452,6 +452,9 @@ def test_codes_that_enter_late_leave_the_plain_autoencoder_as_it_was(quantizer):
     assert before.quantized.indices is None and before.quantized.loss(AutoencoderConfig(dataset_name="x")) == 0
     model.initialize(images, learned=True)
     torch.testing.assert_close(model(images).reconstruction, before.reconstruction, rtol=1e-3, atol=1e-3)
+    if quantizer == "ema":  # which takes latents as they come, and those are now in the decoder's own units
+        matrix, _ = decoder_metric(model.encode, model.decode, images)
+        torch.testing.assert_close(matrix / matrix[0, 0], torch.eye(4).double(), rtol=0, atol=0.02)
     model.plain = False
     after = model.eval()(images)
     assert after.quantized.indices.unique().numel() > 8

@@ -225,7 +225,7 @@ def test_a_validation_split_of_its_own(tmp_path):
     read(cfg, 2)
     train, validation = open_sources(cfg)
     assert (len(train), len(validation)) == (7, 3) and train.class_names == ["even", "odd"]
-    assert train.labels == [0, 1, 0, 1, 0, 1, 0]
+    assert train.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert all(validation.load(i).getpixel((0, 0))[0] >= 100 for i in range(3))
 
 
