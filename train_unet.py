@@ -177,10 +177,10 @@ def main(argv: list[str]) -> int:
             total, micro_batch = 0.0, config.train_batch_size
             for start in range(0, len(held_out), micro_batch):
                 numbers = torch.arange(start, min(start + micro_batch, len(held_out)))
-                batch = training_batch(
-                    held_out.batch(numbers.numpy()).to(device), numbers.to(device), config, alphas_cumprod
-                )
-                given = to_device(of_held_out.given(held_out, numbers.numpy()), device)
+                records = held_out.records(numbers.numpy())
+                clean = held_out.normalized(records).to(device)
+                batch = training_batch(clean, numbers.to(device), config, alphas_cumprod)
+                given = to_device(of_held_out.given(records), device)
                 noisy, words = unet_inputs(batch.noisy, given)
                 with accelerator.autocast():
                     total += float(batch.loss(averaged(noisy, batch.timesteps, **words).sample)) * len(numbers)
@@ -235,9 +235,9 @@ def main(argv: list[str]) -> int:
             start += accelerator.process_index * config.train_batch_size
             numbers = torch.arange(start, start + config.train_batch_size)
             flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
-            rows = order.indices(np.asarray(numbers))
-            clean = latents.batch(rows, flipped).to(device, non_blocking=True)
-            given = to_device(conditions.given(latents, rows, flipped, numbers), device)
+            records = latents.records(order.indices(np.asarray(numbers)))
+            clean = latents.normalized(records, flipped).to(device, non_blocking=True)
+            given = to_device(conditions.given(records, flipped, numbers), device)
             batch = training_batch(clean, numbers.to(device), config, alphas_cumprod)
             noisy, words = unet_inputs(batch.noisy, given)
             with accelerator.accumulate(model):

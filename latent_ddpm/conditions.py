@@ -233,23 +233,16 @@ class Conditions:
         return [condition.meaning() for condition in self.all]
 
     def given(
-        self,
-        latents: LatentCache,
-        rows: np.ndarray,
-        flipped: np.ndarray | None = None,
-        numbers: torch.Tensor | None = None,
+        self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
     ) -> Given:
-        """What the examples in `rows` of the latent cache are given, on the CPU.
+        """What examples are given, on the CPU.
 
         Args:
-            latents: the cache.
-            rows: int64 (B,).
+            records: `LatentCache.records` (B,) of them.
             flipped: bool (B,), which of them are mirrored.
             numbers: int64 (B,), the example numbers, which decide what is left out; None leaves out nothing.
         """
-        if not self.all:
-            return {}
-        records, values = latents.records(rows), {}
+        values: Given = {}
         for condition in self.all:
             own = condition.values(records, flipped, numbers)
             if numbers is not None and condition.dropout > 0:
@@ -264,7 +257,7 @@ class Conditions:
         """
         if not self.all:
             return {}
-        given = self.given(latents, np.arange(count) % len(latents))
+        given = self.given(latents.records(np.arange(count) % len(latents)))
         for condition in self.all:
             if isinstance(condition, TextCondition):
                 nothing = condition.nothing()  # or the pipeline would ask the encoder, and keep it on the GPU

@@ -204,8 +204,12 @@ class LatentCache:
         Raises:
             UserError: as `records`.
         """
-        version = np.zeros(len(rows), dtype=np.int64) if flipped is None else flipped.astype(np.int64)
-        chosen = self.records(rows)["latents"][np.arange(len(rows)), version]
+        return self.normalized(self.records(rows), flipped)
+
+    def normalized(self, records: np.ndarray, flipped: np.ndarray | None = None) -> torch.Tensor:
+        """The same of `records` (B,) that have been read already."""
+        version = np.zeros(len(records), dtype=np.int64) if flipped is None else flipped.astype(np.int64)
+        chosen = records["latents"][np.arange(len(records)), version]
         return (torch.from_numpy(chosen).float() - self.mean.view(-1, 1, 1)) / self.std
 
 

@@ -71,12 +71,12 @@ class Trainer:
         torch.manual_seed(config.seed)
 
     def next_examples(self) -> tuple[torch.Tensor, np.ndarray, np.ndarray | None, torch.Tensor]:
-        """Normalized latents (B, D, h, w) of the next examples, their rows, which are mirrored, and their numbers."""
+        """Normalized latents (B, D, h, w) of the next examples, their records, which are mirrored, their numbers."""
         start = self.steps * self.config.train_batch_size
         numbers = torch.arange(start, start + self.config.train_batch_size)
         flipped = (uniform(self.config.seed, Stream.FLIP, numbers) < 0.5).numpy() if self.latents.flips else None
-        rows = self.order.indices(np.asarray(numbers))
-        return self.latents.batch(rows, flipped).to(self.device), rows, flipped, numbers
+        records = self.latents.records(self.order.indices(np.asarray(numbers)))
+        return self.latents.normalized(records, flipped).to(self.device), records, flipped, numbers
 
 
 class Ours(Trainer):
@@ -98,9 +98,9 @@ class Ours(Trainer):
         warmed_up = min(1.0, (self.steps + 1) / max(1, self.config.lr_warmup_steps))
         rate = warmed_up * learning_rate_factor(int(progress * SCHEDULE_STEPS), self.timed)
         set_learning_rate(self.optimizer, rate * self.config.learning_rate)
-        clean, rows, flipped, numbers = self.next_examples()
+        clean, records, flipped, numbers = self.next_examples()
         batch = training_batch(clean, numbers.to(self.device), self.config, self.table)
-        given = to_device(self.conditions.given(self.latents, rows, flipped, numbers), self.device)
+        given = to_device(self.conditions.given(records, flipped, numbers), self.device)
         noisy, words = unet_inputs(batch.noisy, given)
         batch.loss(self.unet(noisy, batch.timesteps, **words).sample).backward()
         clip_gradients(self.optimizer, self.unet.parameters(), self.config.max_grad_norm)

@@ -221,19 +221,11 @@ def test_captions_are_chosen_and_left_out_by_number_alone(data, encoder_folder, 
     rows = text.rows(records["index"], numbers)
     assert len(set(rows)) == 2 and 0.4 < (rows == rows[0]).mean() < 0.6  # it has two captions
     assert np.array_equal(text.rows(records["index"][:7], numbers[90:97]), rows[90:97])
-    given = conditions.given(_Cache(records), np.arange(2000), None, numbers)
+    given = conditions.given(records, None, numbers)
     none = text._embedded(np.zeros(1, dtype=np.int64))
     left_out = (given["encoder_hidden_states"] == none["encoder_hidden_states"]).all(2).all(1)
     assert 0.25 < left_out.float().mean() < 0.35
     assert torch.equal(given["encoder_attention_mask"][left_out].sum(1), torch.full((int(left_out.sum()),), 2))
-
-
-class _Cache:
-    def __init__(self, rows):
-        self.rows = rows
-
-    def records(self, rows):
-        return self.rows[rows]
 
 
 def test_the_unet_for_text_starts_at_zero_and_has_heads_of_the_asked_width(encoder_folder):

@@ -216,38 +216,25 @@ def test_an_unconditional_model_takes_no_conditions(name):
 # ------------------------------------------------------------------------------------------ training's side
 
 
-class Cache:
-    """A latent cache that holds labels only."""
-
-    def __init__(self, labels):
-        self.rows = np.zeros(len(labels), dtype=record_type((1, 1, 1, 1)))
-        self.rows["label"], self.rows["index"] = labels, np.arange(len(labels))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def records(self, rows):
-        return self.rows[rows]
-
-
 def test_classes_are_left_out_as_often_as_asked_and_by_number_alone():
     labels = np.arange(4000) % 4 - 1  # -1: unknown
     conditions = Conditions([ClassCondition(["a", "b", "c"], 0.25)], seed=3)
-    rows, numbers = np.arange(4000), torch.arange(4000)
-    found = conditions.given(Cache(labels), rows, None, numbers)["class_labels"].numpy()
+    records, numbers = np.zeros(4000, dtype=record_type((1, 1, 1, 1))), torch.arange(4000)
+    records["label"] = labels
+    found = conditions.given(records, None, numbers)["class_labels"].numpy()
     assert set(found[labels == -1]) == {3}
     known = labels >= 0
     left_out = found[known] == 3
     assert abs(left_out.mean() - 0.25) < 0.03 and np.array_equal(found[known][~left_out], labels[known][~left_out])
-    part = conditions.given(Cache(labels), rows[100:110], None, numbers[100:110])["class_labels"].numpy()
+    part = conditions.given(records[100:110], None, numbers[100:110])["class_labels"].numpy()
     assert np.array_equal(part, found[100:110])
-    assert np.array_equal(conditions.given(Cache(labels), rows)["class_labels"].numpy()[known], labels[known])
+    assert np.array_equal(conditions.given(records)["class_labels"].numpy()[known], labels[known])
 
 
 def test_no_conditions_ask_for_nothing():
     conditions = Conditions([], seed=0)
     noisy = torch.randn(2, 3, 4, 4)
-    assert not conditions and conditions.given(None, None) == {} and conditions.shown(None, 4, 1.0) == {}
+    assert not conditions and conditions.given(None) == {} and conditions.shown(None, 4, 1.0) == {}
     sample, words = unet_inputs(noisy, {})
     assert sample is noisy and words == {}
 
