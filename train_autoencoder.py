@@ -360,7 +360,7 @@ def main(argv: list[str]) -> int:
                 accelerator.backward((reconstruction * gradient).sum() + quantizer_loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
-                    norm, kept = clip_gradients(optimizer.optimizer, model.parameters(), config.max_grad_norm)
+                    norm, kept = clip_gradients(optimizer.optimizer, config.max_grad_norm)
                     note("grad_norm", norm * config.gradient_accumulation_steps)
                     skipped.add(kept)
                 optimizer.step()
@@ -386,9 +386,7 @@ def main(argv: list[str]) -> int:
                     accelerator.backward(disc_loss)
                     if accelerator.sync_gradients:
                         accelerator.unscale_gradients(disc_optimizer)
-                        _, disc_kept = clip_gradients(
-                            disc_optimizer.optimizer, discriminator.parameters(), config.max_grad_norm
-                        )
+                        _, disc_kept = clip_gradients(disc_optimizer.optimizer, config.max_grad_norm)
                         disc_skipped.add(disc_kept)
                         patch_gan.track(losses["logits_real"], losses["logits_fake"], disc_kept)
                     disc_optimizer.step()

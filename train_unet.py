@@ -245,7 +245,7 @@ def main(argv: list[str]) -> int:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
-                    grad_norm, kept = clip_gradients(optimizer.optimizer, model.parameters(), config.max_grad_norm)
+                    grad_norm, kept = clip_gradients(optimizer.optimizer, config.max_grad_norm)
                     skipped.add(kept)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -123,17 +123,15 @@ def make_optimizer(
     )
 
 
-def clip_gradients(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter], max_norm: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clip the gradients to a joint norm; have the optimizer's next step do nothing if that norm is not finite.
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip an optimizer's gradients to a joint norm; have its next step do nothing if that norm is not finite.
 
     A fused AdamW reads the flag on its own device, so that no GPU waits for the answer.
 
     Returns:
         The norm before clipping, and whether the step counts (bool), both scalars.
     """
-    parameters = [p for p in parameters if p.grad is not None]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     if norm.device.type != "cpu" or norm > max_norm:  # elsewhere looking at it would cost more than multiplying by 1
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -115,7 +115,7 @@ class Ours:
         loss = loss + output.quantized.loss(self.config)
         self.optimizer.zero_grad()
         loss.backward()
-        _, kept = clip_gradients(self.optimizer, self.model.parameters(), self.config.max_grad_norm)
+        _, kept = clip_gradients(self.optimizer, self.config.max_grad_norm)
         self.optimizer.step()
         if not self.model.plain:
             self.model.quantizer.update(self.steps, kept)

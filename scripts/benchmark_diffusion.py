@@ -103,7 +103,7 @@ class Ours(Trainer):
         given = to_device(self.conditions.given(records, flipped, numbers), self.device)
         noisy, words = unet_inputs(batch.noisy, given)
         batch.loss(self.unet(noisy, batch.timesteps, **words).sample).backward()
-        clip_gradients(self.optimizer, self.unet.parameters(), self.config.max_grad_norm)
+        clip_gradients(self.optimizer, self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.unet, self.steps)

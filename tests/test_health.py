@@ -98,7 +98,7 @@ def test_a_step_without_finite_gradients_does_nothing(name):
         network.weight.grad = torch.eye(16, 20) * gradient
         network.bias.grad = torch.full((16,), gradient)
         network.weight.grad[0, 0] = gradient
-        norm, kept = clip_gradients(optimizer, network.parameters(), 1.0)
+        norm, kept = clip_gradients(optimizer, 1.0)
         optimizer.step()
         states = [value for p in network.parameters() for value in optimizer.state[p].values()]
         return norm, kept, [x.detach().clone() for x in (*network.parameters(), *states)]

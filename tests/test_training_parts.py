@@ -215,7 +215,7 @@ def test_clipping_is_torchs(max_norm):
         _gradients(network, 1)
         network[0].bias.grad = None
     optimizer = make_optimizer(networks[0].parameters(), AutoencoderConfig(), 1e-3)
-    norm, kept = clip_gradients(optimizer, networks[0].parameters(), max_norm)
+    norm, kept = clip_gradients(optimizer, max_norm)
     expected = torch.nn.utils.clip_grad_norm_(networks[1].parameters(), max_norm)
     assert norm == expected and kept and 0.5 < norm < 500
     for ours, theirs in zip(*(network.parameters() for network in networks), strict=True):
