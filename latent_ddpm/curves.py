@@ -36,6 +36,12 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
+def overall_speed(path: Path) -> float:
+    """Images per second of wall-clock, from the first logged step of a stage's metrics.jsonl to the last."""
+    lines = [line for line in read_metrics(path) if "loss" in line]
+    return (lines[-1]["images"] - lines[0]["images"]) / (lines[-1]["time"] - lines[0]["time"])
+
+
 def smoothed(values: Sequence[float], points: int = POINTS) -> list[float]:
     """Means of as many neighbours as it takes to have at most `points` of them."""
     width = -(-len(values) // points)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from latent_ddpm.curves import read_metrics
+from latent_ddpm.curves import overall_speed
 from latent_ddpm.files import write_json
 from latent_ddpm.launch import run
 
@@ -33,8 +33,7 @@ def images_per_second(words: list[str], folder: Path, environment: dict[str, str
     """Train in a process of its own; images over the time from the first logged step to the last."""
     words = [sys.executable, "train_unet.py", *words, "--output_dir", str(folder)]
     subprocess.run(words, cwd=ROOT, env={**os.environ, **environment}, check=True, capture_output=True)
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
-    return (lines[-1]["images"] - lines[0]["images"]) / (lines[-1]["time"] - lines[0]["time"])
+    return overall_speed(folder / "metrics.jsonl")
 
 
 def main(argv: list[str]) -> int:

@@ -1,12 +1,16 @@
 """The benchmark scripts run, measure what they say, and go on where they were stopped."""
 
+import importlib.util
 import json
 import shutil
 
 import pytest
-from conftest import launch, run_script
+import yaml
+from conftest import ROOT, launch, run_script
 from PIL import Image
+from preloaded import Script
 
+from latent_ddpm.errors import UserError
 from latent_ddpm.export import load_autoencoder
 
 TINY = ["--resolution", "16", "--block_out_channels", "[8,16]", "--norm_num_groups", "4", "--num_vq_embeddings", "32"]
@@ -176,6 +180,45 @@ def test_benchmark_checkpoint(photos, tmp_path):
     # weights, two averages and AdamW's two moments
     assert result["gib"] * 2**30 == pytest.approx(5 * 4e6 * result["million_parameters"], rel=0.3)
     assert len(result["seconds"]) == 1 and result["seconds_to_verify_and_load"] > 0
+
+
+def test_benchmark_processes(photos, small_autoencoder, tmp_path, monkeypatch):
+    """With scripts that are run plainly, whatever number of processes they are asked for."""
+    spec = importlib.util.spec_from_file_location("benchmark_processes", ROOT / "scripts" / "benchmark_processes.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    launched = []
+
+    def plainly(processes, threads, words):
+        done = Script(list(map(str, words))).finish()
+        assert done.returncode == 0, done.stderr[-2000:]
+        launched.append((words[0], processes, threads, [str(w) for w in words]))
+        return float(len(launched) % 7)
+
+    monkeypatch.setattr(benchmark, "launch", plainly)
+    sections = {
+        stage: {
+            word.removeprefix("--"): yaml.safe_load(value) for word, value in zip(words[::2], words[1::2], strict=True)
+        }
+        for stage, words in (("train_autoencoder", TINY), ("train_unet", SMALL_UNET))
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"train_data_dir": str(photos), "max_train_steps": 3, **sections}))
+    words = ["--config", tmp_path / "c.yaml", "--autoencoder", small_autoencoder, "--json", tmp_path / "p.json"]
+    words = list(map(str, [*words, "--rounds", 1]))
+    with pytest.raises(UserError, match="train_batch_size 8 is not a multiple of 3 processes"):
+        benchmark.main([*words, "--processes", "3"])
+    assert not launched
+    benchmark.main([*words, "--processes", "2"])
+    result = json.loads((tmp_path / "p.json").read_text())
+    speeds = result["images_per_second"]
+    trained = [launch for launch in launched if launch[0].startswith("train")]
+    assert [launch[:3] for launch in trained] == [
+        (name, processes, 3 - processes) for processes in (1, 2) for name in speeds
+    ]
+    for _, processes, _, asked in trained:
+        assert asked[len(asked) - 1 - asked[::-1].index("--train_batch_size") + 1] == str(8 // processes)
+    assert all(speed > 0 for of_script in speeds.values() for kind in of_script.values() for speed in kind)
+    assert set(result["several_over_one_median"]) == {*speeds, "encoding"}
 
 
 def test_fuzz_images(tmp_path):
