@@ -49,6 +49,15 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def digest_of_many(kind: str, rows: Sequence[Sequence[Any]]) -> str:
+    """`digest(kind, rows)`, without the text of all rows at once."""
+    found = hashlib.sha256(f"[{json.dumps(kind)}, [".encode())
+    for start in range(0, len(rows), 10_000):
+        found.update((", " * (start > 0) + json.dumps(rows[start : start + 10_000])[1:-1]).encode())
+    found.update(b"]]")
+    return found.hexdigest()[:32]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Sources: undecoded images with names and labels
 # ---------------------------------------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ class FolderSource(ImageSource):
             )
         found.sort()
         self.names = CompactStrings(name for name, _, _ in found)
-        self.fingerprint = digest("folder", found)
+        self.fingerprint = digest_of_many("folder", found)
         number: dict[str | None, int] = {}  # of the folders, as they come: sorted
         folders = (name.split("/", 1)[0] if "/" in name else None for name, _, _ in found)
         labels = np.fromiter((number.setdefault(folder, len(number)) for folder in folders), np.int32, len(found))

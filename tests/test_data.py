@@ -318,6 +318,12 @@ def test_compact_strings_are_the_strings(names, i):
             compact[i]
 
 
+@pytest.mark.parametrize("count", [0, 1, 10_000, 10_001])
+def test_a_digest_of_many_is_the_digest(count):
+    rows = [(f"é{i}.jpg", i, -1) for i in range(count)]
+    assert sources.digest_of_many("folder", rows) == sources.digest("folder", rows)
+
+
 def test_an_index_of_many_images_is_compact():
     """All that a process keeps of a dataset that is on disk: a row of names and labels, and which images are whose."""
     count = 100_000
