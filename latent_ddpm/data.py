@@ -11,7 +11,6 @@ here has a state that a checkpoint would have to hold.
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from tqdm.auto import tqdm
 from latent_ddpm.errors import UserError
 from latent_ddpm.images import CENTRE, TRANSFORM_VERSION, as_seen, resize_and_crop
 from latent_ddpm.random import Stream, permutation, scattered, uniform
-from latent_ddpm.sources import ImageSource, digest
+from latent_ddpm.sources import ImageSource, digest, digest_of_many
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ class ImageDataset(Dataset):
         self.labels = None if source.labels is None else source.labels[self.kept]
         self.fingerprint = _cache_key(source, cfg.resolution, cfg.image_channels)
         if len(self.kept) < len(source):
-            self.fingerprint = digest(self.fingerprint, hashlib.sha256(self.kept.tobytes()).hexdigest())
+            self.fingerprint = digest_of_many(self.fingerprint, rows=self.kept)
 
     @property
     def cached(self) -> bool:

@@ -6,6 +6,7 @@ takes the place of one that still waits, and no failure reaches the training.
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from latent_ddpm.card import make_card, merge_cards, read_facts
 from latent_ddpm.curves import draw_curves, read_metrics
 from latent_ddpm.errors import UserError
-from latent_ddpm.private import Scrubber
+from latent_ddpm.private import Scrubber, is_place
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,19 @@ def check_can_publish(output_dir: Path, repo_id: str | None) -> None:
         )
 
 
+def check_others_have_encoder(encoder: str) -> None:
+    """Refuse a pipeline that names a text encoder which is on this disk only.
+
+    Raises:
+        UserError: it is.
+    """
+    if is_place(encoder):
+        raise UserError(
+            f"export_text_encoder is false, but nobody else has the text_encoder {encoder}: a published pipeline "
+            f"could not find it. Set export_text_encoder true, or name one of the Hub."
+        )
+
+
 def _link(source: Path, target: Path) -> None:
     """A second name for a file that is never changed in place; a copy where the disk has no such thing."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +129,14 @@ def lay_out(
         variants: "fp16", "bf16": weights added in these.
 
     Raises:
-        UserError: it is not there, or has weights that do not fit a variant.
+        UserError: it is not there, has weights that do not fit a variant, or names a text encoder of this disk.
     """
     pipeline, autoencoder = output_dir / "pipeline", output_dir / "autoencoder"
     if stage != "autoencoder" and (pipeline / "model_index.json").exists():
         source, prefix = pipeline, Path()
+        named = json.loads((pipeline / "model_index.json").read_text()).get("text_encoder_id")
+        if named is not None:
+            check_others_have_encoder(named)
     elif stage != "unet" and (autoencoder / "config.json").exists():
         source, prefix = autoencoder, Path("vqvae")
     else:

@@ -28,8 +28,7 @@ from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same
 from latent_ddpm.distributed import Heartbeat
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
-from latent_ddpm.hub import Publisher, check_can_publish
-from latent_ddpm.private import is_place
+from latent_ddpm.hub import Publisher, check_can_publish, check_others_have_encoder
 from latent_ddpm.sharding import Sharding
 from latent_ddpm.tracking import check_tracker
 
@@ -84,11 +83,8 @@ def check_before_loading(config: RunConfig, stage: str) -> Path:
     if config.push_to_hub:
         check_can_publish(Path(config.output_dir), config.hub_model_id)
         encoder = getattr(config, "text_encoder", None)
-        if encoder is not None and not config.export_text_encoder and is_place(encoder):
-            raise UserError(
-                f"export_text_encoder is false, but nobody else has the text_encoder {encoder}: a published pipeline "
-                f"could not find it. Set export_text_encoder true, or name one of the Hub."
-            )
+        if encoder is not None and not config.export_text_encoder:
+            check_others_have_encoder(encoder)
     check_tracker(config.report_to)
     saved = Path(config.output_dir) / f"train_{stage}.yaml"
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():

@@ -49,11 +49,13 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def digest_of_many(kind: str, rows: Sequence[Sequence[Any]]) -> str:
-    """`digest(kind, rows)`, without the text of all rows at once."""
-    found = hashlib.sha256(f"[{json.dumps(kind)}, [".encode())
+def digest_of_many(*parts: Any, rows: Sequence | np.ndarray) -> str:
+    """`digest(*parts, rows)`, without the text, or Python's objects, of all rows at once."""
+    found = hashlib.sha256(f"{json.dumps(parts)[:-1]}, [".encode())
     for start in range(0, len(rows), 10_000):
-        found.update((", " * (start > 0) + json.dumps(rows[start : start + 10_000])[1:-1]).encode())
+        some = rows[start : start + 10_000]
+        text = json.dumps(some.tolist() if isinstance(some, np.ndarray) else some)
+        found.update((", " * (start > 0) + text[1:-1]).encode())
     found.update(b"]]")
     return found.hexdigest()[:32]
 
@@ -150,7 +152,7 @@ class FolderSource(ImageSource):
             )
         found.sort()
         self.names = CompactStrings(name for name, _, _ in found)
-        self.fingerprint = digest_of_many("folder", found)
+        self.fingerprint = digest_of_many("folder", rows=found)
         number: dict[str | None, int] = {}  # of the folders, as they come: sorted
         folders = (name.split("/", 1)[0] if "/" in name else None for name, _, _ in found)
         labels = np.fromiter((number.setdefault(folder, len(number)) for folder in folders), np.int32, len(found))
@@ -481,7 +483,7 @@ class SubsetSource(ImageSource):
         self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.class_names = source.class_names
-        self.fingerprint = digest("subset", source.fingerprint, hashlib.sha256(self.indices.tobytes()).hexdigest())
+        self.fingerprint = digest_of_many("subset", source.fingerprint, rows=self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)

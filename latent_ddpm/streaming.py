@@ -38,6 +38,7 @@ from latent_ddpm.sources import (
     choose_splits,
     classes_of,
     digest,
+    digest_of_many,
     image_bytes,
     label_column,
     load_splits,
@@ -311,9 +312,8 @@ class StreamedSource(ImageSource):
         self._split, self._files, self._numbers = split, *np.concatenate([_kept(sidecar) for sidecar in sidecars], 1)
         labels = np.concatenate([np.array(sidecar["labels"], dtype=np.int64) for sidecar in sidecars])
         self.labels, self.class_names = classes_of(labels, about["class_names"])
-        self.fingerprint = digest(
-            "stream", folder.name, split, hashlib.sha256(self._numbers.tobytes() + labels.tobytes()).hexdigest()
-        )
+        numbers = hashlib.sha256(self._numbers.tobytes()).hexdigest()
+        self.fingerprint = digest_of_many("stream", folder.name, split, numbers, rows=labels)
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -309,6 +309,8 @@ def test_an_encoder_that_is_only_named_is_loaded_when_it_is_needed(trained, tmp_
     assert index["text_encoder_id"] == str(flags["text_encoder"]) and not (tmp_path / "pipeline/text_encoder").exists()
     pipe = LatentDDPMPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.text_encoder is None and draw(pipe).isfinite().all() and pipe.text_encoder is not None
+    done = run_script("push_to_hub.py", str(tmp_path), "--dry_run", str(tmp_path / "laid_out"), expect=2)
+    assert "nobody else has the text_encoder" in done.stderr
 
 
 def test_prompts_in_every_form(trained):

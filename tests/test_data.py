@@ -321,7 +321,8 @@ def test_compact_strings_are_the_strings(names, i):
 @pytest.mark.parametrize("count", [0, 1, 10_000, 10_001])
 def test_a_digest_of_many_is_the_digest(count):
     rows = [(f"é{i}.jpg", i, -1) for i in range(count)]
-    assert sources.digest_of_many("folder", rows) == sources.digest("folder", rows)
+    assert sources.digest_of_many("folder", rows=rows) == sources.digest("folder", rows)
+    assert sources.digest_of_many("a", "b", rows=np.arange(count)) == sources.digest("a", "b", list(range(count)))
 
 
 def test_an_index_of_many_images_is_compact():
