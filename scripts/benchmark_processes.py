@@ -6,7 +6,8 @@
 Both stages train with one process that has all threads, and with `--processes` that share them out; the batch of all
 together is the same. Compared are the images per second from the first line of metrics.jsonl to the last. Then
 scripts/cache_latents.py encodes with one process and with several of one thread each; what it takes when everything is
-there already is subtracted. Takes the keys of train_unet.py, and of stage 1 those that the config has.
+there already is subtracted, and where less than ENCODING_SECONDS are left the difference says nothing and no ratio is
+given: take a larger dataset. Takes the keys of train_unet.py, and of stage 1 those that the config has.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from latent_ddpm.files import write_json
 from latent_ddpm.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
+ENCODING_SECONDS = 20.0  # several times what the start of a process varies by
 
 
 def launch(processes: int, threads: int, words: list[object]) -> float:
@@ -99,7 +101,10 @@ def main(argv: list[str]) -> int:
     ratios = {
         script: [b / a for a, b in zip(rates["one"], rates["several"], strict=True)] for script, rates in speeds.items()
     }
-    ratios["encoding"] = [a / b for a, b in zip(encoding["one"], encoding["several"], strict=True)]
+    if min(encoding["one"] + encoding["several"]) >= ENCODING_SECONDS:
+        ratios["encoding"] = [a / b for a, b in zip(encoding["one"], encoding["several"], strict=True)]
+    else:
+        print("encoding: too few images to be timed", file=sys.stderr)
     result = {
         "command": "python scripts/benchmark_processes.py " + shlex.join(argv),
         "processes": several,
