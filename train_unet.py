@@ -12,11 +12,10 @@ import logging
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from latent_ddpm.checkpoint import CheckpointFolder, must_fit
-from latent_ddpm.conditions import make_conditions, to_device, unet_inputs
+from latent_ddpm.conditions import Given, make_conditions, to_device, unet_inputs
 from latent_ddpm.config import UNetConfig, parse_config, save_config
 from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
@@ -32,7 +31,7 @@ from latent_ddpm.export import (
 from latent_ddpm.grids import make_grid, save_png
 from latent_ddpm.health import SkippedSteps
 from latent_ddpm.hub import is_best
-from latent_ddpm.latents import hash_folder, images_for_run, latents_for_run
+from latent_ddpm.latents import hash_folder, images_for_run, latents_for_run, read_ahead
 from latent_ddpm.launch import check_before_loading, claim, fit_to_processes, make_accelerator, make_publisher, run
 from latent_ddpm.models.unet import StockUNet, check_latents_fit, make_unet
 from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
@@ -115,6 +114,15 @@ def main(argv: list[str]) -> int:
     micro_batch = config.train_batch_size * accelerator.num_processes
     images_per_step = micro_batch * config.gradient_accumulation_steps
     order = ExampleOrder(len(latents), config.seed)
+
+    def examples(number: int) -> tuple[torch.Tensor, torch.Tensor, Given]:
+        """Micro-batch number `number` of this process: the examples' numbers, latents and conditions, on the CPU."""
+        start = number * micro_batch + accelerator.process_index * config.train_batch_size
+        numbers = torch.arange(start, start + config.train_batch_size)
+        flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
+        records = latents.records(order.indices(numbers.numpy()))
+        return numbers, latents.normalized(records, flipped), conditions.given(records, flipped, numbers)
+
     if accelerator.is_main_process:
         save_config(asked, saved_config)
         logger.info(
@@ -224,20 +232,16 @@ def main(argv: list[str]) -> int:
     # ---------------------------------------------------------------------------------------------- training
     snapshot_steps = math.ceil(config.max_train_steps / config.ema_snapshots) if config.ema_snapshots else 0
     stop = StopSignal()
-    ended_at = first_step
+    ended_at, accumulation = first_step, config.gradient_accumulation_steps
+    batches = read_ahead(examples, first_step * accumulation, config.max_train_steps * accumulation)
     for step in range(first_step, config.max_train_steps):
         rate = learning_rate_factor(step, config)
         set_learning_rate(optimizer, rate * config.learning_rate)
         torch.manual_seed(seed_for_step(config.seed, step, accelerator.process_index))  # for dropout
         total_loss = torch.zeros((), device=device)
-        for micro_step in range(config.gradient_accumulation_steps):
-            start = step * images_per_step + micro_step * micro_batch
-            start += accelerator.process_index * config.train_batch_size
-            numbers = torch.arange(start, start + config.train_batch_size)
-            flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
-            records = latents.records(order.indices(np.asarray(numbers)))
-            clean = latents.normalized(records, flipped).to(device, non_blocking=True)
-            given = to_device(conditions.given(records, flipped, numbers), device)
+        for _ in range(config.gradient_accumulation_steps):
+            numbers, clean, given = next(batches)
+            clean, given = clean.to(device, non_blocking=True), to_device(given, device)
             batch = training_batch(clean, numbers.to(device), config, alphas_cumprod)
             noisy, words = unet_inputs(batch.noisy, given)
             with accelerator.accumulate(model):

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
 
 from latent_ddpm.config import UNetConfig
-from latent_ddpm.random import Stream, integers, normal, uniform
+from latent_ddpm.random import Stream, first_words, normal, uniform
 
 _MAX_SNR = 1e8  # also the inverse of the smallest one: keeps divisions finite at either end
 
@@ -183,7 +183,7 @@ def sample_times(seed: int, numbers: torch.Tensor, config: UNetConfig) -> torch.
     """
     if config.timestep_sampling == "uniform":
         return uniform(seed, Stream.TIMESTEP, numbers).double()
-    start = int(integers(seed, Stream.TIMESTEP, torch.zeros(1, dtype=torch.int64), 2**31 - 1)[0])
+    start = (first_words(seed, Stream.TIMESTEP, 0)[0] * (2**31 - 1)) >> 32
     fraction = ((numbers * 0x9E3779B9 + 2 * start) & 0xFFFFFFFF).double() * 2.0**-32
     if config.timestep_sampling == "stratified":
         return fraction

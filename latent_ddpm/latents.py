@@ -16,8 +16,9 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 SHARD_IMAGES = 1024
 OPEN_SHARDS = 128
 _VERSION = 2
+T = TypeVar("T")
 
 
 def hash_folder(folder: Path) -> str:
@@ -209,8 +211,24 @@ class LatentCache:
     def normalized(self, records: np.ndarray, flipped: np.ndarray | None = None) -> torch.Tensor:
         """The same of `records` (B,) that have been read already."""
         version = np.zeros(len(records), dtype=np.int64) if flipped is None else flipped.astype(np.int64)
-        chosen = records["latents"][np.arange(len(records)), version]
-        return (torch.from_numpy(chosen).float() - self.mean.view(-1, 1, 1)) / self.std
+        chosen = records["latents"][np.arange(len(records)), version].astype(np.float32)
+        # NumPy, since beside the training thread torch would start a second pool of threads
+        chosen -= self.mean.numpy().reshape(-1, 1, 1)
+        chosen /= np.float32(self.std)
+        return torch.from_numpy(chosen)
+
+
+def read_ahead(read: Callable[[int], T], first: int, last: int) -> Iterator[T]:
+    """read(first), ..., read(last - 1), each made in a thread while its predecessor is at work.
+
+    What `read` raises is raised where its result is due. It is called by one thread at a time.
+    """
+    with ThreadPoolExecutor(1, "read_ahead") as reader:
+        following = reader.submit(read, first) if first < last else None
+        for number in range(first + 1, last + 1):
+            made = following.result()
+            following = reader.submit(read, number) if number < last else None
+            yield made
 
 
 def shard_path(place: Path, shard: int) -> Path:

@@ -9,6 +9,7 @@ so that a whole batch is drawn at once on whatever device holds it.
 import enum
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl constants that bump the key each round
 _MASK = 0xFFFFFFFF
 _MURMUR = np.array([0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53], dtype=np.uint64)  # multipliers of its 64-bit finalizer
 _ROUNDS = 8
+Word = TypeVar("Word", torch.Tensor, int)
 
 
 class Stream(enum.IntEnum):
@@ -50,8 +52,11 @@ def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
     Returns:
         int64 of shape (..., 4), each value uniform in [0, 2**32).
     """
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key
+    return torch.stack(_rounds(*counter.unbind(-1), *key), dim=-1)
+
+
+def _rounds(c0: Word, c1: Word, c2: Word, c3: Word, k0: int, k1: int) -> tuple[Word, Word, Word, Word]:
+    """The rounds on a counter's words: tensors, or Python integers, which of one counter are made far sooner."""
     for _ in range(10):
         # int64 products wrap modulo 2**64; the mask undoes the sign that the arithmetic shift drags in.
         p0, p1 = c0 * _M0, c2 * _M1
@@ -59,7 +64,7 @@ def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
         hi1, lo1 = (p1 >> 32) & _MASK, p1 & _MASK
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return torch.stack((c0, c1, c2, c3), dim=-1)
+    return c0, c1, c2, c3
 
 
 def _words(seed: int, stream: Stream, numbers: torch.Tensor, count: int) -> torch.Tensor:
@@ -72,6 +77,12 @@ def _words(seed: int, stream: Stream, numbers: torch.Tensor, count: int) -> torc
     counter[..., 2] = ((n >> 32) & _MASK)[:, None]
     counter[..., 3] = int(stream)
     return philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK)).flatten(1)[:, :count]
+
+
+def first_words(seed: int, stream: Stream, number: int) -> tuple[int, int, int, int]:
+    """The first four words of one example number, in [0, 2**32), as the tensors of `uniform` are made of."""
+    counter = (0, number & _MASK, (number >> 32) & _MASK, int(stream))
+    return _rounds(*counter, seed & _MASK, (seed >> 32) & _MASK)
 
 
 def uniform(seed: int, stream: Stream, numbers: torch.Tensor, shape: Sequence[int] = ()) -> torch.Tensor:
@@ -145,5 +156,6 @@ def scattered(seed: int, epoch: int, length: int, positions: np.ndarray) -> np.n
 
 def seed_for_step(seed: int, step: int, process_index: int) -> int:
     """A 63-bit seed for torch's own generators at one step (dropout), from (seed, step, process) alone."""
-    word = _words(seed, Stream.STEP, torch.tensor([(process_index << 40) | step]), 2)[0]
-    return int((word[0] << 31) | (word[1] >> 1))
+    number = (process_index << 40) | step
+    word, next_word, *_ = first_words(seed, Stream.STEP, number)
+    return (word << 31) | (next_word >> 1)

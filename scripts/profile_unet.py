@@ -3,9 +3,9 @@
     python scripts/profile_unet.py --json docs/results/NAME.json --config configs/mnist.yaml --max_train_steps 300
 
 Takes the keys of train_unet.py, runs it with a clock in what it calls, and says how a step's time is shared out:
-forward (with the loss), backward, optimizer step, and all the rest (latents, noise, clipping, averages, logging). The
-first tenth of the steps warms up. Grids, checkpoints and snapshots are left out. On a GPU each part waits for the
-card, which costs some of what it measures.
+forward (with the loss), backward, optimizer step, and all the rest (waiting for latents, noise, clipping, averages,
+logging). The first tenth of the steps warms up. Grids, checkpoints and snapshots are left out. On a GPU each part
+waits for the card, which costs some of what it measures.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.diffusion import TrainingBatch
 from latent_ddpm.ema import PowerEMA
 from latent_ddpm.files import write_json
-from latent_ddpm.latents import LatentCache
+from latent_ddpm.latents import read_ahead
 from latent_ddpm.launch import run
 from latent_ddpm.tracking import Tracker
 
@@ -42,8 +42,6 @@ PARTS = (
     (Accelerator, "backward", "backward"),
     (AcceleratedOptimizer, "step", "optimizer"),
     (AcceleratedOptimizer, "zero_grad", "optimizer"),
-    (LatentCache, "records", "latents"),
-    (LatentCache, "normalized", "latents"),
     (train_unet, "training_batch", "noise"),
     (train_unet, "clip_gradients", "clipping"),
     (PowerEMA, "update", "averages"),
@@ -84,6 +82,13 @@ class Clock:
 
         return wrapper
 
+    def timed_batches(self, *args: object) -> Iterator[object]:
+        """`read_ahead`, of which is timed what the loop waits for."""
+        batches = read_ahead(*args)
+        following = self.timed(lambda: next(batches, None), "latents")
+        while (batch := following()) is not None:
+            yield batch
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """While this holds, the parts are timed."""
@@ -95,6 +100,7 @@ class Clock:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(train_unet, "set_learning_rate", set_and_begin))
+            stack.enter_context(mock.patch.object(train_unet, "read_ahead", self.timed_batches))
             for owner, name, part in PARTS:
                 stack.enter_context(mock.patch.object(owner, name, self.timed(getattr(owner, name), part)))
             yield
@@ -117,9 +123,8 @@ def main(argv: list[str]) -> int:
         with clock.running():
             train_unet.main([*rest, *words, "--ema_snapshots", "0", "--num_validation_samples", "1"])
     steps = clock.steps[len(clock.steps) // 10 : -1]  # the last one holds the end of the run
-    shares = {
-        part: [step[part] / step["whole"] for step in steps] for part in dict.fromkeys(part for *_, part in PARTS)
-    }
+    parts = dict.fromkeys(["latents", *(part for *_, part in PARTS)])
+    shares = {part: [step[part] / step["whole"] for step in steps] for part in parts}
     rest_of = [1 - sum(step[part] for part in CORE) / step["whole"] for step in steps]
     total = sum(step["whole"] for step in steps)
     result = {

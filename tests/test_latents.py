@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from latent_ddpm.data import BadImages, open_image_dataset, to_float
 from latent_ddpm.errors import UserError
-from latent_ddpm.latents import build_cache, cache_key, hash_folder
+from latent_ddpm.latents import build_cache, cache_key, hash_folder, read_ahead
 from latent_ddpm.sources import FolderSource
 
 
@@ -195,3 +197,34 @@ def test_undecodable_images_are_left_out(images, tmp_path):
 def test_useless_latents_are_refused(images, tmp_path, value):
     with pytest.raises(UserError, match="cannot be used"):
         build(dataset_of(images, tmp_path), tmp_path, encoder=lambda batch: torch.full((len(batch), 3, 2, 2), value))
+
+
+def test_read_ahead_reads_one_ahead_in_order():
+    asked, threads = [], set()
+
+    def read(number):
+        asked.append(number)
+        threads.add(threading.get_ident())
+        return number * 10
+
+    batches = read_ahead(read, 3, 7)
+    assert next(batches) == 30
+    deadline = time.monotonic() + 10
+    while len(asked) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert asked == [3, 4]  # the next one is read without having been asked for, and none after it
+    assert list(batches) == [40, 50, 60]
+    assert asked == [3, 4, 5, 6] and len(threads) == 1 and threads != {threading.get_ident()}
+    assert list(read_ahead(read, 7, 7)) == []
+
+
+def test_read_ahead_raises_where_the_batch_is_due():
+    def read(number):
+        if number == 2:
+            raise UserError("row 2 is damaged")
+        return number
+
+    batches = read_ahead(read, 0, 5)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(UserError, match="row 2"):
+        next(batches)

@@ -10,6 +10,7 @@ from latent_ddpm.config import UNetConfig
 from latent_ddpm.diffusion import sample_times
 from latent_ddpm.random import (
     Stream,
+    first_words,
     integers,
     normal,
     permutation,
@@ -81,6 +82,12 @@ def test_permutation_and_step_seed():
     assert not np.array_equal(permutation(3, 0, 100), permutation(4, 0, 100))
     seeds = {seed_for_step(0, step, process) for step in range(50) for process in range(4)}
     assert len(seeds) == 200 and all(0 <= s < 2**63 for s in seeds)
+
+
+@given(seed=st.integers(0, 2**64 - 1), number=st.integers(0, 2**62), stream=st.sampled_from(Stream))
+def test_words_of_one_number_are_those_of_the_tensors(seed, number, stream):
+    words = first_words(seed, stream, number)
+    assert uniform(seed, stream, torch.tensor([number]), (4,))[0].tolist() == [(word >> 8) * 2.0**-24 for word in words]
 
 
 @settings(max_examples=30, deadline=None)
