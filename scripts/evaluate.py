@@ -26,9 +26,10 @@
         compared images: where samples are near to that, it is the autoencoder that has to become better. Mirrored
         training images are not searched: a mirrored copy has nearly the same features.
 
-        A pipeline with conditions draws with those of the compared training images, and, where it has classes, a linear
-        classifier trained on the training images' features says how often a sample is what was asked for
-        (class_agreement; held_out_class_agreement is the same of held-out images). --guidance_scales measures several.
+        A pipeline with conditions draws with those of the compared training images. Where it has classes, or is told
+        them in words, a linear classifier trained on the training images' features says how often a sample is what was
+        asked for (class_agreement; held_out_class_agreement is the same of held-out images). --guidance_scales measures
+        several; --caption_templates '["picture of a {}"]' asks in other words than the training's.
 
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 20
         Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits. One with classes
@@ -445,10 +446,14 @@ def has_conditions(pipe: LatentDDPMPipeline) -> bool:
 
 def conditions_of(
     config: UNetConfig, pipe: LatentDDPMPipeline, count: int, most: int | None, accelerator: Accelerator
-) -> dict[str, torch.Tensor]:
-    """Of `count` samples the conditions of the training images that they are compared with, in all processes alike."""
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Of `count` samples the conditions of the training images that they are compared with, in all processes alike.
+
+    Returns:
+        What the pipeline is given; and, where that says them (as classes or in words), the images' labels (count,).
+    """
     if not has_conditions(pipe):
-        return {}
+        return {}, None
     images, _ = images_for_run(config, accelerator.is_main_process, accelerator.wait_for_everyone)
     rows = np.arange(len(images))
     if most is not None and most < len(rows):
@@ -456,10 +461,11 @@ def conditions_of(
     chosen = rows[permutation(0, 0, len(rows))[:count]]
     chosen = chosen[np.arange(count) % len(chosen)]
     given = {}
+    labels = None if images.labels is None else torch.from_numpy(images.labels[chosen]).long()
     if pipe.class_names:
-        if images.labels is None:
+        if labels is None:
             raise UserError("The pipeline has classes, but the dataset has none.")
-        given["class_labels"] = torch.from_numpy(images.labels[chosen]).long()
+        given["class_labels"] = labels
     if pipe.takes_text:
         captions = read_captions(images, config)
         given |= embedded(
@@ -477,13 +483,13 @@ def conditions_of(
             given["conditioning_image"] = given["conditioning_image"][:, 0]
         else:
             given["conditioning_image"] = given["conditioning_image"].float() / 255
-    return given
+    return given, labels if pipe.class_names or pipe.takes_text else None
 
 
 def linear_classifier(reals: Reals) -> tuple[Callable[[torch.Tensor], torch.Tensor], float] | None:
-    """A linear classifier of features (N, D) -> labels (N,), and its accuracy on held-out images; None without classes.
+    """A linear classifier of features (N, D) -> labels (N,), and its accuracy on held-out images.
 
-    Multinomial logistic regression on standardized features (scikit-learn).
+    Multinomial logistic regression on standardized features (scikit-learn). None where there are no two classes.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -493,6 +499,8 @@ def linear_classifier(reals: Reals) -> tuple[Callable[[torch.Tensor], torch.Tens
         return None
     labels = reals.images.labels[reals.indices.numpy()]
     known, known_held_out = labels >= 0, reals.held_out_labels >= 0  # -1: an image without a label
+    if len(np.unique(labels[known])) < 2:
+        return None
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=200))
     model.fit(reals.train.numpy()[known], labels[known])
     agrees = model.predict(reals.held_out_features.numpy()) == reals.held_out_labels
@@ -537,8 +545,8 @@ def measure_pipeline(argv: list[str]) -> None:
             result["reconstructions"] = measure_reconstructions(pipe, reals, network, device)
         result |= {"held_out_images": reals.held_out, "held_out_neighbour_distance": reals.held_out_distance}
 
-    given = conditions_of(config, pipe, options.num_images, options.max_real_images, accelerator)
-    classifier = linear_classifier(reals) if is_main and "class_labels" in given else None
+    given, labels = conditions_of(config, pipe, options.num_images, options.max_real_images, accelerator)
+    classifier = linear_classifier(reals) if is_main and labels is not None else None
     if classifier is not None:
         result["held_out_class_agreement"] = classifier[1]
     settings: list[dict] = []
@@ -570,8 +578,8 @@ def measure_pipeline(argv: list[str]) -> None:
             }
         )
         if classifier is not None:
-            agrees = classifier[0](features) == given["class_labels"]
-            settings[-1]["class_agreement"] = float(agrees[given["class_labels"] >= 0].double().mean())
+            agrees = classifier[0](features) == labels
+            settings[-1]["class_agreement"] = float(agrees[labels >= 0].double().mean())
         # written again and again: a long sweep that is stopped leaves what it has
         sheet.append(to_float(samples[: 16 if len(sweep) > 1 else 64]))
         save_png(make_grid(torch.cat(sheet), columns=16), path.with_name(f"{path.stem}-samples.png"))

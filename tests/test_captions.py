@@ -1,5 +1,6 @@
 """Text: captions from everywhere, embedded once, chosen by number, left out at times; runs and exports keep it all."""
 
+import importlib.util
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -389,12 +391,37 @@ def test_training_never_asks_the_encoder_again(trained, monkeypatch):
     draw(pipe, **{**alone, "guidance_scale": 1.0})  # for which nothing is not needed
 
 
-def test_many_prompts_are_encoded_once_each_and_in_parts(trained):
-    import importlib.util
-
+@pytest.fixture(scope="module")
+def evaluate_script():
+    """scripts/evaluate.py as a module."""
     spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_samples_asked_for_in_words_are_judged_by_the_images_classes(trained, data, tmp_path, evaluate_script):
+    """Also in words of which the model knows nothing, and where the pipeline has no classes of its own."""
+    pipe = LatentDDPMPipeline.from_pretrained(trained[0] / "pipeline")
+    asked = []
+    told_in_words = SimpleNamespace(
+        class_names=None,
+        takes_text=True,
+        conditioning_channels=0,
+        encode_prompt=lambda prompts: asked.extend(prompts) or pipe.encode_prompt(prompts),
+    )
+    alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    config = config_of(data, "unused", tmp_path, caption_templates=["{} picture"])
+    given, labels = evaluate_script.conditions_of(config, told_in_words, 30, None, alone)
+    assert set(given) == {"prompt_embeds", "prompt_attention_mask"}
+    assert sorted(asked) == ["bird picture", "fish picture"] and 0 < labels.sum() < 30
+    for kind in (0, 1):
+        assert (given["prompt_embeds"][labels == kind] == given["prompt_embeds"][labels == kind][0]).all()
+    assert not torch.equal(*(given["prompt_embeds"][labels == kind][0] for kind in (0, 1)))
+
+
+def test_many_prompts_are_encoded_once_each_and_in_parts(trained, evaluate_script):
+    script = evaluate_script
     pipe = LatentDDPMPipeline.from_pretrained(trained[0] / "pipeline")
     prompts = [" ".join(["a"] * (1 + n % 29)) for n in range(150)]
     found = script.embedded(pipe, prompts)
