@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from latent_ddpm.config import RunConfig
+from latent_ddpm.distributed import all_gather_rows, process_count, process_index
 from latent_ddpm.sharding import part_of, whole_tensor
 
 WSD_DECAY_SHARE = 0.3  # of a run, unless lr_decay_steps says otherwise
@@ -59,12 +60,47 @@ def _iterate_on_gram(wide: torch.Tensor, iterations: int) -> torch.Tensor:
     return total @ wide
 
 
+def orthogonalize_all(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`orthogonalize` of each (R, C). The processes, which all hold the same matrices, share the work."""
+    count, mine = process_count(), process_index()
+    owners = _owners([tuple(matrix.shape) for matrix in matrices], count)
+    by_shape = defaultdict(list)
+    for number, matrix in enumerate(matrices):
+        if owners[number] == mine:
+            by_shape[matrix.shape].append(number)
+    made: dict[int, torch.Tensor] = {}
+    for numbers in by_shape.values():
+        made |= zip(numbers, orthogonalize(torch.stack([matrices[number] for number in numbers])), strict=True)
+    if count > 1 and matrices:
+        of_each = [[number for number, owner in enumerate(owners) if owner == process] for process in range(count)]
+        most = max(sum(matrices[number].numel() for number in numbers) for numbers in of_each)
+        sent = matrices[0].new_zeros(most)
+        own = [made[number].flatten() for number in of_each[mine]]
+        if own:
+            torch.cat(own, out=sent[: sum(map(len, own))])
+        for numbers, row in zip(of_each, all_gather_rows(sent[None]), strict=True):
+            sizes = [matrices[number].numel() for number in numbers]
+            for number, values in zip(numbers, row[: sum(sizes)].split(sizes), strict=True):
+                made[number] = values.view_as(matrices[number])
+    return [made[number] for number in range(len(matrices))]
+
+
+def _owners(shapes: list[tuple[int, int]], count: int) -> list[int]:
+    """Which of `count` processes works at each matrix: the costliest first, each to who has least to do."""
+    costs = [min(shape) ** 2 * (max(shape) + 8 * min(shape)) for shape in shapes]
+    owners, loads = [0] * len(shapes), [0] * count
+    for number in sorted(range(len(shapes)), key=lambda number: -costs[number]):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += costs[number]
+    return owners
+
+
 class Muon(torch.optim.AdamW):
     """Orthogonalized momentum for matrices and convolutions, AdamW for all other parameters.
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with the update scaled to the size of AdamW's (arXiv
     2502.16982, eq. 4), so that one learning rate serves both. A convolution (C_out, C_in, k, k) is a matrix of C_out
-    rows.
+    rows. Processes that train together share the orthogonalization (as in 2502.16982, section 2.3).
 
     Args:
         parameters: of the network.
@@ -86,7 +122,7 @@ class Muon(torch.optim.AdamW):
         device = matrices["params"][0].device if matrices["params"] else None
         broken = torch.zeros((), device=device) if found_inf is None else found_inf.to(device)
         rate = matrices["lr"] * (1 - broken)
-        by_shape = defaultdict(list)
+        changed, updates = [], []
         for p in matrices["params"]:
             if p.grad is None:
                 continue
@@ -95,13 +131,11 @@ class Muon(torch.optim.AdamW):
             momentum = self.state[p]["momentum"]
             gradient = torch.where(broken > 0, momentum, p.grad)
             momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
-            update = whole_tensor(gradient.lerp(momentum, _MUON_MOMENTUM)).flatten(1).float()
-            by_shape[update.shape].append((p, update))
-        for shape, pairs in by_shape.items():
-            updates = orthogonalize(torch.stack([update for _, update in pairs]))
-            for (p, _), update in zip(pairs, updates, strict=True):
-                p.mul_(1 - rate * matrices["weight_decay"])
-                p.sub_(rate * 0.2 * max(shape) ** 0.5 * part_of(update.reshape(p.shape), p))
+            changed.append(p)
+            updates.append(whole_tensor(gradient.lerp(momentum, _MUON_MOMENTUM)).flatten(1).float())
+        for p, update in zip(changed, orthogonalize_all(updates), strict=True):
+            p.mul_(1 - rate * matrices["weight_decay"])
+            p.sub_(rate * 0.2 * max(update.shape) ** 0.5 * part_of(update.reshape(p.shape), p))
         self.param_groups = [others]
         try:
             super().step()

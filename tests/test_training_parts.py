@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import run_in_one_and_two_processes
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -41,6 +42,7 @@ from latent_ddpm.optim import (
     Muon,
     _iterate,
     _iterate_on_gram,
+    _owners,
     clip_gradients,
     learning_rate_factor,
     make_optimizer,
@@ -307,6 +309,54 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
     assert (moved - (matrix - start)).norm() < 0.02 * moved.norm()  # theirs iterates in bfloat16
     for a, b in zip(list(ours.parameters())[1:], list(plain.parameters())[1:], strict=True):
         assert torch.equal(a, b)
+
+
+SHARED_MUON = """
+import sys
+import torch
+from latent_ddpm import optim
+from latent_ddpm.config import AutoencoderConfig
+
+count, folder = int(sys.argv[1]), sys.argv[2]
+if count > 1:
+    torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+shapes = [(32, 16, 3, 3), (16, 32), (32, 16, 3, 3), (48, 16, 1, 1), (20,), (32, 16, 3, 3), (3, 16)]
+parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+worked_at, orthogonalize = [], optim.orthogonalize
+optim.orthogonalize = lambda matrices: worked_at.extend(matrices) or orthogonalize(matrices)
+optimizer = optim.make_optimizer(parameters, AutoencoderConfig(), 0.01, "muon")
+for step in range(3):
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+rank = torch.distributed.get_rank() if count > 1 else 0
+torch.save([p.detach() for p in parameters], f"{folder}/{count}-{rank}.pt")
+torch.save([list(matrix.shape) for matrix in worked_at[: len(worked_at) // 3]], f"{folder}/shapes-{count}-{rank}.pt")
+if count > 1:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_share_the_work_of_muon(tmp_path):
+    run_in_one_and_two_processes(SHARED_MUON, tmp_path)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for a, b, c in zip(alone, first, second, strict=True):
+        assert torch.equal(b, c)  # or the processes would drift apart
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    all_shapes, *shares = (torch.load(tmp_path / f"shapes-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert len(all_shapes) == 5 and all(shares)
+    assert sorted(all_shapes) == sorted(shares[0] + shares[1])
+
+
+@given(st.lists(st.tuples(st.integers(1, 600), st.integers(1, 600)), max_size=30), st.integers(1, 9))
+def test_nobody_works_more_at_muon_than_a_fair_share_and_one_matrix(shapes, count):
+    owners = _owners(shapes, count)
+    costs = [min(shape) ** 2 * (max(shape) + 8 * min(shape)) for shape in shapes]
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == p) for p in range(count)]
+    assert sum(loads) == sum(costs) and len(owners) == len(shapes)
+    assert max(loads) <= sum(costs) / count + max(costs, default=0)
 
 
 def test_muon_goes_on_from_its_saved_state():
