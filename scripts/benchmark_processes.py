@@ -48,8 +48,8 @@ def launch(processes: int, threads: int, words: list[object]) -> float:
 
 def stage_words(script: str, rest: list[str], config: AutoencoderConfig | UNetConfig, processes: int) -> list[object]:
     """A training script with a batch that makes the joint one that of the config."""
-    never = 10**9
-    words = [script, *rest, "--train_batch_size", config.train_batch_size // processes, "--logging_steps", 1]
+    never, often = 10**9, max(1, config.max_train_steps // 20)
+    words = [script, *rest, "--train_batch_size", config.train_batch_size // processes, "--logging_steps", often]
     return [*words, "--validation_steps", never, "--checkpointing_steps", never]
 
 
