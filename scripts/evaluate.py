@@ -36,7 +36,8 @@
         is asked for all in turn, and class_agreement says how often the classifier sees the class that was asked for;
         one with silhouettes is given those of digits (of the classes asked for, if it has both) that the classifier of
         real digits was not trained on, and iou is the mean intersection over union with them; one with text is asked in
-        the words of --prompts in turn, {} being the digit's name. --guidance_scale.
+        the words of --prompts in turn, {} being the digit's name. --guidance_scale. Beside the JSON file
+        -samples.png: the first samples, silhouettes above theirs.
 
 Prints the figures and writes them as JSON (--json FILE; by default evaluation-<what>.json in the run's folder).
 """
@@ -648,8 +649,16 @@ def measure_digits(argv: list[str]) -> None:
     if "conditioning_image" in given:
         asked = given["conditioning_image"].bool()
         judged["iou"] = float(intersection_over_union(asked, silhouettes(to_float(drawn))).mean())
+    path = options.json or options.pipeline.parent / "evaluation-digits.json"
+    shown = to_float(drawn[:32])
+    if "conditioning_image" in given:
+        picture = reconstruction_grid(asked[:32, None].float().mul(2).sub(1), shown, columns=16)
+    else:
+        picture = make_grid(shown, columns=16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(picture, path.with_name(f"{path.stem}-samples.png"))
     show_json(
-        options.json or options.pipeline.parent / "evaluation-digits.json",
+        path,
         {
             "command": "python scripts/evaluate.py digits " + shlex.join(argv),
             "images": options.num_images,

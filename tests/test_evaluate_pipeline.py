@@ -1,8 +1,10 @@
 """scripts/evaluate.py pipeline: real processes on a training set that the pipeline knows by heart."""
 
+import functools
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from test_sample_script import save_pipeline
 
 from latent_ddpm.config import UNetConfig, parse_config
+from latent_ddpm.digits import train_digit_classifier
 from latent_ddpm.errors import UserError
 from latent_ddpm.grids import make_grid, save_png
 from latent_ddpm.sampling import draw_shared, load_pipeline, with_scheduler
@@ -173,3 +176,34 @@ def test_too_few_images_to_compare_with(run, tmp_path):
     config = parse_config(UNetConfig, [str(word) for word in words])
     with pytest.raises(UserError, match="only 4 training images; at least 6"):
         script.read_reals(config, 6, None, "efficientnet-lite0", torch.nn.Identity(), torch.device("cpu"), tmp_path)
+
+
+@pytest.mark.parametrize(("shift", "classes"), [(0, True), (8, False)])
+def test_digits_are_judged_by_their_class_and_their_silhouette(tmp_path, monkeypatch, shift, classes):
+    """A pipeline that draws just what it is asked for, or that beside its place."""
+
+    def drawn(pipe, seed, count, batch_size, steps, given, **inputs):
+        asked.update(given)
+        return (given["conditioning_image"][:, None].roll(shift, 3) * 255).to(torch.uint8)
+
+    asked = {}
+    pipe = SimpleNamespace(
+        class_names=[str(digit) for digit in range(10)] if classes else None,
+        conditioning_channels=2,
+        takes_text=False,
+        scheduler="one",
+        set_progress_bar_config=lambda disable: None,
+    )
+    monkeypatch.setattr(script, "load_pipeline", lambda name: pipe)
+    monkeypatch.setattr(script, "draw_shared", drawn)
+    monkeypatch.setattr(script, "train_digit_classifier", functools.partial(train_digit_classifier, epochs=1))
+    script.measure_digits([str(tmp_path), "--num_images", "100"])
+    result = json.loads((tmp_path.parent / "evaluation-digits.json").read_text())
+    assert result["images"] == 100 and ("class_agreement" in result) == classes == ("class_labels" in asked)
+    assert result["iou"] == 1 if shift == 0 else result["iou"] < 0.5
+    if classes and not shift:
+        assert result["class_agreement"] > 0.7  # silhouettes are nearly digits
+    with Image.open(tmp_path.parent / "evaluation-digits-samples.png") as picture:
+        rows = np.asarray(picture.convert("L"))
+    assert rows.shape == (4 * 34 + 2, 16 * 34 + 2)
+    assert np.array_equal(rows[2:34], rows[36:68]) == (shift == 0) and rows[2:34].max() == 255
