@@ -6,12 +6,14 @@
     draw_film(...)                  and what the U-Net saw in each on the way
     draw_shared(...)                images 0 .. count - 1, shared out between the processes
     own_blocks(count, batch_size)   how they are shared out
+    guidance_of(args, pipe)         what guides beside guidance_scale, of the command line
     slerp(a, b, fraction)           noise between two noises
 
 Image number n follows from (seed, n) alone: its starting noise is `normal(seed, Stream.SAMPLE, n)`, and where the
 scheduler draws noise itself, that comes from a generator of this image.
 """
 
+import argparse
 import contextlib
 import difflib
 import inspect
@@ -90,6 +92,41 @@ def load_pipeline(name: str) -> LatentDDPMPipeline:
             else "neither a folder nor readable on the Hub"
         )
         raise UserError(f"{name}: {what}: {one_line(error)}") from error
+
+
+def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `guidance_of` reads."""
+    parser.add_argument("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="guide only where the noise has a standard deviation between these")  # fmt: skip
+    parser.add_argument("--guidance_pipeline", metavar="DIR",
+                        help="guide away from this weaker model, in place of that without conditions")  # fmt: skip
+
+
+def guidance_of(args: argparse.Namespace, pipe: LatentDDPMPipeline) -> dict[str, Any]:
+    """What `pipe` is told of guidance beside its scale; the weaker U-Net has its device and dtype.
+
+    Raises:
+        UserError: there is no noise in the interval, or the weaker pipeline is not of the same kind.
+    """
+    told: dict[str, Any] = {}
+    if args.guidance_interval is not None:
+        low, high = args.guidance_interval
+        if not 0 <= low < high:
+            raise UserError(f"--guidance_interval {low:g} {high:g}: the first has to be the smaller one, from 0 on.")
+        told["guidance_interval"] = (low, high)
+    if args.guidance_pipeline is not None:
+        weaker = load_pipeline(args.guidance_pipeline)
+        for what in ("in_channels", "out_channels", "sample_size", "num_class_embeds", "cross_attention_dim"):
+            own, theirs = pipe.unet.config.get(what), weaker.unet.config.get(what)
+            if own != theirs:
+                raise UserError(
+                    f"--guidance_pipeline {args.guidance_pipeline}: its U-Net has {what} {theirs}, the pipeline's "
+                    f"{own}. Take an earlier or smaller one, such as scripts/reconstruct_ema.py makes."
+                )
+        if pipe.scheduler.config.get("prediction_type") != weaker.scheduler.config.get("prediction_type"):
+            raise UserError(f"--guidance_pipeline {args.guidance_pipeline} predicts something else than the pipeline.")
+        told["guidance_unet"] = weaker.unet.to(pipe.unet.device, pipe.unet.dtype)
+    return told
 
 
 def find_scheduler(name: str) -> tuple[str, dict]:

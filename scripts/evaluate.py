@@ -29,7 +29,8 @@
         A pipeline with conditions draws with those of the compared training images. Where it has classes, or is told
         them in words, a linear classifier trained on the training images' features says how often a sample is what was
         asked for (class_agreement; held_out_class_agreement is the same of held-out images). --guidance_scales measures
-        several; --caption_templates '["picture of a {}"]' asks in other words than the training's.
+        several, --guidance_interval LOW HIGH and --guidance_pipeline DIR are those of scripts/sample.py;
+        --caption_templates '["picture of a {}"]' asks in other words than the training's.
 
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 20
         Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits. One with classes
@@ -94,7 +95,15 @@ from latent_ddpm.latents import images_for_run
 from latent_ddpm.launch import make_accelerator, run
 from latent_ddpm.losses import TRUNKS, load_lpips
 from latent_ddpm.random import permutation
-from latent_ddpm.sampling import draw_shared, find_scheduler, image_shape, load_pipeline, with_scheduler
+from latent_ddpm.sampling import (
+    add_guidance_arguments,
+    draw_shared,
+    find_scheduler,
+    guidance_of,
+    image_shape,
+    load_pipeline,
+    with_scheduler,
+)
 from latent_ddpm.sources import NUMBER_WORDS, SubsetSource, open_sources
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
@@ -400,6 +409,7 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     parser.add_argument("--max_real_images", type=int)
     parser.add_argument("--reconstructions", action="store_true")
     parser.add_argument("--guidance_scales", type=float, nargs="+")
+    add_guidance_arguments(parser)
     options, rest = parser.parse_known_args(argv)
     check_installed(options.feature_extractor, "matplotlib")
     config = parse_config(UNetConfig, rest)
@@ -434,9 +444,10 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
         raise UserError(f"--steps {max(options.steps)} is more than the {known} that the model was trained with.")
     schedulers = {name: with_scheduler(pipe.scheduler, name) for name in options.schedulers}
     schedulers = schedulers or {type(pipe.scheduler).__name__: pipe.scheduler}
-    if options.guidance_scales and not has_conditions(pipe):
-        raise UserError("--guidance_scales is for pipelines with conditions.")
-    scales = dict.fromkeys(options.guidance_scales or [config.guidance_scale]) if has_conditions(pipe) else [None]
+    guided = has_conditions(pipe) or options.guidance_pipeline is not None
+    if (options.guidance_scales or options.guidance_interval) and not guided:
+        raise UserError("--guidance_scales is for pipelines with conditions, or with a --guidance_pipeline.")
+    scales = dict.fromkeys(options.guidance_scales or [config.guidance_scale]) if guided else [None]
     settings = [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
     return pipe, [(*setting, scale) for setting in settings for scale in scales]
 
@@ -531,6 +542,8 @@ def measure_pipeline(argv: list[str]) -> None:
         "pipeline": options.pipeline,
         "seed": options.seed,
         "batch_size": options.batch_size,
+        **({"guidance_interval": options.guidance_interval} if options.guidance_interval else {}),
+        **({"guidance_pipeline": options.guidance_pipeline} if options.guidance_pipeline else {}),
         "device": name_of(device),
         "processes": accelerator.num_processes,
     }
@@ -546,6 +559,7 @@ def measure_pipeline(argv: list[str]) -> None:
             result["reconstructions"] = measure_reconstructions(pipe, reals, network, device)
         result |= {"held_out_images": reals.held_out, "held_out_neighbour_distance": reals.held_out_distance}
 
+    guiding = guidance_of(options, pipe)
     given, labels = conditions_of(config, pipe, options.num_images, options.max_real_images, accelerator)
     classifier = linear_classifier(reals) if is_main and labels is not None else None
     if classifier is not None:
@@ -557,7 +571,9 @@ def measure_pipeline(argv: list[str]) -> None:
         accelerator.wait_for_everyone()  # or the wait for the first process would count as drawing
         begun = time.perf_counter()
         guidance = {} if scale is None else {"guidance_scale": scale}
-        samples = draw_shared(pipe, options.seed, options.num_images, options.batch_size, steps, given, **guidance)
+        samples = draw_shared(
+            pipe, options.seed, options.num_images, options.batch_size, steps, given, **guidance, **guiding
+        )
         seconds = time.perf_counter() - begun
         if not is_main:
             continue

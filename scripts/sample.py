@@ -22,7 +22,10 @@ each of the first 8 images with what the model predicts after each step, and `fi
 in --mask is painted anew; the other pixels stay as they are.
 
 Of a model with conditions, images take the --class_labels (numbers or names), the --prompt and the
---conditioning_image files in turn, by their numbers.
+--conditioning_image files in turn, by their numbers. --guidance_scale 2, or conditioning_image=1.5 class_labels=3, goes
+towards them; --guidance_interval limits that to a range of noise (arXiv 2404.07724). With --guidance_pipeline, an
+earlier or smaller model, which scripts/reconstruct_ema.py can make, it goes away from that one (arXiv 2406.02507), also
+of a model without conditions.
 
 On a CPU each process computes with one thread, or the last bits would depend on their number: start as many
 processes as there are cores.
@@ -34,6 +37,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -49,9 +53,11 @@ from latent_ddpm.launch import run
 from latent_ddpm.random import Stream, normal
 from latent_ddpm.sampling import (
     SCHEDULERS,
+    add_guidance_arguments,
     draw_film,
     draw_images,
     find_scheduler,
+    guidance_of,
     image_shape,
     latent_shape,
     load_pipeline,
@@ -61,7 +67,7 @@ from latent_ddpm.sampling import (
     slerp,
     with_scheduler,
 )
-from pipeline_latent_ddpm import LatentDDPMPipeline
+from pipeline_latent_ddpm import CONDITIONS, LatentDDPMPipeline
 
 GRID_LIMIT = 64
 FILM_ROWS = 8
@@ -73,6 +79,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
+
+
+def scale_of(text: str) -> float | dict[str, float]:
+    """A number, or the condition it is for and a number."""
+    name, equals, value = text.rpartition("=")
+    if equals and name not in CONDITIONS:
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(CONDITIONS)}")
+    return {name: float(value)} if equals else float(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -90,7 +104,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--class_labels", nargs="+", metavar="CLASS", help="of a model with classes")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="of a model with text")
     parser.add_argument("--conditioning_image", nargs="+", type=Path, metavar="FILE", help="of a model that takes one")
-    parser.add_argument("--guidance_scale", type=float, help="how far to go towards these; 1 by default")
+    parser.add_argument("--guidance_scale", nargs="+", type=scale_of, metavar="SCALE",
+                        help="how far towards these, by default 1; or for each: class_labels=3 prompt=2")  # fmt: skip
+    add_guidance_arguments(parser)
     parser.add_argument("--interpolate", type=int, metavar="N", help="N images from each number to the next")
     parser.add_argument("--film_strip", action="store_true", help="show the predictions on the way")
     parser.add_argument("--animation", choices=("webp", "gif"), default="webp")
@@ -98,7 +114,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-individual", action="store_true", help="write the grid only, not one file per image")
     parser.add_argument("--device", help="such as cpu, cuda, cuda:1, mps; by default the fastest there is")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.guidance_scale is not None:
+        scales = args.guidance_scale
+        if len(scales) > 1 and not all(isinstance(scale, dict) for scale in scales):
+            parser.error("--guidance_scale: one number, or NAME=NUMBER of each condition")
+        args.guidance_scale = {k: v for scale in scales for k, v in scale.items()} if len(scales) > 1 else scales[0]
+    return args
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -158,15 +180,23 @@ class Told:
 
     def __init__(self, pipe: LatentDDPMPipeline, args: argparse.Namespace) -> None:
         self.values: dict[str, list | torch.Tensor] = {}
-        self.shared: dict[str, float] = {}
+        self.shared: dict[str, Any] = {}
         names, takes_image = pipe.class_names, pipe.conditioning_channels > 0
         for flag, has in (("class_labels", names), ("prompt", pipe.takes_text), ("conditioning_image", takes_image)):
             if getattr(args, flag) and not has:
                 raise UserError(f"--{flag}: this model has no such condition")
         if args.guidance_scale is not None:
-            if not (args.class_labels or args.prompt or args.conditioning_image):
+            if not (args.class_labels or args.prompt or args.conditioning_image or args.guidance_pipeline):
                 raise UserError("--guidance_scale goes towards --class_labels, --prompt or --conditioning_image")
+            if isinstance(args.guidance_scale, dict):
+                if args.guidance_pipeline:
+                    raise UserError("--guidance_scale is one number for all where there is a --guidance_pipeline")
+                if absent := [name for name in args.guidance_scale if not getattr(args, name)]:
+                    raise UserError(f"--guidance_scale is for {absent[0]}, but there is no --{absent[0]}")
             self.shared["guidance_scale"] = args.guidance_scale
+        elif args.guidance_pipeline or args.guidance_interval:
+            raise UserError("--guidance_interval and --guidance_pipeline need a --guidance_scale above 1")
+        self.shared |= guidance_of(args, pipe)
         if args.class_labels:
             self.values["class_labels"] = [self._label(word, names) for word in args.class_labels]
         if args.prompt:
@@ -333,6 +363,8 @@ def write_record(args: argparse.Namespace, pipe: LatentDDPMPipeline, device: tor
         "prompt": args.prompt,
         "conditioning_image": args.conditioning_image,
         "guidance_scale": args.guidance_scale,
+        "guidance_interval": args.guidance_interval,
+        "guidance_pipeline": args.guidance_pipeline,
         "interpolate": args.interpolate,
         "film_strip": args.film_strip,
         "animation": args.animation,

@@ -1,5 +1,6 @@
 """Conditions: what the U-Net is told, what is left out, how guidance composes; runs and exports keep it all."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -455,8 +456,13 @@ def test_evaluation_draws_with_the_training_images_conditions(trained, tmp_path)
     words = [str(word) for key in keys for word in (f"--{key}", flags[key])]
     path = tmp_path / "evaluation.json"
     words += ["--output_dir", str(output_dir), "--num_images", "12", "--steps", "2", "--json", str(path)]
+    run_script("evaluate.py", "pipeline", *words, "--guidance_scales", "1", "3", "--guidance_interval", "1e6", "1e7")
+    nowhere = json.loads(path.read_text())
+    assert nowhere["guidance_interval"] == [1e6, 1e7]
+    assert len({setting["samples_sha256"] for setting in nowhere["settings"]}) == 1
     run_script("evaluate.py", "pipeline", *words, "--guidance_scales", "1", "3")
     result = json.loads(path.read_text())
+    assert result["settings"][0]["samples_sha256"] == nowhere["settings"][0]["samples_sha256"]
     assert [setting["guidance_scale"] for setting in result["settings"]] == [1.0, 3.0]
     assert result["settings"][0]["samples_sha256"] != result["settings"][1]["samples_sha256"]
     assert all(0 <= setting["class_agreement"] <= 1 for setting in result["settings"])
@@ -464,6 +470,43 @@ def test_evaluation_draws_with_the_training_images_conditions(trained, tmp_path)
     words = ["--train_data_dir", str(flags["train_data_dir"]), "--resolution", "16", "--output_dir", str(output_dir)]
     done = run_script("evaluate.py", "pipeline", *words, "--num_images", "12", expect=2)
     assert "The pipeline takes conditioning images: say where they are" in done.stderr
+
+
+def test_the_sampling_script_guides_as_it_is_told(trained, data, tmp_path):
+    """A scale of each condition; within an interval of noise; away from a weaker pipeline."""
+    pipeline, drawn = trained[0] / "pipeline", {}
+    weaker = LatentDDPMPipeline.from_pretrained(pipeline)
+    for parameter in weaker.unet.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    weaker.save_pretrained(tmp_path / "weaker")
+    words = [pipeline, "--num_images", "2", "--num_inference_steps", "3", "--class_labels", "fish"]
+    words += ["--conditioning_image", data / "maps" / "bird" / "01.bmp", "--output_dir"]
+    both = ["--guidance_scale", "class_labels=90", "conditioning_image=40"]
+    for name, more in (
+        ("plain", []),
+        ("one", ["--guidance_scale", "90"]),
+        ("each", both),
+        ("same of each", ["--guidance_scale", "class_labels=90", "conditioning_image=90"]),
+        ("never", [*both, "--guidance_interval", "1e6", "1e7"]),
+        ("always", [*both, "--guidance_interval", "0", "1e7"]),
+        ("at times", [*both, "--guidance_interval", "0.5", "5"]),
+        ("itself", ["--guidance_scale", "90", "--guidance_pipeline", pipeline]),
+        ("weaker", ["--guidance_scale", "90", "--guidance_pipeline", tmp_path / "weaker"]),
+    ):
+        run_script("sample.py", *map(str, [*words, tmp_path / name, *more]))
+        drawn[name] = np.asarray(Image.open(tmp_path / name / "grid.png")).astype(int)
+    for one, other in (("one", "same of each"), ("plain", "never"), ("each", "always"), ("plain", "itself")):
+        assert abs(drawn[one] - drawn[other]).max() <= 1, (one, other)
+    different = ("plain", "one", "each", "at times", "weaker")
+    for one, other in itertools.combinations(different, 2):
+        assert abs(drawn[one] - drawn[other]).max() > 1, (one, other)
+    record = json.loads((tmp_path / "at times" / "samples.json").read_text())
+    assert record["guidance_scale"] == {"class_labels": 90, "conditioning_image": 40}
+    assert record["guidance_interval"] == [0.5, 5]
+    tiny_pipeline(classes=3).save_pretrained(tmp_path / "other")
+    done = run_script("sample.py", *map(str, [*words, tmp_path / "no", "--guidance_scale", "2"]),
+                      "--guidance_pipeline", str(tmp_path / "other"), expect=2)  # fmt: skip
+    assert "other: its U-Net has" in done.stderr
 
 
 def test_the_sampling_script_takes_conditions_in_turn(trained, data, tmp_path):
@@ -485,7 +528,15 @@ def test_the_sampling_script_takes_conditions_in_turn(trained, data, tmp_path):
     assert not np.array_equal(drawn["all"][1], drawn["other"][1])
     record = json.loads((tmp_path / "all" / "samples.json").read_text())
     assert record["class_labels"] == ["fish", "0"] and record["guidance_scale"] == 300
+    one = ["--class_labels", "fish"]
     for flags, message in (
+        ([*one, "--guidance_scale", "prompt=2"], "--guidance_scale is for prompt, but there is no --prompt"),
+        ([*one, "--guidance_scale", "klass=2"], "klass is none of conditioning_image, class_labels, prompt"),
+        ([*one, "--guidance_scale", "2", "class_labels=2"], "one number, or NAME=NUMBER of each condition"),
+        ([*one, "--guidance_interval", "0", "1"], "need a --guidance_scale above 1"),
+        ([*one, "--guidance_scale", "2", "--guidance_interval", "2", "1"], "the first has to be the smaller one"),
+        ([*one, "--guidance_scale", "class_labels=2", "--guidance_pipeline", pipeline], "one number for all"),
+        ([*one, "--guidance_scale", "2", "--guidance_pipeline", str(tmp_path)], "is not a pipeline folder"),
         (["--class_labels", "fisch"], "there is no class fisch; did you mean fish"),
         (["--prompt", "a fish"], "--prompt: this model has no such condition"),
         (["--guidance_scale", "2"], "--guidance_scale goes towards"),

@@ -105,7 +105,8 @@ def test_files_grid_and_record(pipeline, tmp_path):
     assert config["beta_end"] == 0.012
     assert record == {
         "pipeline": str(pipeline),
-        **dict.fromkeys(("class_labels", "prompt", "conditioning_image", "guidance_scale")),
+        **dict.fromkeys(("class_labels", "prompt", "conditioning_image")),
+        **dict.fromkeys(("guidance_scale", "guidance_interval", "guidance_pipeline")),
         "num_images": 5,
         "batch_size": 2,
         "num_inference_steps": 3,
