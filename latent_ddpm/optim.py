@@ -100,7 +100,7 @@ class Muon(torch.optim.AdamW):
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with the update scaled to the size of AdamW's (arXiv
     2502.16982, eq. 4), so that one learning rate serves both. A convolution (C_out, C_in, k, k) is a matrix of C_out
-    rows. Processes that train together share the orthogonalization (as in 2502.16982, section 2.3).
+    rows. Processes that train together share the orthogonalization.
 
     Args:
         parameters: of the network.
