@@ -7,8 +7,8 @@ Takes the snapshots of <output_dir>/ema (`ema_snapshots` of train_unet.py) and l
 is relative to the training time; --step N makes the averages as they would have been after N steps. With --num_images
 each is measured as `scripts/evaluate.py pipeline` does (whose other options go in --evaluation_words "..."), and JSON
 and a figure of the Frechet distance over the width are written (--json FILE, by default <output_dir>/ema/ema.json).
---check WIDTH says how far a width that was tracked is from what the others' snapshots make of it. Takes the keys of
-train_unet.py.
+--check WIDTH says how far a width that was tracked is from what the others' snapshots make of it, and writes that to
+--json FILE, unless samples are measured. Takes the keys of train_unet.py.
 """
 
 import argparse
@@ -95,6 +95,9 @@ def main(argv: list[str]) -> int:
     if options.check is not None:
         error = reconstruction_error(Path(config.output_dir) / "ema", options.check)
         print(f"width {options.check:g}: relative error of the reconstruction {error:.2e}")
+        if options.json is not None and not options.num_images:
+            command = "python scripts/reconstruct_ema.py " + shlex.join(argv)
+            write_json(options.json, {"command": command, "width": options.check, "relative_error": error})
     elif not options.sigma_rels:
         raise UserError("Say which averages to make: --sigma_rels 0.05 0.1 (--help shows more).")
     if not (Path(config.output_dir) / "pipeline" / "model_index.json").exists():

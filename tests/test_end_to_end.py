@@ -434,5 +434,7 @@ def test_the_other_commands(trained, tmp_path):
         for unet in unets[1:]
     ]
     assert distances[0] < 0.1 * distances[1]
-    assert "width 0.05: relative error" in run_script("reconstruct_ema.py", *config, "--check", 0.05).stdout
+    words = [*config, "--check", 0.05, "--json", tmp_path / "check.json"]
+    assert "width 0.05: relative error" in run_script("reconstruct_ema.py", *words).stdout
+    assert 0 < json.loads((tmp_path / "check.json").read_text())["relative_error"] < 1
     assert "a width is above 0" in run_script("reconstruct_ema.py", *config, "--sigma_rels", 0.3, expect=2).stderr
