@@ -447,6 +447,8 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
     guided = has_conditions(pipe) or options.guidance_pipeline is not None
     if (options.guidance_scales or options.guidance_interval) and not guided:
         raise UserError("--guidance_scales is for pipelines with conditions, or with a --guidance_pipeline.")
+    if options.guidance_pipeline and not options.guidance_scales:
+        raise UserError("--guidance_pipeline needs --guidance_scales, which say how far to go away from it.")
     scales = dict.fromkeys(options.guidance_scales or [config.guidance_scale]) if guided else [None]
     settings = [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
     return pipe, [(*setting, scale) for setting in settings for scale in scales]

@@ -470,6 +470,10 @@ def test_evaluation_draws_with_the_training_images_conditions(trained, tmp_path)
     words = ["--train_data_dir", str(flags["train_data_dir"]), "--resolution", "16", "--output_dir", str(output_dir)]
     done = run_script("evaluate.py", "pipeline", *words, "--num_images", "12", expect=2)
     assert "The pipeline takes conditioning images: say where they are" in done.stderr
+    words += ["--guidance_pipeline", str(output_dir / "pipeline")]
+    assert (
+        "--guidance_pipeline needs --guidance_scales" in run_script("evaluate.py", "pipeline", *words, expect=2).stderr
+    )
 
 
 def test_the_sampling_script_guides_as_it_is_told(trained, data, tmp_path):
