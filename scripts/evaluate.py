@@ -446,7 +446,9 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
     schedulers = schedulers or {type(pipe.scheduler).__name__: pipe.scheduler}
     guided = has_conditions(pipe) or options.guidance_pipeline is not None
     if (options.guidance_scales or options.guidance_interval) and not guided:
-        raise UserError("--guidance_scales is for pipelines with conditions, or with a --guidance_pipeline.")
+        raise UserError(
+            "--guidance_scales and --guidance_interval are for pipelines with conditions or a --guidance_pipeline."
+        )
     if options.guidance_pipeline and not options.guidance_scales:
         raise UserError("--guidance_pipeline needs --guidance_scales, which say how far to go away from it.")
     scales = dict.fromkeys(options.guidance_scales or [config.guidance_scale]) if guided else [None]

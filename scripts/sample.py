@@ -86,7 +86,10 @@ def scale_of(text: str) -> float | dict[str, float]:
     name, equals, value = text.rpartition("=")
     if equals and name not in CONDITIONS:
         raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(CONDITIONS)}")
-    return {name: float(value)} if equals else float(text)
+    try:
+        return {name: float(value)} if equals else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value} is not a number") from None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
