@@ -407,7 +407,8 @@ def _sync(file: IO) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-ORDER_TABLE = 2**20  # images up to which an epoch's order is kept as a table; beyond, it is computed as needed
+ORDER_TABLE = 2**20  # images up to which an epoch's order is kept as a table; beyond, it is computed as needed,
+ORDER_PART = 2**14  # positions at a time, for a call of NumPy on a few costs as much as on thousands
 
 
 class ExampleOrder:
@@ -417,8 +418,9 @@ class ExampleOrder:
         if length < 1:
             raise ValueError("an order needs at least one image")
         self.length, self.seed = length, seed
-        # A batch spans two epochs at most, unless it is larger than the dataset.
-        self._epoch = functools.lru_cache(maxsize=2)(functools.partial(_permutation, seed, length))
+        self._size = length if length <= ORDER_TABLE else ORDER_PART
+        # A batch spans two parts at most, unless it is larger than them.
+        self._part = functools.lru_cache(maxsize=2)(functools.partial(_part_of_order, seed, length, self._size))
 
     def __reduce__(self) -> tuple:
         return ExampleOrder, (self.length, self.seed)
@@ -429,21 +431,19 @@ class ExampleOrder:
 
     def indices(self, numbers: np.ndarray) -> np.ndarray:
         """The same for int64 (B,) example numbers: int64 (B,)."""
-        numbers = np.asarray(numbers, dtype=np.int64)
-        result = np.empty_like(numbers)
-        epochs = numbers // self.length
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            positions = numbers[here] % self.length
-            if self.length > ORDER_TABLE:
-                result[here] = scattered(self.seed, int(epoch), self.length, positions)
-            else:
-                result[here] = self._epoch(int(epoch))[positions]
+        epochs, positions = np.divmod(np.asarray(numbers, dtype=np.int64), self.length)
+        parts, places = np.divmod(positions, self._size)
+        result = np.empty_like(positions)
+        for epoch, part in np.unique(np.stack((epochs, parts)), axis=1).T.tolist():
+            here = (epochs == epoch) & (parts == part)
+            result[here] = self._part(epoch, part)[places[here]]
         return result
 
 
-def _permutation(seed: int, length: int, epoch: int) -> np.ndarray:
-    return permutation(seed, epoch, length)
+def _part_of_order(seed: int, length: int, size: int, epoch: int, part: int) -> np.ndarray:
+    if size == length:
+        return permutation(seed, epoch, length)
+    return scattered(seed, epoch, length, np.arange(part * size, min((part + 1) * size, length)))
 
 
 def train_batches(

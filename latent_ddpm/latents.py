@@ -36,7 +36,7 @@ from latent_ddpm.streaming import read_stream, undecodable
 logger = logging.getLogger(__name__)
 
 SHARD_IMAGES = 1024
-OPEN_SHARDS = 128
+OPEN_SHARDS = 16384  # where the system lets a process have so many files open
 _VERSION = 2
 T = TypeVar("T")
 
@@ -110,6 +110,22 @@ def _bytes_of(records: np.ndarray) -> np.ndarray:
     return records.view(np.uint8).reshape(len(records), records.dtype.itemsize)
 
 
+def open_files_limit(wanted: int) -> int:
+    """How many files may be kept open: `wanted`, or half of what the system allows once it was asked for more."""
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == resource.RLIM_INFINITY:
+            return wanted
+        if soft < 2 * wanted:
+            soft = 2 * wanted if hard == resource.RLIM_INFINITY else min(2 * wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    except (ImportError, OSError, ValueError):  # no such limits, or not that many
+        return min(wanted, 128)
+    return max(1, min(wanted, soft // 2))
+
+
 class _OpenShards:
     """The shards that are open for reading; the least recently used is closed when there are too many."""
 
@@ -148,7 +164,7 @@ class LatentCache:
     def __post_init__(self) -> None:
         self._starts = np.cumsum([0] + [rows for rows, _ in self.shards])
         self._type = record_type(self.versions_shape)
-        self._open = _OpenShards(self.folder, OPEN_SHARDS)
+        self._open = _OpenShards(self.folder, open_files_limit(min(len(self.shards), OPEN_SHARDS)))
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -36,7 +36,7 @@ from latent_ddpm.data import (
     train_batches,
 )
 from latent_ddpm.errors import UserError
-from latent_ddpm.random import Stream, permutation, uniform
+from latent_ddpm.random import Stream, permutation, scattered, uniform
 from latent_ddpm.sources import (
     CompactStrings,
     DigitsSource,
@@ -947,11 +947,13 @@ def test_epochs_differ_and_permutations_are_kept(monkeypatch):
 
 def test_long_orders_are_no_tables(monkeypatch):
     monkeypatch.setattr(data, "ORDER_TABLE", 19)
+    monkeypatch.setattr(data, "ORDER_PART", 7)
     monkeypatch.setattr(data, "permutation", lambda *_: pytest.fail("a table was made"))
     order = ExampleOrder(20, 1)
     epochs = [order.indices(np.arange(20) + 20 * epoch).tolist() for epoch in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    assert order.indices(np.array([25, 3])).tolist() == [epochs[1][5], epochs[0][3]]
+    assert epochs == [scattered(1, epoch, 20, np.arange(20)).tolist() for epoch in range(3)]
+    assert order.indices(np.array([25, 3, 39])).tolist() == [epochs[1][5], epochs[0][3], epochs[1][19]]
 
 
 def join(batches: list[dict]) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import threading
 import time
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from PIL import Image
 
 from latent_ddpm.data import BadImages, open_image_dataset, to_float
 from latent_ddpm.errors import UserError
-from latent_ddpm.latents import build_cache, cache_key, hash_folder, read_ahead
+from latent_ddpm.latents import build_cache, cache_key, hash_folder, open_files_limit, read_ahead
 from latent_ddpm.sources import FolderSource
 
 
@@ -161,6 +162,19 @@ def test_few_files_are_open_at_once(images, tmp_path, monkeypatch):
     rows = np.array([0, 22, 1, 10, 0, 22])
     assert torch.equal(cache.batch(rows), torch.cat([cache.batch(np.array([row])) for row in rows]))
     assert len(cache._open.files) == 1
+
+
+def test_as_many_files_may_be_open_as_the_system_allows():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, before[1]))
+        assert open_files_limit(100) == 100
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 400  # enough as it was
+        assert open_files_limit(300) == 300
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 600  # half of it is for others
+        assert 300 <= open_files_limit(10**9) <= 10**9
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_key_follows_weights_data_and_transform(images, tmp_path):
