@@ -172,6 +172,8 @@ def figures(facts: Facts) -> list[Figure]:
         real = result.get("held_out_class_agreement", 0)
         name = f"Samples of the class asked for, by a linear classifier ({how}; {real:.1%} of held-out images)"
         add(best, result["command"], "class_agreement", name, "class_agreement", ".1%")
+        name = f"PSNR in dB of samples, made small again, to the images that they enlarge ({how})"
+        add(best, result["command"], "conditioning_psnr", name, "conditioning_psnr", ".2f")
     if result := facts.evaluations.get("digits"):
         add(result, result["command"], "confident", f"Samples that a classifier of digits knows with p > 0.9 "
             f"({result.get('images')} samples)", "confident_samples", ".1%")  # fmt: skip

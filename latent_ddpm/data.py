@@ -179,7 +179,7 @@ class ImageDataset(Dataset):
             pixels = pixels[:, ::-1] if flip else pixels
         else:
             pixels, used = self._decode_from(i, crop, flip)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), used
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), used
 
     def _decode_from(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[np.ndarray, int]:
         for candidate in range(i, i + len(self)):

@@ -16,7 +16,8 @@
         the nearest one, beside the same of held-out images. A model that knows its training set by heart has samples
         much nearer than held-out images are. Also --seed and --batch_size; takes the keys of train_unet.py. By default
         the pipeline's own scheduler, and num_inference_steps. Every scheduler is measured with every number of steps.
-        Beside the JSON file: -samples.png (a row per setting, the same noise in each column), -neighbours.png
+        Beside the JSON file: -samples.png (a row per setting, the same noise in each column, under their conditioning
+        images if there are any), -neighbours.png
         (samples of the setting with the lowest Frechet distance and their nearest training images) and, of several
         settings, the figure of their Frechet distances.
         With `accelerate launch` in place of `python`, processes share the drawing; the samples are the same. On a CPU a
@@ -30,7 +31,9 @@
         them in words, a linear classifier trained on the training images' features says how often a sample is what was
         asked for (class_agreement; held_out_class_agreement is the same of held-out images). --guidance_scales measures
         several, --guidance_interval LOW HIGH and --guidance_pipeline DIR are those of scripts/sample.py;
-        --caption_templates '["picture of a {}"]' asks in other words than the training's.
+        --caption_templates '["picture of a {}"]' asks in other words than the training's. Where the conditioning images
+        are the images themselves, so that the pipeline enlarges them, conditioning_psnr is that of the samples, made as
+        small again, to what was asked for (the consistency of arXiv 2104.07636, in dB); of the reconstructions too.
 
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 20
         Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits. One with classes
@@ -60,6 +63,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -308,15 +312,27 @@ def read_reals(
 
 @torch.no_grad()
 def measure_reconstructions(
-    pipe: LatentDDPMPipeline, reals: Reals, network: torch.nn.Module, device: torch.device
+    pipe: LatentDDPMPipeline, reals: Reals, network: torch.nn.Module, device: torch.device, enlarges: bool
 ) -> dict[str, float]:
-    """The compared training images, through the autoencoder and back, against themselves: what no sample can beat."""
-    features = []
+    """The compared training images, through the autoencoder and back, against themselves: what no sample can beat.
+
+    Args:
+        enlarges: whether the pipeline is one that is given small images.
+    """
+    features, agreement = [], []
     for rows in tqdm(reals.rows.split(64), "features of reconstructions", leave=False):
         images = torch.stack([reals.images.get(int(reals.indices[row])) for row in rows])
-        made = pipe.decode(pipe.encode(to_float(images.to(device))))
-        features.append(extract_features(network, [to_uint8(made)], device))
-    return compare_features(torch.cat(features), reals.train[reals.rows])
+        latents = pipe.encode(to_float(images.to(device)))
+        made = to_uint8(pipe.decode(latents))
+        features.append(extract_features(network, [made], device))
+        agreement.append(psnr_when_small(to_float(made.cpu()), to_float(images), tuple(latents.shape[2:])))
+    figures = compare_features(torch.cat(features), reals.train[reals.rows])
+    return figures | ({"conditioning_psnr": float(torch.cat(agreement).mean())} if enlarges else {})
+
+
+def psnr_when_small(samples: torch.Tensor, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """PSNR in dB of samples (N, C, H, W) in [-1, 1] to images, both averaged to `size`: (N,)."""
+    return psnr(adaptive_avg_pool2d(samples, size), adaptive_avg_pool2d(images, size))
 
 
 def neighbour_figures(distances: torch.Tensor, reals: Reals) -> dict[str, float | None]:
@@ -385,7 +401,7 @@ def draw_sweep(path: Path, settings: list[dict]) -> None:
 
 def print_table(settings: list[dict]) -> None:
     columns = ("scheduler", "steps", "fd", "kid", "precision", "recall", "density", "coverage")
-    columns += tuple(key for key in ("guidance_scale", "class_agreement") if key in settings[0])
+    columns += tuple(key for key in ("guidance_scale", "class_agreement", "conditioning_psnr") if key in settings[0])
     columns += ("neighbour_distance_over_held_out", "images_per_second")
     rows = [[f"{s[key]:.4g}" if isinstance(s[key], float) else str(s[key]) for key in columns] for s in settings]
     heads = [*columns[:-2], "near/held-out", "images/s"]
@@ -462,21 +478,22 @@ def has_conditions(pipe: LatentDDPMPipeline) -> bool:
 
 def conditions_of(
     config: UNetConfig, pipe: LatentDDPMPipeline, count: int, most: int | None, accelerator: Accelerator
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, bool]:
     """Of `count` samples the conditions of the training images that they are compared with, in all processes alike.
 
     Returns:
-        What the pipeline is given; and, where that says them (as classes or in words), the images' labels (count,).
+        What the pipeline is given; where that says them (as classes or in words), the images' labels (count,); and
+        whether the conditioning images are the images themselves.
     """
     if not has_conditions(pipe):
-        return {}, None
+        return {}, None, False
     images, _ = images_for_run(config, accelerator.is_main_process, accelerator.wait_for_everyone)
     rows = np.arange(len(images))
     if most is not None and most < len(rows):
         rows = np.sort(permutation(0, 0, len(rows))[:most])  # as read_reals chooses
     chosen = rows[permutation(0, 0, len(rows))[:count]]
     chosen = chosen[np.arange(count) % len(chosen)]
-    given = {}
+    given, enlarges = {}, False
     labels = None if images.labels is None else torch.from_numpy(images.labels[chosen]).long()
     if pipe.class_names:
         if labels is None:
@@ -499,7 +516,17 @@ def conditions_of(
             given["conditioning_image"] = given["conditioning_image"][:, 0]
         else:
             given["conditioning_image"] = given["conditioning_image"].float() / 255
-    return given, labels if pipe.class_names or pipe.takes_text else None
+            enlarges = all(torch.equal(maps.get(int(i)), images.get(int(i))) for i in chosen)
+    return given, labels if pipe.class_names or pipe.takes_text else None, enlarges
+
+
+def asked_images(given: torch.Tensor, config: UNetConfig, size: tuple[int, int]) -> torch.Tensor:
+    """Conditioning images of `conditions_of` as the U-Net sees them: (N, C, R, R) in [-1, 1]; classes become grays."""
+    if config.conditioning_image_classes is None:
+        seen = adaptive_avg_pool2d(given * 2 - 1, size)
+        return interpolate(seen, scale_factor=config.resolution // size[0])
+    grays = given[:, None].float() / max(1, config.conditioning_image_classes - 1) * 2 - 1
+    return grays.expand(-1, config.image_channels, -1, -1)
 
 
 def linear_classifier(reals: Reals) -> tuple[Callable[[torch.Tensor], torch.Tensor], float] | None:
@@ -551,6 +578,7 @@ def measure_pipeline(argv: list[str]) -> None:
         "device": name_of(device),
         "processes": accelerator.num_processes,
     }
+    given, labels, enlarges = conditions_of(config, pipe, options.num_images, options.max_real_images, accelerator)
     if is_main:
         network = load_extractor(extractor, device)
         cache = options.feature_cache or Path(config.output_dir) / "cache" / "features"
@@ -560,16 +588,17 @@ def measure_pipeline(argv: list[str]) -> None:
         result["compared_with"] = f"{len(reals.rows)} of {known}, a fixed random choice"
         result["neighbours_searched"] = known
         if options.reconstructions:
-            result["reconstructions"] = measure_reconstructions(pipe, reals, network, device)
+            result["reconstructions"] = measure_reconstructions(pipe, reals, network, device, enlarges)
         result |= {"held_out_images": reals.held_out, "held_out_neighbour_distance": reals.held_out_distance}
 
     guiding = guidance_of(options, pipe)
-    given, labels = conditions_of(config, pipe, options.num_images, options.max_real_images, accelerator)
     classifier = linear_classifier(reals) if is_main and labels is not None else None
     if classifier is not None:
         result["held_out_class_agreement"] = classifier[1]
     settings: list[dict] = []
-    sheet = []
+    size = (pipe.unet.config.sample_size,) * 2
+    sheet = [asked_images(given["conditioning_image"][:16], config, size)] if "conditioning_image" in given else []
+    shown = 16 if len(sweep) > 1 or sheet else 64
     for name, scheduler, steps, scale in sweep:
         pipe.scheduler = scheduler
         accelerator.wait_for_everyone()  # or the wait for the first process would count as drawing
@@ -601,8 +630,11 @@ def measure_pipeline(argv: list[str]) -> None:
         if classifier is not None:
             agrees = classifier[0](features) == labels
             settings[-1]["class_agreement"] = float(agrees[labels >= 0].double().mean())
+        if enlarges:
+            agreement = psnr_when_small(to_float(samples), given["conditioning_image"] * 2 - 1, size)
+            settings[-1]["conditioning_psnr"] = float(agreement.mean())
         # written again and again: a long sweep that is stopped leaves what it has
-        sheet.append(to_float(samples[: 16 if len(sweep) > 1 else 64]))
+        sheet.append(to_float(samples[:shown]))
         save_png(make_grid(torch.cat(sheet), columns=16), path.with_name(f"{path.stem}-samples.png"))
         if settings[-1] is min(settings, key=lambda setting: setting["fd"]):
             result["neighbours_shown"] = f"{name}, {steps} steps" + (f", guidance {scale:g}" if guidance else "")

@@ -412,7 +412,8 @@ def test_samples_asked_for_in_words_are_judged_by_the_images_classes(trained, da
     )
     alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
     config = config_of(data, "unused", tmp_path, caption_templates=["{} picture"])
-    given, labels = evaluate_script.conditions_of(config, told_in_words, 30, None, alone)
+    given, labels, enlarges = evaluate_script.conditions_of(config, told_in_words, 30, None, alone)
+    assert not enlarges
     assert set(given) == {"prompt_embeds", "prompt_attention_mask"}
     assert sorted(asked) == ["bird picture", "fish picture"] and 0 < labels.sum() < 30
     for kind in (0, 1):

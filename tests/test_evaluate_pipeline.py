@@ -207,3 +207,38 @@ def test_digits_are_judged_by_their_class_and_their_silhouette(tmp_path, monkeyp
         rows = np.asarray(picture.convert("L"))
     assert rows.shape == (4 * 34 + 2, 16 * 34 + 2)
     assert np.array_equal(rows[2:34], rows[36:68]) == (shift == 0) and rows[2:34].max() == 255
+
+
+def test_a_pipeline_that_enlarges_is_known_by_its_conditioning_images(run, config, tmp_path):
+    """Whose PSNR is that of samples made small again: what is lost within a latent's pixels does not count."""
+    pipe = SimpleNamespace(class_names=None, conditioning_channels=2, takes_text=False)
+    alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    (tmp_path / "other").mkdir()
+    for path in (run[0] / "images").iterdir():
+        Image.eval(Image.open(path), lambda value: 255 - value).save(tmp_path / "other" / path.name)
+
+    def asked(folder):
+        _, parsed = script.pipeline_options([*config, "--conditions", "[image]", "--conditioning_image_dir", folder])
+        return script.conditions_of(parsed, pipe, 20, None, alone), parsed
+
+    (given, labels, enlarges), parsed = asked(str(run[0] / "images"))
+    (others, _, enlarges_others), _ = asked(str(tmp_path / "other"))
+    assert enlarges and not enlarges_others and labels is None
+    images = given["conditioning_image"]
+    assert images.shape == (20, 1, 16, 16)
+    torch.testing.assert_close(others["conditioning_image"], 1 - images)
+
+    flat = script.asked_images(images, parsed, (4, 4))
+    blocks = images.view(20, 1, 4, 4, 4, 4).mean((3, 5)) * 2 - 1
+    torch.testing.assert_close(flat[:, :, ::4, ::4], blocks)
+    torch.testing.assert_close(flat[:, :, 3::4, 3::4], blocks)
+    assert (script.psnr_when_small(flat, images * 2 - 1, (4, 4)) > 90).all()
+    assert (script.psnr_when_small(flat, images * 2 - 1, (16, 16)) < 60).all()
+    shifted = script.psnr_when_small(flat.clamp(-1, 0.8) + 0.2, flat.clamp(-1, 0.8), (4, 4))
+    torch.testing.assert_close(shifted, torch.full((20,), 20.0))  # 0.1 of the range of values: 20 dB
+
+
+def test_maps_are_shown_as_grays():
+    config = UNetConfig(dataset_name="x", resolution=4, image_channels=3, conditioning_image_classes=3)
+    shown = script.asked_images(torch.tensor([0, 1, 2, 0]).view(1, 2, 2), config, (2, 2))
+    assert shown.shape == (1, 3, 2, 2) and shown[0, 2].flatten().tolist() == [-1, 0, 1, -1]
