@@ -340,6 +340,8 @@ class UNetConfig(RunConfig):
         unet_attention_head_dim: channels per attention head.
         unet_norm_num_groups: groups of each group norm.
         unet_dropout: dropout inside the residual blocks.
+        unet_time_scale_shift: how time and class reach a residual block: `default` adds them to its activations,
+            `scale_shift` multiplies these as well (adaptive group normalization, arXiv 2105.05233).
         gradient_checkpointing: compute the U-Net's activations again on the way back in place of keeping them: less
             memory, more time.
         num_train_timesteps: diffusion steps of the training schedule.
@@ -387,6 +389,7 @@ class UNetConfig(RunConfig):
     unet_attention_head_dim: int = 32
     unet_norm_num_groups: int = 32
     unet_dropout: float = 0.0
+    unet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     gradient_checkpointing: bool = False
     num_train_timesteps: int = 1000
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"

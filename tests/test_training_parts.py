@@ -542,20 +542,23 @@ def test_explained_variance():
     assert measured(lambda x: (x * 0, None), images[:1]) == 0  # nothing varies
 
 
+@pytest.mark.parametrize("kind", ["default", "scale_shift"])
 @torch.no_grad()
-def test_a_new_unet_is_its_skips():
+def test_a_new_unet_is_its_skips(kind):
     config = UNetConfig(
         dataset_name="x",
         unet_block_out_channels=[16, 32],
         unet_attention_levels=[0, 1],
         unet_norm_num_groups=8,
         unet_attention_head_dim=8,
+        unet_time_scale_shift=kind,
     )
     unet = make_unet(config, 3, 4)
     noisy = torch.randn(2, 3, 4, 4)
     assert not unet(noisy, torch.tensor([3, 700])).sample.any()
     blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D | Attention)]
     assert len(blocks) == 12 + 11
+    assert all(block.group_norm is not None for block in blocks if isinstance(block, Attention))
     for block in blocks:
         if isinstance(block, Attention):
             x = torch.randn(2, block.to_q.in_features, 4, 4)
@@ -564,12 +567,18 @@ def test_a_new_unet_is_its_skips():
             x = torch.randn(2, block.in_channels, 4, 4)
             skip = x if block.conv_shortcut is None else block.conv_shortcut(x)
             assert torch.equal(block(x, torch.randn(2, 64)), skip)
+            assert block.time_embedding_norm == kind
 
 
-def test_a_new_unet_learns_in_every_layer():
+@pytest.mark.parametrize("kind", ["default", "scale_shift"])
+def test_a_new_unet_learns_in_every_layer(kind):
     torch.manual_seed(0)
     config = UNetConfig(
-        dataset_name="x", unet_block_out_channels=[16, 32], unet_attention_levels=[1], unet_norm_num_groups=8
+        dataset_name="x",
+        unet_block_out_channels=[16, 32],
+        unet_attention_levels=[1],
+        unet_norm_num_groups=8,
+        unet_time_scale_shift=kind,
     )
     unet = make_unet(config, 3, 4)
     before = {name: value.clone() for name, value in unet.state_dict().items()}

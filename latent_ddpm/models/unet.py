@@ -51,6 +51,7 @@ def make_unet(
         "layers_per_block": config.unet_layers_per_block,
         "norm_num_groups": config.unet_norm_num_groups,
         "dropout": config.unet_dropout,
+        "resnet_time_scale_shift": config.unet_time_scale_shift,
         "num_class_embeds": num_class_embeds,
     }
     if cross_attention_dim is None:
@@ -60,6 +61,7 @@ def make_unet(
             up_block_types=["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
             attention_head_dim=config.unet_attention_head_dim,
             add_attention=any(attention),
+            attn_norm_num_groups=config.unet_norm_num_groups,  # which the middle loses with scale_shift otherwise
         )
     else:
         unet = UNet2DConditionModel(
