@@ -33,9 +33,9 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate (N, ...) tensors of equal shape over the processes, in rank order."""
     if process_count() == 1:
         return tensor
-    gathered = [torch.empty_like(tensor) for _ in range(process_count())]
-    dist.all_gather(gathered, tensor.contiguous())
-    return torch.cat(gathered)
+    gathered = tensor.new_empty(process_count() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered
 
 
 class StopSignal:

@@ -122,20 +122,24 @@ class Muon(torch.optim.AdamW):
         device = matrices["params"][0].device if matrices["params"] else None
         broken = torch.zeros((), device=device) if found_inf is None else found_inf.to(device)
         rate = matrices["lr"] * (1 - broken)
+        on_cpu = device is not None and device.type == "cpu"
         changed, updates = [], []
         for p in matrices["params"]:
-            if p.grad is None:
+            if p.grad is None or (on_cpu and broken):
                 continue
             if not self.state[p]:  # AdamW looks for a "step" in whatever state it loads
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
             momentum = self.state[p]["momentum"]
-            gradient = torch.where(broken > 0, momentum, p.grad)
+            # elsewhere looking at the flag would have the host wait
+            gradient = p.grad if on_cpu else torch.where(broken > 0, momentum, p.grad)
             momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
             changed.append(p)
             updates.append(whole_tensor(gradient.lerp(momentum, _MUON_MOMENTUM)).flatten(1).float())
         for p, update in zip(changed, orthogonalize_all(updates), strict=True):
-            p.mul_(1 - rate * matrices["weight_decay"])
-            p.sub_(rate * 0.2 * max(update.shape) ** 0.5 * part_of(update.reshape(p.shape), p))
+            if matrices["weight_decay"]:
+                p.mul_(1 - rate * matrices["weight_decay"])
+            step = rate * 0.2 * max(update.shape) ** 0.5
+            p.addcmul_(part_of(update.reshape(p.shape), p), step, value=-1)
         self.param_groups = [others]
         try:
             super().step()
