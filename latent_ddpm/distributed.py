@@ -11,6 +11,10 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
+from latent_ddpm.errors import UserError
+
+JOIN_SECONDS = 600  # for which the processes of a launch wait for each other, as torchrun's agents do
+
 
 def process_count() -> int:
     """How many processes train together."""
@@ -78,6 +82,39 @@ class StopSignal:
         return 128 + (self.signum or signal.SIGTERM)
 
 
+def meet() -> tuple[dist.Store, int, int]:
+    """Wait until all processes of a launch are there, which torchrun's variables describe.
+
+    Making the process group would wait as well, but for as long as encoding a dataset may take.
+
+    Returns:
+        A store with "life/<rank>" of each, the rank of this process, and how many there are.
+
+    Raises:
+        UserError: one has not come within JOIN_SECONDS.
+    """
+    address = ":".join(os.environ.get(key, "?") for key in ("MASTER_ADDR", "MASTER_PORT"))
+    patience, missing = timedelta(seconds=JOIN_SECONDS), "not all of them"
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore("heartbeat", store)
+        if rank == 0:
+            store.set("verdict", "")
+        store.set(f"life/{rank}", "0")
+        signs = [f"life/{other}" for other in range(count)]
+        try:
+            store.wait(["verdict", *signs], patience)
+        except RuntimeError:
+            missing = ", ".join(str(other) for other in range(count) if not store.check([signs[other]]))
+            raise
+    except RuntimeError as error:  # of the store: one has not come, or the address is wrong, or taken
+        raise UserError(
+            f"The {os.environ['WORLD_SIZE']} processes have not met at {address} within {JOIN_SECONDS} seconds "
+            f"(missing: {missing}): one died as it started, or cannot reach that address. {str(error).splitlines()[0]}"
+        ) from error
+    return store, rank, count
+
+
 class Heartbeat:
     """Ends this process when another of the run is dead, hangs as a whole, or lost its machine.
 
@@ -96,6 +133,7 @@ class Heartbeat:
 
     def __init__(self, store: dist.Store, rank: int, count: int, timeout: float) -> None:
         self.store, self.rank, self.count, self.timeout = store, rank, count, timeout
+        store.set_timeout(timedelta(seconds=timeout))
         self._ended, self._last_word = threading.Event(), "ended"
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._answered = time.monotonic()
@@ -104,16 +142,15 @@ class Heartbeat:
 
     @classmethod
     def start(cls, timeout: float) -> None:
-        """Begin, in every process of an initialized process group."""
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        if cls.running is not None or not (host and port):
-            return
-        store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout))
-        store = dist.PrefixStore("heartbeat", store)
-        store.set(f"life/{process_index()}", "0")
-        store.set("verdict", "")
-        dist.barrier()  # or a slow process would count as dead before its first sign of life
-        cls.running = cls(store, process_index(), process_count(), timeout)
+        """Begin, once all processes of this launch are there; call it in each, before the process group is made.
+
+        Does nothing in a process that has begun, or was launched alone.
+
+        Raises:
+            UserError: one has not come.
+        """
+        if cls.running is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            cls.running = cls(*meet(), timeout)
 
     @classmethod
     def end(cls, failed: bool = False) -> None:

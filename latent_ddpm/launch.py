@@ -107,6 +107,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or it takes each of torchrun's processes for a run
+    if config.heartbeat_timeout and "RANK" in os.environ:
+        Heartbeat.start(config.heartbeat_timeout)
     whole = Sharding.take_request() is not None  # stage 2 has asked already
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -121,8 +123,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         ],
     )
     _use_all_cores(accelerator)
-    if accelerator.num_processes > 1 and config.heartbeat_timeout:
-        Heartbeat.start(config.heartbeat_timeout)
+    if config.heartbeat_timeout:
+        Heartbeat.start(config.heartbeat_timeout)  # where only accelerate knew of other processes, as with MPI
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",

@@ -9,7 +9,7 @@ of the snapshots bit for bit, and metrics.jsonl but for its clocks.
 
 kill: each command gets SIGKILL after a random time, and again, until it ends by itself. Checkpoints are written at
 every other step, so that many kills fall into the writing of one, of a shard or of an export; where each fell is in the
-JSON. --processes 2 launches two, and kills both or one of them.
+JSON. --processes 2 has two train together, and kills both or one of them; the other has to end by itself.
 
 full_disk: the disk is full from the n-th call on that writes, makes or renames something in the run's folder, for every
 n in turn (or every --stride-th). The run has to end with one sentence, every checkpoint that is there has to be whole,
@@ -17,12 +17,12 @@ and the same command, once there is room, has to end as if nothing had happened.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -48,7 +48,7 @@ from preloaded import Script  # noqa: E402, it is no part of the package
 IMAGES = 1100  # more than a shard of latents
 COMMON = "--resolution 16 --seed 0 --dataloader_num_workers 0 --logging_steps 1 "
 COMMON += "--checkpointing_steps 2 --checkpoints_total_limit 2 --validation_steps 6 --max_train_steps 12 "
-COMMON += "--lr_warmup_steps 2 --max_validation_images 16"
+COMMON += "--lr_warmup_steps 2 --max_validation_images 16 --heartbeat_timeout 10"
 STAGES = {
     "train_autoencoder.py": "--block_out_channels [8,16] --norm_num_groups 4 --num_vq_embeddings 32 --disc_weight 0.5 "
     "--disc_start 4 --disc_channels 8 --disc_layers 1",
@@ -68,46 +68,79 @@ def write_images(folder: Path) -> None:
         Image.fromarray(coarse).resize((16, 16), Image.Resampling.BILINEAR).save(folder / f"{number:04d}.png")
 
 
-class Launched:
-    """A command of several processes, as `Script` is one of one."""
+class Together:
+    """A command by several processes at once, as torchrun starts them but without its launcher, which ends the others
+    when one dies: here those have to notice by themselves.
+
+    Args:
+        words: as for `Script`.
+        processes: how many.
+    """
 
     def __init__(self, words: list[str], processes: int) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([*launcher, *words], cwd=ROOT, env=environment, **quiet)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "GLOO_SOCKET_IFNAME": "lo"}
+        self.scripts = [
+            Script(words, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)
+        ]
 
     def poll(self) -> int | None:
-        return self.process.poll()
+        """The first exit status that is not 0; None while one is at work."""
+        found = [script.poll() for script in self.scripts]
+        return None if None in found else next((status for status in found if status), 0)
 
-    def kill(self, dice: random.Random) -> None:
-        """All of it, or one process of those that train; the launcher ends the others then."""
-        launcher = psutil.Process(self.process.pid)
-        workers = launcher.children(recursive=True)
-        victims = [dice.choice(workers)] if workers and dice.random() < 0.5 else [launcher, *workers]
-        for victim in victims:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.kill()
-        self.process.wait(120)
-        psutil.wait_procs(workers, timeout=120)
+    def kill(self, dice: random.Random) -> bool:
+        """All of them, or one; returns whether the others then ended by themselves.
+
+        They do not where that one died before they met: torchrun ends them then.
+
+        Raises:
+            RuntimeError: they had met.
+        """
+        for script in self.scripts if dice.random() < 0.5 else [dice.choice(self.scripts)]:
+            script.kill()
+        deadline = time.monotonic() + 40  # the heartbeat's time, and a busy machine's
+        while alive := [rank for rank, script in enumerate(self.scripts) if script.poll() is None]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        if not alive:
+            return True
+        # the first process holds the store, and without it nobody gets further
+        met = 0 in alive and self._store().check([f"heartbeat/life/{rank}" for rank in range(len(self.scripts))])
+        for script in self.scripts:
+            script.kill()
+        if met:
+            raise RuntimeError(f"{self.scripts[0].words[0]}: process {alive} did not notice that another died")
+        return False
+
+    def _store(self) -> torch.distributed.Store:
+        return torch.distributed.TCPStore("127.0.0.1", self.port, is_master=False)
 
     def wait(self) -> None:
-        self.process.wait()
+        for script in self.scripts:
+            script.wait()
 
 
-def start(script: str, images: Path, output_dir: Path, processes: int) -> Script | Launched:
+def start(script: str, images: Path, output_dir: Path, processes: int) -> Script | Together:
     batch = str(8 // processes)
     words = [script, *COMMON.split(), *STAGES[script].split(), "--train_data_dir", str(images)]
     words += ["--output_dir", str(output_dir), "--train_batch_size", batch]
-    return Script(words) if processes == 1 else Launched(words, processes)
+    return Script(words) if processes == 1 else Together(words, processes)
 
 
-def end(process: Script | Launched, dice: random.Random) -> None:
-    if isinstance(process, Launched):
-        process.kill(dice)
+def end(process: Script | Together, dice: random.Random) -> bool:
+    """Kill it; returns False where one of several processes was killed and another had to be ended too."""
+    if isinstance(process, Together):
+        by_themselves = process.kill(dice)
     else:
         process.kill()
+        by_themselves = True
     process.wait()
+    return by_themselves
 
 
 def place_of(output_dir: Path, script: str) -> str:
@@ -183,7 +216,7 @@ def kill_at_random(folder: Path, options: argparse.Namespace) -> dict:
     durations = {
         script: run_quietly(script, folder / "images", folder / "quiet", options.processes) for script in STAGES
     }
-    comparison, trials = Comparison(folder / "quiet"), []
+    comparison, trials, waited = Comparison(folder / "quiet"), [], 0
     with tqdm(total=options.kills, unit="kill") as bar:
         while bar.n < options.kills:
             seed = options.seed + len(trials)
@@ -198,7 +231,7 @@ def kill_at_random(folder: Path, options: argparse.Namespace) -> dict:
                         if process.poll():
                             raise RuntimeError(f"trial {seed}: {script} ended with {process.poll()} by itself")
                         break
-                    end(process, dice)
+                    waited += not end(process, dice)
                     places.append(f"{script}: {place_of(output_dir, script)}")
                     bar.update()
             same = comparison.same(output_dir, f"trial {seed}")
@@ -206,6 +239,7 @@ def kill_at_random(folder: Path, options: argparse.Namespace) -> dict:
             shutil.rmtree(output_dir)
     return {
         "processes": options.processes,
+        "waited_for_one_that_died_before_they_met": waited,
         "kills": sum(trial["kills"] for trial in trials),
         "kills_in_trials_with_an_identical_result": sum(trial["kills"] for trial in trials if trial["identical"]),
         "places": sum((trial["places"] for trial in trials), Counter()),

@@ -15,6 +15,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 PATIENCE = 900  # seconds until a process counts as hung; a busy machine takes five times its usual time
 LIBRARIES = ["train_autoencoder", "train_unet", "accelerate", "datasets", "latent_ddpm.features", "matplotlib.pyplot"]
@@ -23,9 +25,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(LIBRARIES)
 
 
-def _as_script(words: list[str], folder: str) -> None:
+def _as_script(words: list[str], folder: str, environment: dict[str, str]) -> None:
     """In the new process: become `python WORDS`."""
     os.setsid()
+    os.environ |= environment
+    if "OMP_NUM_THREADS" in environment:  # which torch, loaded before, has not seen
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     for number in (1, 2):
         os.dup2(os.open(f"{folder}/{number}", os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
@@ -50,12 +55,13 @@ class Script:
 
     Args:
         words: the script and its command line.
+        environment: variables that it has beside those of the first process.
     """
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(self, words: list[str], environment: dict[str, str] | None = None) -> None:
         self.words = [str(word) for word in words]
         self.folder = tempfile.TemporaryDirectory()  # of stdout and stderr; goes with the object
-        self.process = _context.Process(target=_as_script, args=(self.words, self.folder.name))
+        self.process = _context.Process(target=_as_script, args=(self.words, self.folder.name, environment or {}))
         self.process.start()
         self.pid = self.process.pid
 

@@ -208,6 +208,46 @@ def free_port():
         return found.getsockname()[1]
 
 
+MEETING = """
+import os, sys
+from datetime import timedelta
+import torch.distributed
+from latent_ddpm import distributed
+from latent_ddpm.errors import UserError
+
+distributed.JOIN_SECONDS = 5
+try:
+    distributed.Heartbeat.start(2)
+except UserError as error:
+    sys.exit(str(error))
+if os.environ["RANK"] == sys.argv[1]:
+    os._exit(9)
+torch.distributed.init_process_group("gloo", timeout=timedelta(hours=12))
+"""
+
+
+def at_meeting(folder, ranks, victim):
+    """What processes of two print that meet without a launcher, and of which one may die once they have met."""
+    (folder / "meeting.py").write_text(MEETING)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    scripts = [Script([folder / "meeting.py", victim], {**shared, "RANK": str(rank)}) for rank in ranks]
+    return {rank: script.finish() for rank, script in zip(ranks, scripts, strict=True)}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_came_is_not_waited_for_all_day(tmp_path, rank):
+    done = at_meeting(tmp_path, [rank], "none")[rank]
+    assert done.returncode == 1 and "The 2 processes have not met at 127.0.0.1:" in done.stderr
+    assert "one died as it started, or cannot reach that address" in done.stderr
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_before_there_is_a_group_ends_the_others(tmp_path, victim):
+    done = at_meeting(tmp_path, [0, 1], victim)
+    assert (done[victim].returncode, done[1 - victim].returncode) == (9, 1)
+    assert f"Process {1 - victim} ends too." in done[1 - victim].stderr
+
+
 def test_two_machines_are_one_run(trained, tmp_path):
     """Two launchers that meet on loopback, one process each."""
     output_dir, flags = trained
