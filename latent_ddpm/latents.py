@@ -111,19 +111,22 @@ def _bytes_of(records: np.ndarray) -> np.ndarray:
 
 
 def open_files_limit(wanted: int) -> int:
-    """How many files may be kept open: `wanted`, or half of what the system allows once it was asked for more."""
+    """How many files a cache may keep open: `wanted`, or its share of what the system allows once asked for more.
+
+    A run has up to six caches (latents, maps and captions, of training and held-out images), and other files.
+    """
     try:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft == resource.RLIM_INFINITY:
             return wanted
-        if soft < 2 * wanted:
-            soft = 2 * wanted if hard == resource.RLIM_INFINITY else min(2 * wanted, hard)
+        if soft < 8 * wanted:
+            soft = 8 * wanted if hard == resource.RLIM_INFINITY else min(8 * wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     except (ImportError, OSError, ValueError):  # no such limits, or not that many
-        return min(wanted, 128)
-    return max(1, min(wanted, soft // 2))
+        return min(wanted, 32)
+    return max(1, min(wanted, soft // 8))
 
 
 class _OpenShards:
