@@ -7,6 +7,7 @@ from conftest import ROOT
 from safetensors import SafetensorError
 
 from latent_ddpm import launch
+from latent_ddpm.config import UNetConfig
 from latent_ddpm.errors import UserError
 from latent_ddpm.launch import TOPOLOGY, _is_of_storage, _topology_asked_for
 
@@ -78,3 +79,17 @@ def test_a_second_process_is_kept_out_and_leftovers_are_removed(tmp_path, monkey
     monkeypatch.setattr("fcntl.lockf", held)
     with pytest.raises(UserError, match="is in use: process .* trains the unet there"):
         launch.claim(tmp_path, "unet")
+
+
+def test_processes_meet_before_the_group_is_made(monkeypatch):
+    """Whose making would wait for one that died for as long as encoding may take."""
+
+    def nobody_came(timeout):
+        raise UserError("nobody came")
+
+    monkeypatch.setattr(launch.Heartbeat, "start", nobody_came)
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: pytest.fail("the group was made"))
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("ACCELERATE_USE_CPU", "true")):
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match="nobody came"):
+        launch.make_accelerator(UNetConfig(dataset_name="x"))
