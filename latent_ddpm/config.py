@@ -619,6 +619,7 @@ def _explain(error: Exception) -> str:
     if not match:
         return text
     kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
+    kind = re.sub(r"Literal\[(.+?)\]", lambda words: f"one of {words[1]}", kind)
     return f"{match[1]} has to be {kind}, not {match[3]!r}."
 
 

@@ -62,7 +62,7 @@ def test_sections_override_common_keys_and_flags_override_both(config_file):
         (["--lerning_rate", "1"], "lerning_rate.*Did you mean 'learning_rate'"),
         (["--learning_rate", "fast"], "learning_rate has to be float, not 'fast'"),
         (["--seed", "1.5"], "seed has to be int"),
-        (["--lr_scheduler", "cosin"], "lr_scheduler has to be .*cosine"),
+        (["--lr_scheduler", "cosin"], "lr_scheduler has to be one of 'constant', 'cosine', .*, not 'cosin'"),
         (["--learning_rate"], "learning_rate"),
         (["stray"], "stray"),
         (["--learning_rate", "0"], "learning_rate is 0.*greater than 0"),
