@@ -407,8 +407,8 @@ def _sync(file: IO) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-ORDER_TABLE = 2**20  # images up to which an epoch's order is kept as a table; beyond, it is computed as needed,
-ORDER_PART = 2**14  # positions at a time, for a call of NumPy on a few costs as much as on thousands
+ORDER_TABLE = 2**20  # images up to which an epoch's order is kept as a table; beyond, it is computed in parts
+ORDER_PART = 2**14  # positions of such a part: a call of NumPy on a few costs as much as on thousands
 
 
 class ExampleOrder:

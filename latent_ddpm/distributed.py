@@ -14,6 +14,7 @@ import torch.distributed as dist
 from latent_ddpm.errors import UserError
 
 JOIN_SECONDS = 600  # for which the processes of a launch wait for each other, as torchrun's agents do
+NOTICE_SECONDS = 20  # after which one that waits says so
 
 
 def process_count() -> int:
@@ -94,7 +95,11 @@ def meet() -> tuple[dist.Store, int, int]:
         UserError: one has not come within JOIN_SECONDS.
     """
     address = ":".join(os.environ.get(key, "?") for key in ("MASTER_ADDR", "MASTER_PORT"))
-    patience, missing = timedelta(seconds=JOIN_SECONDS), "not all of them"
+    patience, missing = timedelta(seconds=JOIN_SECONDS), "not known"
+    sentence = f"waiting at {address} for all {os.environ['WORLD_SIZE']} processes, {JOIN_SECONDS} seconds at most"
+    notice = threading.Timer(NOTICE_SECONDS, print, [sentence], {"file": sys.stderr, "flush": True})
+    notice.daemon = True
+    notice.start()
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=patience))
         store = dist.PrefixStore("heartbeat", store)
@@ -112,6 +117,8 @@ def meet() -> tuple[dist.Store, int, int]:
             f"The {os.environ['WORLD_SIZE']} processes have not met at {address} within {JOIN_SECONDS} seconds "
             f"(missing: {missing}): one died as it started, or cannot reach that address. {str(error).splitlines()[0]}"
         ) from error
+    finally:
+        notice.cancel()
     return store, rank, count
 
 

@@ -215,7 +215,7 @@ import torch.distributed
 from latent_ddpm import distributed
 from latent_ddpm.errors import UserError
 
-distributed.JOIN_SECONDS = 5
+distributed.JOIN_SECONDS, distributed.NOTICE_SECONDS = 5, 1
 try:
     distributed.Heartbeat.start(2)
 except UserError as error:
@@ -239,6 +239,7 @@ def test_a_process_that_never_came_is_not_waited_for_all_day(tmp_path, rank):
     done = at_meeting(tmp_path, [rank], "none")[rank]
     assert done.returncode == 1 and "The 2 processes have not met at 127.0.0.1:" in done.stderr
     assert "one died as it started, or cannot reach that address" in done.stderr
+    assert "for all 2 processes, 5 seconds at most" in done.stderr
 
 
 @pytest.mark.parametrize("victim", [0, 1])
