@@ -30,7 +30,7 @@ from PIL import Image
 
 from latent_ddpm.captions import TextEncoder, embed_captions, read_captions
 from latent_ddpm.conditions import make_conditions
-from latent_ddpm.config import UNetConfig
+from latent_ddpm.config import EMBEDDED_ENCODER, UNetConfig
 from latent_ddpm.errors import UserError
 from latent_ddpm.latents import images_for_run, record_type
 from latent_ddpm.models.unet import make_unet
@@ -181,6 +181,16 @@ def test_embeddings_are_the_encoders_own_and_made_once(encoder_folder, tmp_path,
     monkeypatch.setattr(encoder, "embed", None)
     assert embed_captions(encoder, captions, tmp_path, CPU, lambda: None).folder == cache.folder
     assert TextEncoder(str(encoder_folder), 4).tokens(["a red fish a red fish"])["input_ids"].shape == (1, 4)
+
+
+def test_the_embedded_encoder_knows_what_words_mean():
+    encoder = TextEncoder(EMBEDDED_ENCODER, 77)
+    captions = ["a photo of a frog", "picture of a toad", "a photo of a truck", "a seven", "the digit 7"]
+    hidden, mask = encoder.embed(captions, 16, CPU)
+    assert encoder.width == 384 and hidden.shape == (5, 16, 384)
+    means = torch.nn.functional.normalize(hidden.sum(1) / mask.sum(1, keepdim=True), dim=1)
+    frog, toad, truck, seven, digit = means
+    assert frog @ toad > frog @ truck + 0.1 and seven @ digit > seven @ truck + 0.1
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5"])
@@ -439,3 +449,16 @@ def test_an_encoder_that_nobody_else_has_is_not_published_by_name(trained, tmp_p
     words = command("train_unet.py", tmp_path, **flags)
     done = finished(words, env={**environment(), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path)})
     assert done.returncode == 2 and "nobody else has the text_encoder" in done.stderr
+
+
+def test_digits_in_words_of_the_embedded_encoder(tmp_path):
+    config, names = ROOT / "configs" / "mnist_text.yaml", ["validation_steps", "checkpointing_steps", "max_train_steps"]
+    flags = {"config": config, "codebook_start": 2, **dict.fromkeys(names, 4)}
+    launch("train_autoencoder.py", tmp_path, **flags)
+    del flags["codebook_start"]
+    launch("train_unet.py", tmp_path, **flags)
+    pipe = LatentDDPMPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(0)
+    images = pipe(prompt=["a seven", "the number 7"], generator=seed, num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 1, 32, 32) and pipe.text_encoder.config.hidden_size == 384
