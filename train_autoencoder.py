@@ -128,7 +128,8 @@ def main(argv: list[str]) -> int:
         discriminator = PatchDiscriminator(
             config.image_channels, config.disc_channels, config.disc_layers, config.disc_norm
         )
-        disc_optimizer = make_optimizer(discriminator.parameters(), config, disc_learning_rate)
+        betas = (config.disc_adam_beta1, config.disc_adam_beta2)
+        disc_optimizer = make_optimizer(discriminator.parameters(), config, disc_learning_rate, betas=betas)
     # A run that had no discriminator can be continued with one, which then begins where it enters. Until then it is
     # as the seed made it, and not saved.
     disc_begins = max(config.disc_start, first_step)

@@ -208,6 +208,8 @@ class AutoencoderConfig(RunConfig):
         disc_channels: channels of the discriminator's first layer.
         disc_layers: stride-2 layers of the PatchGAN discriminator.
         disc_learning_rate: learning rate of the discriminator; unset takes learning_rate.
+        disc_adam_beta1: its AdamW's decay of the first moment: none, as the game turns (arXiv 1912.04958, appendix B).
+        disc_adam_beta2: its AdamW's decay of the second moment.
     """
 
     block_out_channels: list[int] = dataclasses.field(default_factory=lambda: [64, 128, 128])
@@ -243,6 +245,8 @@ class AutoencoderConfig(RunConfig):
     disc_channels: int = 64
     disc_layers: int = 3
     disc_learning_rate: float | None = None
+    disc_adam_beta1: float = 0.0
+    disc_adam_beta2: float = 0.99
 
     def validate(self) -> None:
         """As RunConfig.validate, and that images, downsampling, channels and groups fit."""
@@ -256,7 +260,7 @@ class AutoencoderConfig(RunConfig):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in ("kl_weight", "fsq_balance_weight", "codebook_start"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        for key in ("codebook_decay", "ema_decay"):
+        for key in ("codebook_decay", "ema_decay", "disc_adam_beta1", "disc_adam_beta2"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
         share = self.equivariance_share
         _require(0 <= share <= 1, "equivariance_share", share, "in 0 to 1")

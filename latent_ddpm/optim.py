@@ -148,13 +148,17 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: RunConfig, learning_rate: float, name: str = "adamw"
+    parameters: Iterable[torch.nn.Parameter],
+    config: RunConfig,
+    learning_rate: float,
+    name: str = "adamw",
+    betas: tuple[float, float] | None = None,
 ) -> torch.optim.AdamW:
-    """Fused AdamW (arXiv 1711.05101), or `muon`, with the config's moments and decay."""
+    """Fused AdamW (arXiv 1711.05101), or `muon`, with the config's decay of weights and, unless given, of moments."""
     return {"adamw": torch.optim.AdamW, "muon": Muon}[name](
         parameters,
         lr=learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
+        betas=betas or (config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
         fused=True,

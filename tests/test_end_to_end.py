@@ -289,6 +289,16 @@ def test_codes_enter_two_processes_as_they_enter_one(photos, tmp_path):
     assert usage == {8} and {r["step"] for r in records if "validation_psnr" in r} == {4, 8}
 
 
+def test_the_discriminators_optimizer_has_moments_of_its_own(trained, photos, tmp_path):
+    output_dir, flags, _ = trained
+    others = {**GAN, "disc_adam_beta1": 0.5, "disc_adam_beta2": 0.9}
+    launch("train_autoencoder.py", tmp_path, max_train_steps=8, **flags, **others)
+    for folder, expected in ((output_dir, (0.0, 0.99)), (tmp_path, (0.5, 0.9))):
+        state = CheckpointFolder(folder / "checkpoints", "autoencoder", 9).resume("latest")
+        assert tuple(state["disc_optimizer"]["param_groups"][0]["betas"]) == expected
+        assert tuple(state["optimizer"]["param_groups"][0]["betas"]) == (0.9, 0.99)
+
+
 @pytest.mark.parametrize("gan", [GAN, OTHER_GAN], ids=["hinge, spectral", "non-saturating, actnorm, R1, LeCam"])
 def test_two_processes_see_what_one_with_the_joint_batch_sees(photos, tmp_path, gan):
     """Same codebook, same curves, with the discriminator in play and accumulation on."""
