@@ -16,6 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -87,8 +88,8 @@ def draw(path: Path, results: list[dict], work_dir: Path, config: AutoencoderCon
             (x0, x1), (y0, y1) = ([result[which][key] for which in ("without", name)] for key in ("psnr", "rfd"))
             axes[0].annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": color})
             axes[0].scatter((x0, x1), (y0, y1), s=12, color=color)
-        axes[0].plot([], [], color=color, label=name)
-    axes[0].legend(fontsize=7)
+        axes[0].plot([], [], color=color, label=textwrap.fill(name, 40))
+    axes[0].legend(fontsize=6)
     axes[0].set_xlabel("PSNR (dB)")
     axes[0].set_ylabel("rFD")
     axes[0].set_ylim(bottom=0)
@@ -99,7 +100,7 @@ def draw(path: Path, results: list[dict], work_dir: Path, config: AutoencoderCon
             made.append(autoencoder.decode(latents_of(autoencoder, originals)).sample)
     grid = reconstruction_grid(originals.repeat(len(names), 1, 1, 1), torch.cat(made), columns=len(originals))
     axes[1].imshow(grid, cmap="gray", interpolation="nearest")
-    axes[1].set_title("originals over reconstructions: " + ", ".join(names), fontsize=8)
+    axes[1].set_title(textwrap.fill("originals over reconstructions: " + ", ".join(names), 110), fontsize=8)
     axes[1].axis("off")
     figure.savefig(path, dpi=130)
     plt.close(figure)

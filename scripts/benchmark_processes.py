@@ -4,10 +4,11 @@
         --autoencoder outputs/mnist/autoencoder --max_train_steps 60
 
 Both stages train with one process that has all threads, and with `--processes` that share them out; the batch of all
-together is the same. Compared are the images per second from the first line of metrics.jsonl to the last. Then
-scripts/cache_latents.py encodes with one process and with several of one thread each; what it takes when everything is
-there already is subtracted, and where less than ENCODING_SECONDS are left the difference says nothing and no ratio is
-given: take a larger dataset. Takes the keys of train_unet.py, and of stage 1 those that the config has.
+together is the same, and the codes of stage 1 are there from the start. Compared are the images per second from the
+first line of metrics.jsonl to the last. Then scripts/cache_latents.py encodes with one process and with several of one
+thread each; what it takes when everything is there already is subtracted, and where less than ENCODING_SECONDS are left
+the difference says nothing and no ratio is given: take a larger dataset. Takes the keys of train_unet.py, and of stage
+1 those that the config has.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     at = rest.index("--autoencoder") if "--autoencoder" in rest else len(rest)
     of_stage_1 = [*rest[:at], *rest[at + 2 :]]
     stages = {
-        "train_autoencoder.py": (parse_config(AutoencoderConfig, of_stage_1), of_stage_1),
+        "train_autoencoder.py": (parse_config(AutoencoderConfig, of_stage_1), [*of_stage_1, "--codebook_start", "0"]),
         "train_unet.py": (unet, [*rest, "--num_validation_samples", "1", "--ema_snapshots", "0"]),
     }
     several = options.processes
