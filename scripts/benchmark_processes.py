@@ -5,10 +5,10 @@
 
 Both stages train with one process that has all threads, and with `--processes` that share them out; the batch of all
 together is the same, and the codes of stage 1 are there from the start. Compared are the images per second from the
-first line of metrics.jsonl to the last. Then scripts/cache_latents.py encodes with one process and with several of one
-thread each; what it takes when everything is there already is subtracted, and where less than ENCODING_SECONDS are left
-the difference says nothing and no ratio is given: take a larger dataset. Takes the keys of train_unet.py, and of stage
-1 those that the config has.
+first line of metrics.jsonl to the last. Then scripts/cache_latents.py encodes with one process on one core and with
+several, of one thread each; what it takes when everything is there already is subtracted, and where less than
+ENCODING_SECONDS are left the difference says nothing and no ratio is given: take a larger dataset. Takes the keys of
+train_unet.py, and of stage 1 those that the config has. On Linux, where a process can be confined to some cores.
 """
 
 import argparse
@@ -34,14 +34,21 @@ ENCODING_SECONDS = 20.0  # several times what the start of a process varies by
 
 
 def launch(processes: int, threads: int, words: list[object]) -> float:
-    """Run a script by `accelerate launch` on the CPU to its end; the seconds it took."""
+    """Run a script by `accelerate launch` on the CPU to its end; the seconds it took.
+
+    It may use as many cores as it has threads: a single process would take all of them whatever it is told.
+    """
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
     launcher += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    begun = time.monotonic()
-    done = subprocess.run(
-        list(map(str, [*launcher, *words])), cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    begun, before = time.monotonic(), os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[: processes * threads])  # which those that are started inherit
+    try:
+        done = subprocess.run(
+            list(map(str, [*launcher, *words])), cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+    finally:
+        os.sched_setaffinity(0, before)
     if done.returncode:
         raise UserError(f"{shlex.join(map(str, words))} ended with {done.returncode}: {done.stderr[-2000:]}")
     return time.monotonic() - begun
