@@ -1,10 +1,12 @@
 """What processes that train together need of each other; all of it is a no-op in a single process."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import ClassVar
 
@@ -120,6 +122,20 @@ def meet() -> tuple[dist.Store, int, int]:
     finally:
         notice.cancel()
     return store, rank, count
+
+
+@contextlib.contextmanager
+def joining() -> Iterator[None]:
+    """Around the making of the process group, which may find the first process gone before the heartbeat does.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason, rank = str(error).splitlines()[0], os.environ.get("RANK", "?")
+        raise UserError(f"The first process, or its machine, is gone ({reason}). Process {rank} ends too.") from error
 
 
 class Heartbeat:

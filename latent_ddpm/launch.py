@@ -25,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from safetensors import SafetensorError
 
 from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same_batch
-from latent_ddpm.distributed import Heartbeat
+from latent_ddpm.distributed import Heartbeat, joining
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
 from latent_ddpm.hub import Publisher, check_can_publish, check_others_have_encoder
@@ -110,18 +110,19 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if config.heartbeat_timeout and "RANK" in os.environ:
         Heartbeat.start(config.heartbeat_timeout)
     whole = Sharding.take_request() is not None  # stage 2 has asked already
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=str(Path(config.output_dir) / "logs"),
-        kwargs_handlers=[
-            # encoding a large dataset can keep processes apart for longer than the default half hour
-            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
-            # the codebook is equal in all processes by construction
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
+    with joining():
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=str(Path(config.output_dir) / "logs"),
+            kwargs_handlers=[
+                # encoding a large dataset can keep processes apart for longer than the default half hour
+                InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+                # the codebook is equal in all processes by construction
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
     _use_all_cores(accelerator)
     if config.heartbeat_timeout:
         Heartbeat.start(config.heartbeat_timeout)  # where only accelerate knew of other processes, as with MPI

@@ -29,6 +29,7 @@ from preloaded import ROOT, Script
 
 from latent_ddpm.checkpoint import FORMAT, CheckpointFolder
 from latent_ddpm.config import UNetConfig, same_batch
+from latent_ddpm.distributed import joining
 from latent_ddpm.errors import UserError
 
 STEPS = {"max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 6, "unet_dropout": 0}
@@ -222,7 +223,11 @@ except UserError as error:
     sys.exit(str(error))
 if os.environ["RANK"] == sys.argv[1]:
     os._exit(9)
-torch.distributed.init_process_group("gloo", timeout=timedelta(hours=12))
+try:
+    with distributed.joining():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(hours=12))
+except UserError as error:
+    sys.exit(str(error))
 """
 
 
@@ -247,6 +252,12 @@ def test_a_process_that_dies_before_there_is_a_group_ends_the_others(tmp_path, v
     done = at_meeting(tmp_path, [0, 1], victim)
     assert (done[victim].returncode, done[1 - victim].returncode) == (9, 1)
     assert f"Process {1 - victim} ends too." in done[1 - victim].stderr
+
+
+def test_the_first_process_is_gone_in_the_middle_of_making_the_group(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UserError, match=r"is gone \(reset by peer\). Process 3 ends too"), joining():
+        raise torch.distributed.DistNetworkError("reset by peer\nException raised from ...")
 
 
 def test_two_machines_are_one_run(trained, tmp_path):
