@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import (
     COMMON,
     PATIENCE,
