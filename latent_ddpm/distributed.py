@@ -129,12 +129,14 @@ def joining() -> Iterator[None]:
     """Around the making of the process group, which may find the first process gone before the heartbeat does.
 
     Raises:
-        UserError: it is.
+        UserError: it is, and this is another one.
     """
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason, rank = str(error).splitlines()[0], os.environ.get("RANK", "?")
+        reason, rank = str(error).splitlines()[0], os.environ.get("RANK", "0")
+        if rank == "0":
+            raise
         raise UserError(f"The first process, or its machine, is gone ({reason}). Process {rank} ends too.") from error
 
 

@@ -259,6 +259,9 @@ def test_the_first_process_is_gone_in_the_middle_of_making_the_group(monkeypatch
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(UserError, match=r"is gone \(reset by peer\). Process 3 ends too"), joining():
         raise torch.distributed.DistNetworkError("reset by peer\nException raised from ...")
+    monkeypatch.setenv("RANK", "0")  # whose own trouble is another one
+    with pytest.raises(torch.distributed.DistNetworkError, match="address in use"), joining():
+        raise torch.distributed.DistNetworkError("address in use")
 
 
 def test_two_machines_are_one_run(trained, tmp_path):
