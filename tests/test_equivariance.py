@@ -84,8 +84,8 @@ def test_combinations_that_cannot_work_are_refused(options, words):
 
 def test_training_with_it_learns_and_resumes_bit_for_bit(photos, tmp_path):
     flags = {"train_data_dir": photos, "resolution": 16, "equivariance_share": 0.5, "learning_rate": 3e-3,
-             "max_train_steps": 40, "checkpointing_steps": 5, "disc_weight": 0.1, "disc_start": 10, "disc_channels": 8,
-             "disc_adaptive_steps": 4, "disc_layers": 1, "disc_norm": "actnorm"}  # fmt: skip
+             "max_train_steps": 40, "checkpointing_steps": 5, "disc_weight": 0.5, "disc_start": 10, "disc_channels": 8,
+             "disc_adaptive_steps": 4, "disc_layers": 1, "disc_norm": "actnorm", "disc_adam_beta1": 0.9}  # fmt: skip
     launch("train_autoencoder.py", tmp_path / "whole", **flags)
     launch_and_stop("train_autoencoder.py", tmp_path / "killed", 23, **flags)
     launch("train_autoencoder.py", tmp_path / "killed", resume_from_checkpoint="latest", **flags)
