@@ -208,7 +208,7 @@ class AutoencoderConfig(RunConfig):
         disc_channels: channels of the discriminator's first layer.
         disc_layers: stride-2 layers of the PatchGAN discriminator.
         disc_learning_rate: learning rate of the discriminator; unset takes learning_rate.
-        disc_adam_beta1: its AdamW's decay of the first moment: none, as the game turns (arXiv 1912.04958, appendix B).
+        disc_adam_beta1: its AdamW's decay of the first moment; 0 is no momentum (StyleGAN2, arXiv 1912.04958, app. B).
         disc_adam_beta2: its AdamW's decay of the second moment.
     """
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 
 import pytest
@@ -217,11 +218,22 @@ def test_benchmark_processes(photos, small_autoencoder, tmp_path, monkeypatch):
     ]
     for _, processes, _, asked in trained:
         assert asked[len(asked) - 1 - asked[::-1].index("--train_batch_size") + 1] == str(8 // processes)
+    assert ["--codebook_start" in asked for *_, asked in trained] == [True, False, True, False]
     assert all(speed > 0 for of_script in speeds.values() for kind in of_script.values() for speed in kind)
     assert set(result["several_over_one_median"]) == set(speeds)  # so few images are encoded too soon
     monkeypatch.setattr(benchmark, "ENCODING_SECONDS", -10.0)
     benchmark.main([*words, "--processes", "2"])
     assert "encoding" in json.loads((tmp_path / "p.json").read_text())["several_over_one_median"]
+
+
+def test_a_process_that_is_timed_has_as_many_cores_as_threads(tmp_path):
+    spec = importlib.util.spec_from_file_location("benchmark_processes", ROOT / "scripts" / "benchmark_processes.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    (tmp_path / "cores.py").write_text("import os, sys; open(sys.argv[1], 'w').write(str(os.sched_getaffinity(0)))")
+    before = os.sched_getaffinity(0)
+    assert benchmark.launch(1, 1, [tmp_path / "cores.py", tmp_path / "cores"]) > 0
+    assert (tmp_path / "cores").read_text() == str({min(before)}) and os.sched_getaffinity(0) == before
 
 
 def test_fuzz_images(tmp_path):
