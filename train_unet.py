@@ -169,6 +169,8 @@ def main(argv: list[str]) -> int:
 
     # what the grids are drawn with
     shown = of_held_out.shown(held_out, config.num_validation_samples, config.guidance_scale)
+    for of_split in images:  # their latents are what is trained on
+        of_split.source.release()
 
     def sampler(averaged: StockUNet) -> LatentDDPMPipeline:
         pipeline = LatentDDPMPipeline(

@@ -22,9 +22,10 @@ from latent_ddpm.config import UNetConfig
 from latent_ddpm.data import ImageDataset, decode_square, to_uint8
 from latent_ddpm.errors import UserError
 from latent_ddpm.images import decode, nearest_square
+from latent_ddpm.indexing import digest
 from latent_ddpm.latents import LatentCache, build_cache, latents_folder
 from latent_ddpm.random import Stream, uniform
-from latent_ddpm.sources import ImageSource, digest
+from latent_ddpm.sources import ImageSource
 from pipeline_latent_ddpm import class_shares, image_channels
 
 # what a batch is given: class_labels (B,), conditioning_image (B, K, h, w), encoder_hidden_states (B, T, W) with

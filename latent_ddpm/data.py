@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.images import CENTRE, TRANSFORM_VERSION, as_seen, resize_and_crop
+from latent_ddpm.indexing import digest, digest_of_many
 from latent_ddpm.random import Stream, permutation, scattered, uniform
-from latent_ddpm.sources import ImageSource, digest, digest_of_many
+from latent_ddpm.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class ImageDataset(Dataset):
     and `label` are those of the image that is there.
 
     Attributes:
-        labels: int32 (N,), the class of each image, -1 where unknown; or None.
+        labels: int8, int16 or int32 (N,), the class of each image, -1 where unknown; or None.
         class_names: list of the name of each class, or None.
         fingerprint: stands for the images, their order, size and channels.
         cached: whether the images are decoded already.
@@ -145,11 +146,12 @@ class ImageDataset(Dataset):
         self.resolution, self.channels, self.seed = cfg.resolution, cfg.image_channels, cfg.seed
         self.random_crop = train and not cfg.center_crop
         self.random_flip = train and cfg.random_flip
-        self.kept = np.arange(len(source)) if kept is None else np.asarray(kept, dtype=np.int64)
-        self.class_names = source.class_names
-        self.labels = None if source.labels is None else source.labels[self.kept]
+        # most often all of them: then there is nothing to hold
+        self.kept = None if kept is None or len(kept) == len(source) else np.asarray(kept, dtype=np.int64)
+        self.class_names, self.labels = source.class_names, source.labels
         self.fingerprint = _cache_key(source, cfg.resolution, cfg.image_channels)
-        if len(self.kept) < len(source):
+        if self.kept is not None:
+            self.labels = None if self.labels is None else self.labels[self.kept]
             self.fingerprint = digest_of_many(self.fingerprint, rows=self.kept)
 
     @property
@@ -157,11 +159,11 @@ class ImageDataset(Dataset):
         return self.images is not None
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.source) if self.kept is None else len(self.kept)
 
     def source_index(self, i: int) -> int:
         """The index in the source of image i."""
-        return int(self.kept[i])
+        return int(i) if self.kept is None else int(self.kept[i])
 
     def name(self, i: int) -> str:
         """The name that the source gives image i."""

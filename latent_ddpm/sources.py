@@ -4,7 +4,7 @@ open_sources(cfg)         what a configuration names -> (train, validation), und
 """
 
 import abc
-import array
+import contextlib
 import csv
 import functools
 import glob
@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,19 @@ import numpy as np
 from PIL import Image
 
 from latent_ddpm.errors import UserError
+from latent_ddpm.files import write_json
 from latent_ddpm.images import decode
+from latent_ddpm.indexing import (
+    PART,
+    AllBut,
+    CompactStrings,
+    RunningDigest,
+    digest,
+    digest_of_many,
+    give_memory_back,
+    in_parts,
+    narrow,
+)
 
 if TYPE_CHECKING:
     import datasets  # slow to import, and a folder of images does without
@@ -44,22 +56,6 @@ VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 LABEL_COLUMNS = ("label", "labels", "cls")  # the last one as in WebDataset
 
 
-def digest(*parts: Any) -> str:
-    """32 hexadecimal digits that stand for a JSON-able value."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def digest_of_many(*parts: Any, rows: Sequence | np.ndarray) -> str:
-    """`digest(*parts, rows)`, without the text, or Python's objects, of all rows at once."""
-    found = hashlib.sha256(f"{json.dumps(parts)[:-1]}, [".encode())
-    for start in range(0, len(rows), 10_000):
-        some = rows[start : start + 10_000]
-        text = json.dumps(some.tolist() if isinstance(some, np.ndarray) else some)
-        found.update((", " * (start > 0) + text[1:-1]).encode())
-    found.update(b"]]")
-    return found.hexdigest()[:32]
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Sources: undecoded images with names and labels
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,7 +68,7 @@ class ImageSource(abc.ABC):
     what can be indexed like one by a number or by an array of numbers.
 
     Attributes:
-        labels: int32 (N,), the class of each image, -1 where unknown; None for a collection without classes.
+        labels: int8, int16 or int32 (N,), the class of each image, -1 where unknown; None without classes.
         class_names: the name of each class, indexed by label; None exactly when `labels` is None.
         fingerprint: changes when the collection or the content of its images changes.
     """
@@ -99,6 +95,9 @@ class ImageSource(abc.ABC):
     def all_names(self) -> Iterator[str]:
         """The names of all images, one after the other."""
         return map(self.name, range(len(self)))
+
+    def release(self) -> None:  # noqa: B027, most sources hold nothing
+        """Gives back what is held open, and the memory of that, until an image is asked for again."""
 
     def squares(self) -> Any | None:
         """The decoded images, see above, or None."""
@@ -133,54 +132,71 @@ class FolderSource(ImageSource):
     The first folder below the root is the class when every image lies in one and there are two or more.
     A file counts as an image by its extension; whether it can be decoded shows when it is loaded.
 
+    Args:
+        root: the folder.
+        scratch: folder for the names where they are too many for the memory, see `CompactStrings`.
+
     Raises:
         UserError: the folder does not exist or holds no image.
     """
 
-    def __init__(self, root: str | os.PathLike) -> None:
+    def __init__(self, root: str | os.PathLike, scratch: str | os.PathLike | None = None) -> None:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise UserError(f"train_data_dir: there is no folder {str(self.root)!r}")
-        found: list[tuple[str, int, int]] = []
         others: set[str] = set()
-        self._scan(str(self.root), "", (), found, others)
-        if not found:
+        self.names, running, number = CompactStrings(scratch), RunningDigest("folder"), {}
+        numbers: list[np.ndarray] = []  # of each image's folder
+        for part in in_parts(self._scan(str(self.root), "", (), others)):
+            running.update(part)
+            names = [name for name, _, _ in part]
+            self.names.extend(names)
+            folders = (name.split("/", 1)[0] if "/" in name else None for name in names)
+            # numbered as they come
+            of_part = np.fromiter((number.setdefault(folder, len(number)) for folder in folders), np.int32, len(part))
+            numbers.append(narrow([of_part], len(part)))
+        if not self.names:
             seen = f"; it has files ending in {', '.join(sorted(others)[:8])}" if others else ""
             raise UserError(
                 f"train_data_dir: no image in {str(self.root)!r} or below it{seen}. "
                 f"Looked for {', '.join(EXTENSIONS)}, in lower or upper case"
             )
-        found.sort()
-        self.names = CompactStrings(name for name, _, _ in found)
-        self.fingerprint = digest_of_many("folder", rows=found)
-        number: dict[str | None, int] = {}  # of the folders, as they come: sorted
-        folders = (name.split("/", 1)[0] if "/" in name else None for name, _, _ in found)
-        labels = np.fromiter((number.setdefault(folder, len(number)) for folder in folders), np.int32, len(found))
+        self.fingerprint = running.result()
         if None not in number and len(number) >= 2:
             self.class_names = sorted(number)
             place = {name: k for k, name in enumerate(self.class_names)}
-            self.labels = np.array([place[name] for name in number], dtype=np.int32)[labels]
+            places = np.array([place[name] for name in number])
+            self.labels = narrow((places[of_part] for of_part in numbers), len(self.names))
 
-    def _scan(self, folder: str, prefix: str, above: tuple, found: list, others: set[str]) -> None:
+    def _scan(self, folder: str, prefix: str, above: tuple, others: set[str]) -> Iterator[tuple[str, int, int]]:
+        """Path, size and time of each image in or below a folder, in the order of the paths: one folder at a time."""
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in above:  # a link to a folder that contains it
             return
-        above = (*above, (here.st_dev, here.st_ino))
+        found, known = [], frozenset(EXTENSIONS)
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                extension = os.path.splitext(entry.name)[1].lower()
+                dot = entry.name.rfind(".")
+                extension = entry.name[dot:].lower() if dot > 0 else ""
                 if entry.is_dir():
-                    self._scan(entry.path, f"{prefix}{entry.name}/", above, found, others)
-                elif extension in EXTENSIONS:
-                    try:
-                        stat = entry.stat()
-                        found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns))
-                    except OSError:  # a dangling link: reported as a bad image when it is loaded
-                        found.append((prefix + entry.name, -1, -1))
+                    found.append(f"{entry.name}/")  # so that it is sorted as the paths in it are
+                elif extension in known:
+                    found.append(entry.name)
                 elif extension:
                     others.add(extension)
+        found.sort()
+        for name in found:
+            if name.endswith("/"):
+                above_it = (*above, (here.st_dev, here.st_ino))
+                yield from self._scan(f"{folder}/{name[:-1]}", prefix + name, above_it, others)
+                continue
+            try:
+                stat = os.stat(f"{folder}/{name}")
+                yield prefix + name, stat.st_size, stat.st_mtime_ns
+            except OSError:  # a dangling link: reported as a bad image when it is loaded
+                yield prefix + name, -1, -1
 
     def __len__(self) -> int:
         return len(self.names)
@@ -230,23 +246,8 @@ class FolderSource(ImageSource):
     def name(self, i: int) -> str:
         return self.names[i]
 
-
-class CompactStrings(Sequence):
-    """Strings one behind the other in one array: some ten million file names would be gigabytes of Python objects."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        lengths, self._bytes = array.array("q", [0]), bytearray()
-        for string in strings:
-            self._bytes += string.encode("utf-8", "surrogateescape")
-            lengths.append(len(self._bytes))
-        self._ends = np.frombuffer(lengths, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, i: int) -> str:
-        i = range(len(self))[i]
-        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
+    def all_names(self) -> Iterator[str]:
+        return iter(self.names)
 
 
 def _json_object(path: Path) -> dict:
@@ -267,79 +268,82 @@ class HubSource(ImageSource):
         split: its name, for messages.
         image_column: a column of `datasets.Image`, of structs {bytes, path}, or of raw bytes.
         root: folder that stored paths are shown relative to.
+        reopen: gives the dataset again, after `release`; without it, nothing is released.
 
     Raises:
         UserError: there is no such column, or it does not hold images.
     """
 
     def __init__(
-        self, dataset: "datasets.Dataset", split: str, image_column: str, root: str | os.PathLike | None = None
+        self,
+        dataset: "datasets.Dataset",
+        split: str,
+        image_column: str,
+        root: str | os.PathLike | None = None,
+        reopen: "Callable[[], datasets.Dataset] | None" = None,
     ) -> None:
-        import datasets
-
         features = dataset.features
         check_image_column(features, image_column)
         self.split, self.image_column, self.root = split, image_column, root
-        self.fingerprint = digest("datasets", split, image_column, dataset._fingerprint)
+        self._reopen, self._opened, self._length = reopen, dataset.with_format("arrow"), len(dataset)
+        self._features, self._of_dataset = features, dataset._fingerprint
+        self.fingerprint = digest("datasets", split, image_column, self._of_dataset)
+        self._texts: dict[str, tuple[int, list]] = {}  # by column: the part read last
         column = label_column(features)
         if column is not None:
-            values = dataset.select_columns([column]).with_format("arrow")[:][column]
-            labels = values.cast("int64", safe=False).fill_null(-1).to_numpy()
+            parts = (rows.column(column).cast("int64", safe=False).fill_null(-1).to_numpy() for rows in self._parts())
+            labels = narrow(parts, len(self))
             self.labels, self.class_names = classes_of(labels, getattr(features[column], "names", None))
-        rows = dataset.with_format(None).select_columns([image_column])
-        if isinstance(features[image_column], datasets.Image):
-            # Decoding is ours, so that a damaged image is an entry in a list and not the end of the run.
-            rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.rows, self._dataset = rows, dataset.with_format(None)
-        self._columns: dict[str, datasets.Dataset] = {}
-        self._texts: dict[str, Sequence] = {}
 
-    @functools.cached_property
-    def _paths(self) -> "pyarrow.ChunkedArray | None":
-        """The paths of all rows in arrow's form, which is as compact as the file."""
-        import pyarrow
-        import pyarrow.compute
+    @property
+    def _rows(self) -> "datasets.Dataset":
+        """The dataset as arrow's tables. Decoding is ours: a damaged image is an entry in a list, no run's end."""
+        if self._opened is None:
+            opened = self._reopen()
+            if opened._fingerprint != self._of_dataset:
+                raise UserError(f"the split {self.split} of the dataset changed while it was used; start again")
+            self._opened = opened.with_format("arrow")
+        return self._opened
 
-        column = self.rows.data.column(0)
-        if not pyarrow.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
-            return None
-        return pyarrow.compute.struct_field(column, "path")
+    def _parts(self) -> "Iterator[pyarrow.Table]":
+        return (self._rows[start : start + PART] for start in range(0, len(self), PART))
+
+    def _cell(self, i: int, column: str) -> Any:
+        return self._rows[i].column(column)[0].as_py()
+
+    def release(self) -> None:
+        if self._reopen is not None:
+            self._opened = None  # a dataset of ten million rows takes 24 bytes for each
+            self._texts.clear()
+            give_memory_back()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._length
 
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
-        return decode(image_bytes(self.rows[i][self.image_column]), at_least)
+        return self.load_column(i, self.image_column, at_least)
 
     def caption_columns(self) -> list[str]:
-        return [name for name, feature in self._dataset.features.items() if _holds_text(feature)]
+        return [name for name, feature in self._features.items() if _holds_text(feature)]
 
     def captions(self, i: int, column: str) -> Any:
-        if column not in self._texts:
-            self._texts[column] = self._dataset[column]
-        return self._texts[column][i]
+        start = i - i % PART
+        if self._texts.get(column, (None, []))[0] != start:
+            self._texts[column] = start, self._rows[start : start + PART].column(column).to_pylist()
+        return self._texts[column][1][i - start]
 
     def image_columns(self) -> list[str]:
-        return [name for name, feature in self._dataset.features.items() if _holds_images(feature)]
+        return [name for name, feature in self._features.items() if _holds_images(feature)]
 
     def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
-        import datasets
-
-        if column not in self._columns:
-            rows = self._dataset.select_columns([column])
-            if isinstance(rows.features[column], datasets.Image):
-                rows = rows.cast_column(column, datasets.Image(decode=False))
-            self._columns[column] = rows
-        return decode(image_bytes(self._columns[column][i][column]), at_least)
+        return decode(image_bytes(self._cell(i, column)), at_least)
 
     def name(self, i: int) -> str:
-        return self._name(i, None if self._paths is None else self._paths[i].as_py())
+        return self._name(i, _paths(self._rows[i], self.image_column)[0])
 
     def all_names(self) -> Iterator[str]:
-        if self._paths is None:
-            return super().all_names()
-        parts = (self._paths[start : start + 10_000] for start in range(0, len(self), 10_000))  # as Python's, in part
-        return itertools.starmap(self._name, enumerate(path for part in parts for path in part.to_pylist()))
+        paths = (path for rows in self._parts() for path in _paths(rows, self.image_column))
+        return itertools.starmap(self._name, enumerate(paths))
 
     def _name(self, i: int, path: str | None) -> str:
         if not path:
@@ -349,6 +353,17 @@ class HubSource(ImageSource):
             inside = self.root is not None and Path(path).is_relative_to(Path(self.root).absolute())
             path = os.path.relpath(path, self.root) if inside else os.path.basename(path)
         return f"{self.split}[{i}] {path}"
+
+
+def _paths(rows: "pyarrow.Table", column: str) -> list[str | None]:
+    """The paths that the rows of an image column have, without reading their bytes."""
+    import pyarrow
+    import pyarrow.compute
+
+    cells = rows.column(column)
+    if not pyarrow.types.is_struct(cells.type) or cells.type.get_field_index("path") < 0:
+        return [None] * len(cells)
+    return pyarrow.compute.struct_field(cells, "path").to_pylist()
 
 
 def image_bytes(value: Any) -> bytes:
@@ -396,7 +411,7 @@ def classes_of(labels: np.ndarray, names: Sequence[str] | None) -> tuple[np.ndar
     """`ImageSource.labels` and its `class_names`, which are numbers where the dataset gives no `names`.
 
     Args:
-        labels: int64 (N,), -1 where unknown.
+        labels: integers (N,), -1 where unknown.
         names: of the classes, if they have some.
     """
     if names is None:
@@ -407,7 +422,9 @@ def classes_of(labels: np.ndarray, names: Sequence[str] | None) -> tuple[np.ndar
             logger.warning("the labels are integers that do not look like classes; ignored")
             return None, None
         names = [str(k) for k in range(classes)]
-    return labels.clip(-1, 2**31 - 1).astype(np.int32), list(names)
+    if len(labels) and not -1 <= labels.min() <= labels.max() < 2**31:  # a copy only where it is needed
+        labels = labels.clip(-1, 2**31 - 1).astype(np.int32)
+    return labels, list(names)
 
 
 def _holds_images(feature: Any) -> bool:
@@ -477,13 +494,19 @@ class DigitsSource(ImageSource):
 
 
 class SubsetSource(ImageSource):
-    """Some images of a source, in the order of `indices`."""
+    """Some images of a source, in the order of `indices`: int64 (M,), or `AllBut`."""
 
-    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
-        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
-        self.labels = None if source.labels is None else source.labels[self.indices]
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray | AllBut) -> None:
+        self.source = source
+        self.indices = indices if isinstance(indices, AllBut) else np.asarray(indices, dtype=np.int64)
         self.class_names = source.class_names
+        if source.labels is not None:
+            parts = (source.labels[self.indices[start : start + PART]] for start in range(0, len(self), PART))
+            self.labels = narrow(parts, len(self))
         self.fingerprint = digest_of_many("subset", source.fingerprint, rows=self.indices)
+
+    def release(self) -> None:
+        self.source.release()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -514,7 +537,7 @@ class SubsetSource(ImageSource):
 class _Chosen:
     """Some of the `squares` of a source."""
 
-    def __init__(self, squares: Any, indices: np.ndarray) -> None:
+    def __init__(self, squares: Any, indices: np.ndarray | AllBut) -> None:
         self.of, self.indices = squares, indices
 
     def __len__(self) -> int:
@@ -533,9 +556,9 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
     """The training and the validation images that a configuration names.
 
     `cfg` has `train_data_dir`, `dataset_name`, `dataset_config_name`, `image_column`, `validation_fraction`,
-    `max_validation_images`. A dataset's own split validation, valid, val or test is used where there is one.
-    Otherwise `round(validation_fraction * N)` images, at least 1 and at most `max_validation_images`, are held
-    out: those whose names have the smallest SHA-256, so that images that come later hardly move the split.
+    `max_validation_images`, `output_dir`. A dataset's own split validation, valid, val or test is used where there
+    is one. Otherwise `round(validation_fraction * N)` images, at least 1 and at most `max_validation_images`, are
+    held out: those whose names have the smallest SHA-256, so that images that come later hardly move the split.
 
     Raises:
         UserError: not exactly one of `train_data_dir` and `dataset_name` is set; the images are not there, can
@@ -546,13 +569,13 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
         raise UserError(f"set exactly one of train_data_dir and dataset_name: {both}")
     if cfg.max_validation_images < 1:
         raise UserError(f"max_validation_images must be at least 1, not {cfg.max_validation_images}")
-    validation = None
+    validation, scratch = None, Path(cfg.output_dir) / "cache"
     if cfg.streaming:
         from latent_ddpm.streaming import open_stream
 
         train, validation = open_stream(cfg)
     elif cfg.train_data_dir:
-        train = FolderSource(cfg.train_data_dir)
+        train = FolderSource(cfg.train_data_dir, scratch)
     elif cfg.dataset_name.startswith(EMBEDDED):
         if cfg.dataset_name != EMBEDDED + "mnist":
             raise UserError(f"dataset_name: {cfg.dataset_name!r} is not embedded; there is {EMBEDDED}mnist")
@@ -566,20 +589,46 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
                 f"{where!r} has {len(train)} image(s); at least 2 are needed, to hold one out for validation"
             )
         count = max(1, round(cfg.validation_fraction * len(train)))
-        held_out = _smallest_by_hash(train, min(count, cfg.max_validation_images, len(train) - 1))
-        rest = np.ones(len(train), dtype=bool)
-        rest[held_out] = False
-        return SubsetSource(train, np.flatnonzero(rest)), SubsetSource(train, held_out)
+        held_out = held_out_images(train, min(count, cfg.max_validation_images, len(train) - 1), scratch)
+        return SubsetSource(train, AllBut(len(train), held_out)), SubsetSource(train, held_out)
     if len(validation) > cfg.max_validation_images:
-        validation = SubsetSource(validation, _smallest_by_hash(validation, cfg.max_validation_images))
+        validation = SubsetSource(validation, held_out_images(validation, cfg.max_validation_images, scratch))
     return train, validation
 
 
-def _smallest_by_hash(source: ImageSource, count: int) -> list[int]:
-    """The `count` indices whose names have the smallest SHA-256, in ascending order."""
+MANY = 2**20  # images: of so many it is worth to remember which were chosen
 
-    hashes = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in source.all_names())
-    return sorted(i for _, i in heapq.nsmallest(count, zip(hashes, itertools.count())))
+
+def held_out_images(source: ImageSource, count: int, scratch: Path) -> np.ndarray:
+    """The indices of the `count` images whose names have the smallest SHA-256: int64 (count,), ascending.
+
+    Those of a large source are remembered in a file of the folder `scratch`.
+    """
+    if len(source) < MANY:
+        return _smallest_by_hash(source, count)
+    path = scratch / f"held-out-{digest(source.fingerprint, count)}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
+        known = json.loads(path.read_text())
+        if known["digest"] == digest(known["images"]):
+            return np.array(known["images"], dtype=np.int64)
+    found = _smallest_by_hash(source, count)
+    images = found.tolist()
+    try:
+        write_json(path, {"images": images, "digest": digest(images)})
+    except OSError as error:  # it can be computed again
+        logger.info("%s cannot be written: %s", path, error)
+    return found
+
+
+def _smallest_by_hash(source: ImageSource, count: int) -> np.ndarray:
+    sha256, found, limit = hashlib.sha256, [], b"\xff" * 32
+    for number, names in enumerate(in_parts(source.all_names())):
+        hashes = [sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
+        found += [(of_name, number * PART + k) for k, of_name in enumerate(hashes) if of_name <= limit]
+        if len(found) > 2 * count:
+            found = heapq.nsmallest(count, found)
+            limit = found[-1][0]
+    return np.array(sorted(i for _, i in heapq.nsmallest(count, found)), dtype=np.int64)
 
 
 def _open_hub(name: str, config_name: str | None, image_column: str) -> tuple[HubSource, HubSource | None]:
@@ -590,7 +639,13 @@ def _open_hub(name: str, config_name: str | None, image_column: str) -> tuple[Hu
     if not len(splits[train]):
         raise UserError(f"dataset_name: the split {train!r} of {name!r} is empty")
     root = name if os.path.isdir(name) else None
-    sources = [HubSource(splits[s], s, image_column, root) for s in (train, validation) if s is not None]
+
+    def source_of(split: str) -> HubSource:
+        return HubSource(
+            splits[split], split, image_column, root, functools.partial(_load_split, name, config_name, split)
+        )
+
+    sources = [source_of(split) for split in (train, validation) if split is not None]
     if len(sources) == 1:
         return sources[0], None
     # Plain integer labels have no list of classes: each split knows only those it holds.
@@ -599,6 +654,10 @@ def _open_hub(name: str, config_name: str | None, image_column: str) -> tuple[Hu
         for source in sources:
             source.class_names = longest
     return sources[0], sources[1]
+
+
+def _load_split(name: str, config_name: str | None, split: str) -> "datasets.Dataset":
+    return load_splits(name, config_name)[split]
 
 
 def choose_splits(splits: dict, name: str) -> tuple[str, str | None]:

@@ -32,13 +32,12 @@ from latent_ddpm.data import BadImages, square
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers, write_json, write_whole
 from latent_ddpm.images import CENTRE, TRANSFORM_VERSION, decode
+from latent_ddpm.indexing import AllBut, digest, digest_of_many, narrow
 from latent_ddpm.sources import (
     ImageSource,
     check_image_column,
     choose_splits,
     classes_of,
-    digest,
-    digest_of_many,
     image_bytes,
     label_column,
     load_splits,
@@ -144,11 +143,10 @@ def _name(split: str, file: int, number: int) -> str:
     return f"{split}[{file}:{number}]"
 
 
-def _kept(sidecar: dict) -> np.ndarray:
-    """File and number of each image of a part: int64 (2, N)."""
-    numbers = np.arange(sidecar["first"], sidecar["first"] + sidecar["read"])
-    numbers = np.setdiff1d(numbers, [number for number, _ in sidecar["bad"]])
-    return np.stack((np.full_like(numbers, sidecar["file"]), numbers)).astype(np.int64)
+def _kept(sidecar: dict) -> AllBut:
+    """The images of a part that could be decoded, numbered from the part's first."""
+    bad = sorted(number - sidecar["first"] for number, _ in sidecar["bad"])
+    return AllBut(sidecar["read"], np.array(bad, dtype=np.int64))
 
 
 def _finished_parts(folder: Path, split: str, files: int) -> Iterator[tuple[int, int]]:
@@ -307,23 +305,35 @@ class StreamedSource(ImageSource):
         paths, self._rows = zip(*[(folder / name, rows) for name, rows in about["parts"]], strict=True)
         self._paths = list(paths)
         self._squares = Squares(self._paths, list(self._rows))
-        sidecars = [_read_sidecar(path) for path in self._paths]
-        # of each image, its file and its number in that
-        self._split, self._files, self._numbers = split, *np.concatenate([_kept(sidecar) for sidecar in sidecars], 1)
-        labels = np.concatenate([np.array(sidecar["labels"], dtype=np.int64) for sidecar in sidecars])
+        self._split, self._starts = split, np.cumsum([0, *self._rows])
+        self._parts: list[tuple[int, int, AllBut]] = []  # of each: its file, its first number, what of it is there
+        numbers = hashlib.sha256()
+
+        def labels_of(path: Path) -> np.ndarray:
+            sidecar = _read_sidecar(path)
+            self._parts.append((sidecar["file"], sidecar["first"], _kept(sidecar)))
+            numbers.update((sidecar["first"] + self._parts[-1][2][:]).astype(np.int64).tobytes())
+            return np.array(sidecar["labels"], dtype=np.int64)
+
+        labels = narrow(map(labels_of, self._paths), len(self))
+        self.fingerprint = digest_of_many("stream", folder.name, split, numbers.hexdigest(), rows=labels)
         self.labels, self.class_names = classes_of(labels, about["class_names"])
-        numbers = hashlib.sha256(self._numbers.tobytes()).hexdigest()
-        self.fingerprint = digest_of_many("stream", folder.name, split, numbers, rows=labels)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return int(self._starts[-1])
 
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
         pixels = self._squares[i]
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
     def name(self, i: int) -> str:
-        return _name(self._split, int(self._files[i]), int(self._numbers[i]))
+        part = int(np.searchsorted(self._starts, i, side="right")) - 1
+        file, first, kept = self._parts[part]
+        return _name(self._split, file, first + int(kept[i - self._starts[part]]))
+
+    def all_names(self) -> Iterator[str]:
+        for file, first, kept in self._parts:
+            yield from (_name(self._split, file, first + k) for k in kept[:].tolist())
 
     def squares(self) -> Squares:
         return self._squares

@@ -1,13 +1,17 @@
 """Do the dataset's index, the latent cache and the order of examples stay small and quick when the dataset grows?
 
     python scripts/benchmark_latents.py --images 10000 10000000 --json docs/results/NAME.json
+    python scripts/benchmark_latents.py --images 10000 10000000 --only_folder --json docs/results/NAME.json
 
 Writes caches of synthetic latents (4x8x8, as 32-pixel images have) into a temporary folder, about 5.3 GB for ten
 million, and datasets of as many rows (the name of an image, a byte in the place of its content, a label). Then, in a
 process of its own each and in turns, opens a cache and draws shuffled batches of 128 as train_unet.py does: the time to
-the first batch, the resident memory at the end and the images per second. Another opens the dataset and splits it into
-training and validation images: the time, and the memory that this takes. Caches of the operating system are as they
-are: the smaller dataset always fits there.
+the first batch, the resident memory at the end and the images per second. Two more open the dataset and split it into
+training and validation images, the second as a later start of the same run does: the time, the memory of the process
+while it is open (anonymous, and resident, which counts the pages of the file that the system has at hand) and after it
+was released, as train_unet.py does when the latents are there. Caches of the operating system are as they are: the
+smaller dataset always fits there. With --only_folder the dataset is a folder of images, a thousand in each of its
+folders, and there are no latents.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from latent_ddpm.config import UNetConfig
@@ -65,21 +70,43 @@ def write_dataset(path: Path, images: int) -> None:
             file.write_table(pyarrow.Table.from_pydict(table, schema=schema))
 
 
-def index(path: Path) -> dict:
-    """What one process measures of opening the images of a dataset."""
-    config = UNetConfig(dataset_name=str(path), image_cache_gib=0, resolution=32)
-    import datasets  # noqa: F401, its import is no part of what is measured
+def write_folder(folder: Path, images: int) -> None:
+    """Folders of a thousand names each, of one image."""
+    for start in tqdm(range(0, images, 1000), "writing folders", unit="folder", leave=False):
+        inside = folder / f"{start // 1000:06d}"
+        inside.mkdir(parents=True)
+        first = inside / f"{start:08d}.png"
+        Image.new("RGB", (32, 32), (start // 1000 % 256, 0, 0)).save(first)
+        for number in range(start + 1, min(start + 1000, images)):
+            os.link(first, inside / f"{number:08d}.png")  # a file of its own for each would fill the disk
 
-    before, begun = psutil.Process().memory_info().rss, time.monotonic()
+
+def memory(state: str) -> dict:
+    """What this process holds in memory."""
+    of_process = psutil.Process().memory_info()
+    # what is no page of a file, so cannot be dropped and read again
+    return {
+        f"resident_{state}_gib": of_process.rss / 2**30,
+        f"anonymous_{state}_gib": (of_process.rss - of_process.shared) / 2**30,
+    }
+
+
+def index(path: Path, output_dir: Path) -> dict:
+    """What one process measures of opening the images of a dataset."""
+    of = {"train_data_dir" if path.is_dir() else "dataset_name": str(path)}
+    config = UNetConfig(**of, image_cache_gib=0, resolution=32, output_dir=str(output_dir))
+    if not path.is_dir():
+        import datasets  # noqa: F401, its import is no part of what is measured
+
+    begun = time.monotonic()
     bad_images = BadImages(path.with_suffix(".jsonl"), 10, 0.0)
     opened = [open_image_dataset(source, config, path.parent, bad_images, False, True, lambda: None)
               for source in open_sources(config)]  # fmt: skip
     seconds = time.monotonic() - begun
-    return {
-        "seconds_to_open_dataset": seconds,
-        "dataset_gib": (psutil.Process().memory_info().rss - before) / 2**30,
-        "images": sum(map(len, opened)),
-    }
+    found = {"seconds_to_open_dataset": seconds, "images": sum(map(len, opened)), **memory("open")}
+    for images in opened:
+        images.source.release()
+    return {**found, **memory("released")}
 
 
 def draw(place: Path, batches: int) -> dict:
@@ -106,37 +133,47 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--images", type=int, nargs="+", default=[10_000, 10_000_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=2000)
+    parser.add_argument("--only_folder", action="store_true", help="index a folder of images, without latents")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--index", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--index", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.draw:
         print(json.dumps(draw(options.draw, options.batches)))
         return 0
     if options.index:
-        print(json.dumps(index(options.index)))
+        print(json.dumps(index(*options.index)))
         return 0
     results: dict[str, list[dict]] = {str(images): [] for images in options.images}
     with tempfile.TemporaryDirectory() as folder:
         for images in options.images:
-            write_cache(Path(folder) / str(images), images)
-            write_dataset(Path(folder) / f"{images}.parquet", images)
+            if options.only_folder:
+                write_folder(Path(folder) / f"{images}-images", images)
+            else:
+                write_cache(Path(folder) / str(images), images)
+                write_dataset(Path(folder) / f"{images}.parquet", images)
         environment = {**os.environ, "HF_DATASETS_CACHE": str(Path(folder) / "cache"), "HF_HUB_OFFLINE": "1"}
-        for number in range(options.rounds + 1):  # the first one has `datasets` make its own files
-            for images, measured in results.items():
-                found = {}
-                for words in (
-                    ["--draw", Path(folder) / images, "--batches", options.batches],
-                    ["--index", Path(folder) / f"{images}.parquet"],
-                ):
-                    words = [sys.executable, __file__, *map(str, words)]
-                    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-                    found |= json.loads(done.stdout.splitlines()[-1])
-                if number:
-                    measured.append(found)
+
+        def measured(*words: object) -> dict:
+            words = [sys.executable, __file__, *map(str, words)]
+            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            return json.loads(done.stdout.splitlines()[-1])
+
+        def opened(images: str, run: int) -> dict:
+            dataset = f"{images}-images" if options.only_folder else f"{images}.parquet"
+            return measured("--index", Path(folder) / dataset, Path(folder) / f"run-{images}-{run}")
+
+        for images in results:  # for the first time, when `datasets` makes its own files
+            opened(images, 0)
+        for number in range(1, options.rounds + 1):
+            for images, of_size in results.items():
+                drawn = ["--draw", Path(folder) / images, "--batches", options.batches]
+                found = {} if options.only_folder else measured(*drawn)
+                first = {f"first_{key}": value for key, value in opened(images, number).items()}
+                of_size.append(found | first | opened(images, number))
     medians = {
-        images: {key: statistics.median(result[key] for result in measured) for key in measured[0]}
-        for images, measured in results.items()
+        images: {key: statistics.median(result[key] for result in of_size) for key in of_size[0]}
+        for images, of_size in results.items()
     }
     first, last = (medians[str(images)] for images in (options.images[0], options.images[-1]))
     result = {

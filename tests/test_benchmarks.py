@@ -174,6 +174,15 @@ def test_benchmark_latents(tmp_path):
     assert list(medians) == ["100", "3000"] and all(value > 0 for value in medians["3000"].values())
 
 
+def test_benchmark_latents_indexes_a_folder(tmp_path):
+    spec = importlib.util.spec_from_file_location("benchmark_latents", ROOT / "scripts" / "benchmark_latents.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.write_folder(tmp_path / "images", 1500)
+    found = benchmark.index(tmp_path / "images", tmp_path / "run")
+    assert found["images"] == 1500 and 0 < found["anonymous_released_gib"] < found["resident_released_gib"]
+
+
 def test_benchmark_checkpoint(photos, tmp_path):
     words = ["--json", tmp_path / "c.json", "--rounds", 1, "--latents", 3, 8, "--train_data_dir", photos, *SMALL_UNET]
     script("benchmark_checkpoint.py", *words)

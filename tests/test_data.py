@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import tracemalloc
 from pathlib import Path
@@ -38,7 +39,6 @@ from latent_ddpm.data import (
 from latent_ddpm.errors import UserError
 from latent_ddpm.random import Stream, permutation, scattered, uniform
 from latent_ddpm.sources import (
-    CompactStrings,
     DigitsSource,
     FolderSource,
     HubSource,
@@ -65,6 +65,7 @@ def config(**changes) -> SimpleNamespace:
         "dataset_config_name": None,
         "streaming": False,
         "image_column": "image",
+        "output_dir": "no/such/folder",
         "validation_fraction": 0.1,
         "max_validation_images": 100,
         "seed": 3,
@@ -147,6 +148,22 @@ def test_folder_finds_images_at_any_depth_in_sorted_order(tmp_path):
     assert source.load(1).getpixel((0, 0)) == colour(1)
     assert source.load(2).getpixel((0, 0)) == colour(0)
     assert source.labels is None and source.class_names is None  # two images lie in no sub-folder
+
+
+folder_names = st.text("ab.- é", min_size=1, max_size=3).filter(lambda name: not name.startswith("."))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.lists(folder_names, max_size=3).map("/".join), min_size=1, max_size=12))
+def test_a_folder_is_read_in_the_order_of_its_paths(folders):
+    """Folder by folder, never all at once; what sorts between "a" and "a/" are names like "a-b" and "a.png"."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in folders:
+            (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / name / "x.png").write_bytes(b"x")
+            (Path(folder) / f"{name or 'a'}.png").write_bytes(b"x")
+        expected = [str(path.relative_to(folder)) for path in Path(folder).rglob("*.png")]
+        assert list(FolderSource(folder).names) == sorted(expected)
 
 
 def test_folder_names_are_classes(tmp_path):
@@ -305,42 +322,90 @@ def test_without_a_train_split_the_splits_are_named(tmp_path):
         open_sources(config(dataset_name=str(tmp_path / "set")))
 
 
-@given(st.lists(st.binary(max_size=12)), st.integers(-3, 3))
-def test_compact_strings_are_the_strings(names, i):
-    """Names of files are bytes to Linux, so they may hold what is no UTF-8."""
-    strings = [name.decode("utf-8", "surrogateescape") for name in names]
-    compact = CompactStrings(strings)
-    assert list(compact) == strings and len(compact) == len(strings)
-    if -len(strings) <= i < len(strings):
-        assert compact[i] == strings[i]
-    else:
-        with pytest.raises(IndexError):
-            compact[i]
-
-
-@pytest.mark.parametrize("count", [0, 1, 10_000, 10_001])
-def test_a_digest_of_many_is_the_digest(count):
-    rows = [(f"é{i}.jpg", i, -1) for i in range(count)]
-    assert sources.digest_of_many("folder", rows=rows) == sources.digest("folder", rows)
-    assert sources.digest_of_many("a", "b", rows=np.arange(count)) == sources.digest("a", "b", list(range(count)))
-
-
-def test_an_index_of_many_images_is_compact():
-    """All that a process keeps of a dataset that is on disk: a row of names and labels, and which images are whose."""
+def test_an_index_of_many_images_is_compact(tmp_path):
+    """All that a process keeps of a dataset on disk: a label's byte, no names, nor which images are whose."""
     count = 100_000
     rows = {"image": [{"bytes": b"x", "path": f"photos/{i:07d}.jpg"} for i in range(count)],
             "label": [i % 10 for i in range(count)]}  # fmt: skip
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    cfg = config(dataset_name=str(tmp_path / "a.parquet"), image_cache_gib=0)
+    open_sources(cfg)  # imports what it needs
     tracemalloc.start()  # counts Python's and numpy's memory, and not arrow's
-    source = HubSource(table, "train", "image")
-    held_out = sources._smallest_by_hash(source, 100)
-    rest = SubsetSource(source, np.setdiff1d(np.arange(count), held_out))
+    found = [opened(source, tmp_path, image_cache_gib=0) for source in open_sources(cfg)]
     kept, _ = tracemalloc.get_traced_memory()
+    found[0].source.release()
+    found[1].source.release()
+    released, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept / count < 24  # labels twice, 4 bytes each, and an index of 8
-    assert rest.labels[:3].tolist() == [i % 10 for i in rest.indices[:3]]
-    assert list(source.all_names())[-1] == source.name(count - 1) == f"train[{count - 1}] photos/{count - 1:07d}.jpg"
+    assert kept / count < 6  # two labels of a byte, and what `datasets` knows of every hundred rows
+    assert released / count < 3
+    train = found[0]
+    assert len(train) == count - 100 and train.labels.dtype == np.int8
+    row = train.source.indices[5]
+    assert train.name(5) == f"train[{row}] photos/{row:07d}.jpg" and train.labels[5] == row % 10
+    *_, last = train.source.source.all_names()
+    assert last == train.source.source.name(count - 1) == f"train[{count - 1}] photos/{count - 1:07d}.jpg"
+
+
+def test_the_held_out_images_of_a_large_source_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MANY", 50)
+    parquet_folder(tmp_path / "set", train=table(0, 60))
+    cfg = config(dataset_name=str(tmp_path / "set"), output_dir=str(tmp_path / "run"), max_validation_images=7)
+
+    def names() -> list[str]:
+        _, validation = open_sources(cfg)
+        return [validation.name(i) for i in range(len(validation))]
+
+    first = names()
+    (remembered,) = (tmp_path / "run" / "cache").iterdir()
+    monkeypatch.setattr(HubSource, "all_names", lambda self: iter(()))  # nothing is computed again
+    assert names() == first and len(first) == 6
+    monkeypatch.undo()
+    monkeypatch.setattr(sources, "MANY", 50)
+    whole = remembered.read_text()
+    changed = json.loads(whole) | {"images": [0, 1, 2, 3, 4, 5]}
+    for damaged in ("", "[]", '{"images": 3}', whole[:-9], json.dumps(changed)):
+        remembered.write_text(damaged)
+        assert names() == first and remembered.read_text() == whole
+    cfg.validation_fraction = 0.05
+    assert len(names()) == 3 and len(list((tmp_path / "run" / "cache").iterdir())) == 2  # others, beside them
+    cfg.output_dir = str(tmp_path / "set" / next((tmp_path / "set").iterdir()).name)  # a file: nothing can be written
+    assert len(names()) == 3
+
+
+def test_what_is_held_open_is_given_back_and_opened_again(tmp_path):
+    parquet_folder(tmp_path / "set", train=table(0, 20), test=table(100, 4))
+    cfg = config(dataset_name=str(tmp_path / "set"))
+    train, validation = open_sources(cfg)
+    before = [train.load(3).getpixel((0, 0)), validation.load(1).getpixel((0, 0)), train.name(7)]
+    for source in (train, validation, train):
+        source.release()
+    assert train._opened is validation._opened is None and len(train) == 20 and train.labels[3] == 1
+    subset = SubsetSource(pickle.loads(pickle.dumps(train)), [3])  # as a worker gets it
+    subset.release()
+    assert subset.load(0).getpixel((0, 0)) == before[0]
+    assert [train.load(3).getpixel((0, 0)), validation.load(1).getpixel((0, 0)), train.name(7)] == before
+    train.release()
+    parquet_folder(tmp_path / "set", train=table(1, 20))
+    with pytest.raises(UserError, match="the split train of the dataset changed while it was used"):
+        train.load(3)
+
+
+def test_captions_are_read_a_part_at_a_time(monkeypatch):
+    monkeypatch.setattr(sources, "PART", 4)
+    rows = {"image": [png(0)] * 11, "text": [None if i == 5 else [f"a {i}", "b"] for i in range(11)]}
+    source = HubSource(
+        datasets.Dataset.from_dict(rows).cast_column("image", datasets.Value("binary")), "train", "image"
+    )
+    assert [source.captions(i, "text") for i in (0, 10, 5, 4, 3)] == [
+        ["a 0", "b"],
+        ["a 10", "b"],
+        None,
+        ["a 4", "b"],
+        ["a 3", "b"],
+    ]
+    assert source.caption_columns() == ["text"] and len(source._texts["text"][1]) == 4
 
 
 def test_integer_labels():
@@ -462,7 +527,7 @@ from types import SimpleNamespace
 from latent_ddpm.sources import open_sources
 from latent_ddpm.errors import UserError
 cfg = SimpleNamespace(train_data_dir=None, dataset_name=sys.argv[1], dataset_config_name=None, image_column="image",
-                      streaming=False, validation_fraction=0.1, max_validation_images=9)
+                      output_dir="no/such/folder", streaming=False, validation_fraction=0.1, max_validation_images=9)
 try:
     train, validation = open_sources(cfg)
     print(len(train), len(validation), train.name(1), validation.load(2).getpixel((0, 0)), train.class_names)
@@ -564,7 +629,7 @@ class Names(ImageSource):
 
 def split(names: list[str], fraction: float, most: int) -> tuple[set[str], set[str]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "FolderSource", lambda root: Names(names))
+        patch.setattr(sources, "FolderSource", lambda root, scratch: Names(names))
         cfg = config(train_data_dir="x", validation_fraction=fraction, max_validation_images=most)
         return tuple({s.name(i) for i in range(len(s))} for s in open_sources(cfg))
 

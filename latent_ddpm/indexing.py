@@ -1,0 +1,200 @@
+"""What an index of millions of images is made of, small in memory.
+
+CompactStrings(folder)       names, one behind the other, in a file when they are many
+AllBut(length, without)      the numbers 0 .. length - 1 but for a few, indexed like the array of them
+narrow(parts, length)        integers in the narrowest type that holds them
+digest(...), RunningDigest   what stands for a collection, computed in parts
+"""
+
+import array
+import ctypes
+import gc
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+PART = 10_000  # rows that exist as Python's objects at a time
+
+
+def in_parts(rows: Iterable) -> Iterator[list]:
+    """Lists of `PART` rows, the last one shorter."""
+    rows = iter(rows)
+    while part := list(itertools.islice(rows, PART)):
+        yield part
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Digests
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def digest(*parts: Any) -> str:
+    """32 hexadecimal digits that stand for a JSON-able value."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+class RunningDigest:
+    """`digest(*parts, rows)`, given the rows a list at a time."""
+
+    def __init__(self, *parts: Any) -> None:
+        self._found = hashlib.sha256(f"{json.dumps(parts)[:-1]}, [".encode())
+        self._between = ""
+
+    def update(self, rows: list) -> None:
+        """Takes the next rows, JSON-able."""
+        if rows:
+            self._found.update((self._between + json.dumps(rows)[1:-1]).encode())
+            self._between = ", "
+
+    def result(self) -> str:
+        """The digest of what was given so far."""
+        found = self._found.copy()
+        found.update(b"]]")
+        return found.hexdigest()[:32]
+
+
+def digest_of_many(*parts: Any, rows: Any) -> str:
+    """`digest(*parts, rows)` for what gives arrays when it is sliced, without all its numbers as Python's objects."""
+    found = RunningDigest(*parts)
+    for start in range(0, len(rows), PART):
+        found.update(rows[start : start + PART].tolist())
+    return found.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class AllBut(Sequence):
+    """The numbers 0 .. length - 1, ascending, without some of them.
+
+    Indexed by a number, a slice or an array like the int64 array of them, and as small as what is left out.
+
+    Args:
+        length: int.
+        without: int64 (K,), ascending, of 0 .. length - 1.
+    """
+
+    def __init__(self, length: int, without: np.ndarray) -> None:
+        self._length = length - len(without)
+        # In front of without[k] there are without[k] - k numbers: whatever stands there or behind is k + 1 higher.
+        self._before = np.asarray(without, dtype=np.int64) - np.arange(len(without))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, wanted: int | slice | np.ndarray) -> Any:
+        if isinstance(wanted, slice):
+            wanted = np.arange(*wanted.indices(self._length))
+        elif np.ndim(wanted) == 0:
+            wanted = range(self._length)[wanted]  # IndexError where there is none
+        return wanted + np.searchsorted(self._before, wanted, side="right")
+
+
+def narrow(parts: Iterable[np.ndarray], length: int) -> np.ndarray:
+    """Integers (N,) that come in parts, as an array (length,) of int8, int16, int32 or int64: the first to hold them.
+
+    Args:
+        parts: arrays of integers that int64 holds, N = `length` in all.
+    """
+    found, filled = np.empty(length, dtype=np.int8), 0
+    for part in parts:
+        if not len(part):
+            continue
+        low, high = int(part.min()), int(part.max())
+        while not np.iinfo(found.dtype).min <= low <= high <= np.iinfo(found.dtype).max:
+            found = found.astype(f"i{2 * found.itemsize}")
+        found[filled : filled + len(part)] = part
+        filled += len(part)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Strings
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class CompactStrings(Sequence):
+    """Strings without NUL, such as the names of files, which Linux has as bytes that need not be UTF-8.
+
+    Some ten million would be gigabytes of Python's objects. Here they lie one behind the other, in memory as long as
+    they are few, else in a file that has no name and goes with the process.
+
+    Args:
+        folder: for that file; the system's folder for such files where that one is not there or cannot be written.
+    """
+
+    IN_MEMORY = 16 * 2**20  # bytes
+    BLOCK = 64  # strings that are read at a time: what is known of where they lie is an offset for so many
+
+    def __init__(self, folder: str | os.PathLike | None = None) -> None:
+        self._folder, self._length, self._written = folder, 0, 0
+        self._starts, self._recent, self._file = array.array("q"), bytearray(), None
+
+    def extend(self, strings: Iterable[str]) -> None:
+        """Adds strings at the end.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        for string in strings:
+            if self._length % self.BLOCK == 0:
+                self._starts.append(self._written + len(self._recent))
+            self._recent += string.encode("utf-8", "surrogateescape")
+            self._recent.append(0)
+            self._length += 1
+        if len(self._recent) > self.IN_MEMORY:
+            if self._file is None:
+                writable = self._folder is not None and os.access(self._folder, os.W_OK)
+                self._file = tempfile.TemporaryFile(dir=self._folder if writable else None, buffering=0)  # noqa: SIM115
+            while self._recent:  # a write may be short
+                written = self._file.write(self._recent)
+                self._written += written
+                del self._recent[:written]
+
+    def _read(self, first: int, last: int) -> bytes:
+        """The strings of the blocks first .. last - 1, each with a NUL behind it."""
+        ends = itertools.chain(self._starts[last : last + 1], [self._written + len(self._recent)])
+        start, end = self._starts[first], next(ends)
+        found = b""
+        while start + len(found) < min(end, self._written):  # a read may be short
+            # not with a position that processes and threads would share
+            found += os.pread(self._file.fileno(), min(end, self._written) - start - len(found), start + len(found))
+        return found + bytes(self._recent[max(0, start - self._written) : max(0, end - self._written)])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> str:
+        block, place = divmod(range(self._length)[i], self.BLOCK)
+        return self._read(block, block + 1).split(b"\0", place + 1)[place].decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        many = PART // self.BLOCK
+        for block in range(0, len(self._starts), many):
+            for found in self._read(block, block + many).split(b"\0")[:-1]:
+                yield found.decode("utf-8", "surrogateescape")
+
+    def __reduce__(self) -> tuple:
+        return _compact_strings, (list(self), self._folder)
+
+
+def _compact_strings(strings: list[str], folder: str | os.PathLike | None) -> CompactStrings:
+    found = CompactStrings(folder)
+    found.extend(strings)
+    return found
+
+
+def give_memory_back() -> None:
+    """What was freed in many small pieces stays with the process, unless the C library is asked (glibc's is)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
