@@ -1,15 +1,16 @@
 """Captions: read, embedded once by a frozen encoder, and cached as the latents are.
 
-read_captions(...)      the captions of every image of a source
+read_captions(...)      the captions of every image of a dataset
 TextEncoder             any text encoder of `transformers`, by Hub id or folder
 embed_captions(...)     all different captions -> a cache of embeddings
 """
 
+import array
 import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from latent_ddpm.data import ImageDataset
 from latent_ddpm.distributed import process_count, process_index
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
+from latent_ddpm.indexing import PART, narrow
 from latent_ddpm.latents import (
     LatentCache,
     all_reduce_max,
@@ -42,7 +44,37 @@ SHARD_CAPTIONS = 1024
 BATCH = 64  # captions embedded at once
 
 
-def read_captions(images: ImageDataset, config: UNetConfig, required: bool = True) -> list[list[str]]:
+class Captions(Sequence):
+    """The captions of every image, none or several: `captions[i]` is a list of strings.
+
+    Attributes:
+        different: all of them, each once, sorted.
+        starts: integers (N + 1,); those of image i have the numbers starts[i] .. starts[i + 1] - 1.
+        rows: integers (M,), which of `different` each number is.
+    """
+
+    def __init__(self, of_images: Iterable[Sequence[str]]) -> None:
+        number: dict[str, int] = {}  # as they come
+        starts, rows = array.array("q", [0]), array.array("q")
+        for own in of_images:
+            rows.extend(number.setdefault(caption, len(number)) for caption in own)
+            starts.append(len(rows))
+        self.different = sorted(number)
+        place = np.empty(len(number), dtype=np.int64)
+        place[[number[caption] for caption in self.different]] = np.arange(len(number))
+        found = np.frombuffer(rows, dtype=np.int64)
+        self.rows = narrow((place[found[start : start + PART]] for start in range(0, len(found), PART)), len(found))
+        self.starts = narrow([np.frombuffer(starts, dtype=np.int64)], len(starts))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, i: int) -> list[str]:
+        i = range(len(self))[i]
+        return [self.different[row] for row in self.rows[self.starts[i] : self.starts[i + 1]]]
+
+
+def read_captions(images: ImageDataset, config: UNetConfig, required: bool = True) -> Captions:
     """The captions of each image, none or several.
 
     Raises:
@@ -52,7 +84,7 @@ def read_captions(images: ImageDataset, config: UNetConfig, required: bool = Tru
         if not images.class_names:
             raise UserError("caption_templates are filled with class names, but the dataset has no classes.")
         per_class = [[t.replace("{}", name) for t in config.caption_templates] for name in images.class_names]
-        captions = [[] if label < 0 else per_class[label] for label in images.labels.tolist()]
+        captions = Captions([] if label < 0 else per_class[label] for label in map(int, images.labels))
     else:
         source, column = images.source, config.caption_column
         if column not in source.caption_columns():
@@ -61,8 +93,9 @@ def read_captions(images: ImageDataset, config: UNetConfig, required: bool = Tru
                 f"caption_column: the dataset has no column {column!r} that holds text. Those that do: {there}. A "
                 f"folder of images has captions in NAME.txt or NAME.json beside NAME.jpg, or in metadata.jsonl or .csv."
             )
-        captions = [_clean(source.captions(images.source_index(i), column)) for i in range(len(images))]
-    missing = sum(not of_image for of_image in captions)
+        found = (source.captions(images.source_index(i), column) for i in range(len(images)))
+        captions = Captions(map(_clean, found))
+    missing = int((np.diff(captions.starts) == 0).sum())
     if required and missing == len(captions):
         raise UserError("conditions has text, but no image has a caption.")
     if required and missing:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latent_ddpm.captions import TextEncoder, embed_captions, read_captions
+from latent_ddpm.captions import Captions, TextEncoder, embed_captions, read_captions
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.data import ImageDataset, decode_square, to_uint8
 from latent_ddpm.errors import UserError
@@ -148,30 +148,32 @@ class TextCondition(Condition):
 
     Args:
         cache: of `embed_captions`; its row 0 is the empty caption, which stands for none.
-        choices: of each image of the dataset, the rows of its captions.
+        captions: of each image of the dataset; number k of the different ones is row k + 1 of the cache.
         encoder: that made the embeddings.
         config: of the run.
     """
 
     stream = Stream.DROP_TEXT
 
-    def __init__(self, cache: LatentCache, choices: list[list[int]], encoder: TextEncoder, config: UNetConfig) -> None:
+    def __init__(self, cache: LatentCache, captions: Captions, encoder: TextEncoder, config: UNetConfig) -> None:
         self.cache, self.encoder, self.config, self.dropout = cache, encoder, config, config.caption_dropout
-        self._counts = np.array(list(map(len, choices)), dtype=np.int64)
-        self._starts = np.cumsum(self._counts) - self._counts
-        self._rows = np.array([*(row for own in choices for row in own), 0], dtype=np.int64)
+        self._starts, self._rows = captions.starts, captions.rows
 
     def unet_arguments(self) -> dict[str, Any]:
         return {"cross_attention_dim": self.encoder.width}
 
     def rows(self, indices: np.ndarray, numbers: torch.Tensor | None) -> np.ndarray:
         """The captions' rows in the cache: int64 (B,); 0 for an image without."""
-        first, count = self._starts[indices], self._counts[indices]
+        first = self._starts[indices].astype(np.int64)
+        count = self._starts[indices + 1] - first
         place = np.zeros(len(indices), dtype=np.int64)
         if numbers is not None:
             draws = uniform(self.config.seed, Stream.CAPTION, numbers).double().numpy()
             place = np.minimum((draws * count).astype(np.int64), np.maximum(count - 1, 0))
-        return np.where(count > 0, self._rows[first + place], 0)
+        found = np.zeros(len(indices), dtype=np.int64)
+        there = count > 0
+        found[there] = self._rows[(first + place)[there]].astype(np.int64) + 1
+        return found
 
     def values(
         self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
@@ -423,11 +425,8 @@ def make_conditions(
             made.append(_image_condition(config, images, folder, latent_size, train and flip, device, wait))
         if encoder is not None:
             captions = read_captions(images, config, required=train)
-            different = sorted({caption for own in captions for caption in own})
-            number = {caption: row for row, caption in enumerate(different, start=1)}
-            cache = embed_captions(encoder, ["", *different], folder, device, wait)
-            choices = [[number[caption] for caption in own] for own in captions]
-            made.append(TextCondition(cache, choices, encoder, config))
+            cache = embed_captions(encoder, ["", *captions.different], folder, device, wait)
+            made.append(TextCondition(cache, captions, encoder, config))
         return Conditions(made, config.seed)
 
     return of_split(images[0], folder, True), of_split(images[1], folder / "held_out", False)

@@ -131,7 +131,7 @@ class CompactStrings(Sequence):
         folder: for that file; the system's folder for such files where that one is not there or cannot be written.
     """
 
-    IN_MEMORY = 16 * 2**20  # bytes
+    IN_MEMORY = 4 * 2**20  # bytes
     BLOCK = 64  # strings that are read at a time: what is known of where they lie is an offset for so many
 
     def __init__(self, folder: str | os.PathLike | None = None) -> None:

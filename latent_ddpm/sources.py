@@ -53,6 +53,7 @@ EMBEDDED = "embedded:"
 SILHOUETTE = "silhouette"
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
+MANY = 2**20  # images, from which on it is worth some trouble
 LABEL_COLUMNS = ("label", "labels", "cls")  # the last one as in WebDataset
 
 
@@ -162,6 +163,8 @@ class FolderSource(ImageSource):
                 f"Looked for {', '.join(EXTENSIONS)}, in lower or upper case"
             )
         self.fingerprint = running.result()
+        if len(self.names) >= MANY:
+            give_memory_back()
         if None not in number and len(number) >= 2:
             self.class_names = sorted(number)
             place = {name: k for k, name in enumerate(self.class_names)}
@@ -594,9 +597,6 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
     if len(validation) > cfg.max_validation_images:
         validation = SubsetSource(validation, held_out_images(validation, cfg.max_validation_images, scratch))
     return train, validation
-
-
-MANY = 2**20  # images: of so many it is worth to remember which were chosen
 
 
 def held_out_images(source: ImageSource, count: int, scratch: Path) -> np.ndarray:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import datasets
@@ -26,9 +27,11 @@ from conftest import (
     losses,
     run_script,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from latent_ddpm.captions import TextEncoder, embed_captions, read_captions
+from latent_ddpm.captions import Captions, TextEncoder, embed_captions, read_captions
 from latent_ddpm.conditions import make_conditions
 from latent_ddpm.config import EMBEDDED_ENCODER, UNetConfig
 from latent_ddpm.errors import UserError
@@ -119,6 +122,25 @@ def test_captions_of_a_dataset_column_and_of_the_digits():
     assert list(source.captions(0, "many")) == ["a", "b"]
     digits = DigitsSource()
     assert "a " + {0: "zero", 5: "five"}.get(int(digits.labels[0]), "?") in digits.captions(0, "text")
+
+
+@given(st.lists(st.lists(st.sampled_from(["a dog", "", "a cat", "é"]), max_size=3), max_size=9), st.integers(-9, 9))
+def test_captions_are_those_that_were_given(of_images, i):
+    captions = Captions(iter(of_images))
+    assert list(captions) == of_images and len(captions) == len(of_images)
+    assert captions.different == sorted({caption for own in of_images for caption in own})
+    if -len(of_images) <= i < len(of_images):
+        assert captions[i] == of_images[i]
+
+
+def test_captions_take_little_memory():
+    count = 50_000
+    tracemalloc.start()
+    captions = Captions([f"a {'fish' if i % 7 else 'bird'}", "seen"] for i in range(count))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept / count < 7  # 4 bytes, and one for each caption
+    assert captions[7] == ["a bird", "seen"] and len(captions.different) == 3
 
 
 def test_missing_captions_are_counted_and_none_at_all_is_refused(data, encoder_folder, tmp_path, caplog):
