@@ -621,10 +621,11 @@ def held_out_images(source: ImageSource, count: int, scratch: Path) -> np.ndarra
 
 
 def _smallest_by_hash(source: ImageSource, count: int) -> np.ndarray:
-    sha256, found, limit = hashlib.sha256, [], b"\xff" * 32
-    for number, names in enumerate(in_parts(source.all_names())):
+    sha256, found, limit, start = hashlib.sha256, [], b"\xff" * 32, 0
+    for names in in_parts(source.all_names()):
         hashes = [sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
-        found += [(of_name, number * PART + k) for k, of_name in enumerate(hashes) if of_name <= limit]
+        found += [(of_name, i) for i, of_name in enumerate(hashes, start) if of_name <= limit]
+        start += len(names)
         if len(found) > 2 * count:
             found = heapq.nsmallest(count, found)
             limit = found[-1][0]

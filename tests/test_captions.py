@@ -255,6 +255,12 @@ def test_captions_are_chosen_and_left_out_by_number_alone(data, encoder_folder, 
     rows = text.rows(records["index"], numbers)
     assert len(set(rows)) == 2 and 0.4 < (rows == rows[0]).mean() < 0.6  # it has two captions
     assert np.array_equal(text.rows(records["index"][:7], numbers[90:97]), rows[90:97])
+    encoder = TextEncoder(config.text_encoder, config.max_caption_tokens)
+    length = text.nothing()["encoder_hidden_states"].shape[1]
+    spoken = encoder.embed(["a red fish", "a picture of a red fish"], length, CPU)[0]
+    found = text.values(records, None, numbers)["encoder_hidden_states"]
+    same = torch.stack([torch.isclose(found, own, atol=1e-2).all(2).all(1) for own in spoken])
+    assert (same.sum(0) == 1).all() and same.any(1).all()  # each in the words of the file, one or the other
     given = conditions.given(records, None, numbers)
     none = text._embedded(np.zeros(1, dtype=np.int64))
     left_out = (given["encoder_hidden_states"] == none["encoder_hidden_states"]).all(2).all(1)

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_ddpm import data, sources
+from latent_ddpm import data, indexing, sources
 from latent_ddpm.data import (
     BadImages,
     ExampleOrder,
@@ -346,6 +346,14 @@ def test_an_index_of_many_images_is_compact(tmp_path):
     assert train.name(5) == f"train[{row}] photos/{row:07d}.jpg" and train.labels[5] == row % 10
     *_, last = train.source.source.all_names()
     assert last == train.source.source.name(count - 1) == f"train[{count - 1}] photos/{count - 1:07d}.jpg"
+
+
+def test_held_out_are_the_smallest_hashes_of_many(monkeypatch):
+    monkeypatch.setattr(indexing, "PART", 100)
+    names = [f"{i}.jpg" for i in range(5000)]
+    expected = sorted(range(5000), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    for count in (1, 30, 700, 5000):
+        assert sources._smallest_by_hash(Names(names), count).tolist() == sorted(expected[:count])
 
 
 def test_the_held_out_images_of_a_large_source_are_remembered(tmp_path, monkeypatch):

@@ -85,7 +85,8 @@ def test_every_image_is_there_once_and_a_bad_one_is_named(tmp_path):
         assert batch["image"].shape[1:] == (3, 8, 8) and batch["label"].tolist() == [n % 3 for n in numbers]
         assert [source.load(i).getpixel((0, 0))[0] for i in range(len(source))] == numbers
         seen += numbers
-        assert len({source.name(i) for i in range(len(source))}) == len(source)
+        names = [source.name(i) for i in range(len(source))]
+        assert len(set(names)) == len(source) and list(source.all_names()) == names
     assert sorted(seen) == sorted(set(range(sum(IMAGES))) - {BROKEN})
 
 
@@ -94,9 +95,12 @@ def test_parts_of_large_images_have_fewer_of_them(tmp_path, monkeypatch):
     cfg = config(tmp_path / "out", write_tars(tmp_path / "data"))
     read(cfg)
     files = sorted(stream_folder(cfg).glob("train-00000-*.npy"))
-    assert [len(np.load(path)) for path in files] == [3, 3, 3, 0] and sum(map(len, open_sources(cfg))) == sum(
-        IMAGES
-    ) - 1
+    assert [len(np.load(path)) for path in files] == [3, 3, 3, 0]
+    train, held_out = open_sources(cfg)
+    assert len(train) + len(held_out) == sum(IMAGES) - 1
+    whole = train.source
+    names = [whole.name(i) for i in range(len(whole))]
+    assert names[3] == "train[0:3]" and len(set(names)) == len(whole) and list(whole.all_names()) == names
 
 
 @pytest.mark.parametrize("processes", [2, 3, 5])
