@@ -4,10 +4,12 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 
+import datasets
 import pytest
 import yaml
-from conftest import ROOT, launch, run_script
+from conftest import ROOT, finished, launch, run_script
 from PIL import Image
 from preloaded import Script
 
@@ -181,6 +183,30 @@ def test_benchmark_latents_indexes_a_folder(tmp_path):
     benchmark.write_folder(tmp_path / "images", 1500)
     found = benchmark.index(tmp_path / "images", tmp_path / "run")
     assert found["images"] == 1500 and 0 < found["anonymous_released_gib"] < found["resident_released_gib"]
+
+
+HELD_AT_THE_END = """
+import sys
+import train_unet
+from latent_ddpm.sources import HubSource
+opened, make = [], HubSource.__init__
+HubSource.__init__ = lambda self, *words: (make(self, *words), opened.append(self))[0]
+status = train_unet.main(sys.argv[1:])
+held = [source._opened is not None for source in opened]
+print("held", status, held)
+"""
+
+
+def test_stage_2_gives_the_dataset_back(photos, small_autoencoder, tmp_path):
+    """Training, validation and export do without the images, as benchmark_latents.py measures."""
+    rows = {"image": [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(photos.rglob("*.png"))]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "photos.parquet")
+    words = ["--dataset_name", tmp_path / "photos.parquet", "--output_dir", tmp_path / "run", "--autoencoder",
+             small_autoencoder, "--max_train_steps", 2, "--validation_steps", 1, *SMALL_UNET]  # fmt: skip
+    done = finished([sys.executable, "-c", HELD_AT_THE_END, *map(str, words)])
+    assert done.stdout.splitlines()[-1] == "held 0 [False]", done.stderr[-2000:]
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
 
 
 def test_benchmark_checkpoint(photos, tmp_path):
