@@ -7,7 +7,9 @@ digest(...), RunningDigest   what stands for a collection, computed in parts
 """
 
 import array
+import contextlib
 import ctypes
+import errno
 import gc
 import hashlib
 import itertools
@@ -15,7 +17,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -75,7 +77,8 @@ def digest_of_many(*parts: Any, rows: Any) -> str:
 class AllBut(Sequence):
     """The numbers 0 .. length - 1, ascending, without some of them.
 
-    Indexed by a number, a slice or an array like the int64 array of them, and as small as what is left out.
+    Indexed by a number, a slice, or an int64 array of numbers in [0, len), like the int64 array of them; as small as
+    what is left out.
 
     Args:
         length: int.
@@ -125,10 +128,11 @@ class CompactStrings(Sequence):
     """Strings without NUL, such as the names of files, which Linux has as bytes that need not be UTF-8.
 
     Some ten million would be gigabytes of Python's objects. Here they lie one behind the other, in memory as long as
-    they are few, else in a file that has no name and goes with the process.
+    they are few, else in a file that has no name and goes with the process. Where no such file can be written, or its
+    disk is full, what is left stays in memory.
 
     Args:
-        folder: for that file; the system's folder for such files where that one is not there or cannot be written.
+        folder: for that file, made if it is not there; in its place, if need be, the system's folder for such files.
     """
 
     IN_MEMORY = 4 * 2**20  # bytes
@@ -136,28 +140,30 @@ class CompactStrings(Sequence):
 
     def __init__(self, folder: str | os.PathLike | None = None) -> None:
         self._folder, self._length, self._written = folder, 0, 0
-        self._starts, self._recent, self._file = array.array("q"), bytearray(), None
+        self._starts, self._recent = array.array("q"), bytearray()
+        self._file, self._cannot_be_written = None, False
 
     def extend(self, strings: Iterable[str]) -> None:
-        """Adds strings at the end.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Adds strings at the end."""
         for string in strings:
             if self._length % self.BLOCK == 0:
                 self._starts.append(self._written + len(self._recent))
             self._recent += string.encode("utf-8", "surrogateescape")
             self._recent.append(0)
             self._length += 1
-        if len(self._recent) > self.IN_MEMORY:
-            if self._file is None:
-                writable = self._folder is not None and os.access(self._folder, os.W_OK)
-                self._file = tempfile.TemporaryFile(dir=self._folder if writable else None, buffering=0)  # noqa: SIM115
-            while self._recent:  # a write may be short
-                written = self._file.write(self._recent)
+            if len(self._recent) > self.IN_MEMORY:
+                self._write()
+
+    def _write(self) -> None:
+        while self._recent and not self._cannot_be_written:
+            try:
+                if self._file is None:
+                    self._file = _file_without_name(self._folder)
+                written = self._file.write(self._recent)  # perhaps not all
                 self._written += written
                 del self._recent[:written]
+            except OSError:
+                self._cannot_be_written = True
 
     def _read(self, first: int, last: int) -> bytes:
         """The strings of the blocks first .. last - 1, each with a NUL behind it."""
@@ -166,7 +172,10 @@ class CompactStrings(Sequence):
         found = b""
         while start + len(found) < min(end, self._written):  # a read may be short
             # not with a position that processes and threads would share
-            found += os.pread(self._file.fileno(), min(end, self._written) - start - len(found), start + len(found))
+            more = os.pread(self._file.fileno(), min(end, self._written) - start - len(found), start + len(found))
+            if not more:
+                raise OSError(errno.EIO, "the file of names ended early")
+            found += more
         return found + bytes(self._recent[max(0, start - self._written) : max(0, end - self._written)])
 
     def __len__(self) -> int:
@@ -182,14 +191,23 @@ class CompactStrings(Sequence):
             for found in self._read(block, block + many).split(b"\0")[:-1]:
                 yield found.decode("utf-8", "surrogateescape")
 
-    def __reduce__(self) -> tuple:
-        return _compact_strings, (list(self), self._folder)
+    def __getstate__(self) -> dict:
+        everything = self._read(0, len(self._starts)) if self._length else b""
+        return {"folder": self._folder, "length": self._length, "starts": self._starts, "strings": everything}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["folder"])
+        self._length, self._starts, self._recent = state["length"], state["starts"], bytearray(state["strings"])
+        if len(self._recent) > self.IN_MEMORY:
+            self._write()
 
 
-def _compact_strings(strings: list[str], folder: str | os.PathLike | None) -> CompactStrings:
-    found = CompactStrings(folder)
-    found.extend(strings)
-    return found
+def _file_without_name(folder: str | os.PathLike | None) -> IO[bytes]:
+    with contextlib.suppress(OSError):
+        if folder is not None:
+            os.makedirs(folder, exist_ok=True)
+            return tempfile.TemporaryFile(dir=folder, buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
 
 
 def give_memory_back() -> None:

@@ -173,23 +173,15 @@ class FolderSource(ImageSource):
 
     def _scan(self, folder: str, prefix: str, above: tuple, others: set[str]) -> Iterator[tuple[str, int, int]]:
         """Path, size and time of each image in or below a folder, in the order of the paths: one folder at a time."""
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in above:  # a link to a folder that contains it
+        try:
+            here = os.stat(folder)
+            if (here.st_dev, here.st_ino) in above:  # a link to a folder that contains it
+                return
+            found = _images_and_folders(folder, others)
+        except FileNotFoundError:  # removed since it was listed
             return
-        found, known = [], frozenset(EXTENSIONS)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                dot = entry.name.rfind(".")
-                extension = entry.name[dot:].lower() if dot > 0 else ""
-                if entry.is_dir():
-                    found.append(f"{entry.name}/")  # so that it is sorted as the paths in it are
-                elif extension in known:
-                    found.append(entry.name)
-                elif extension:
-                    others.add(extension)
-        found.sort()
+        except OSError as error:
+            raise UserError(f"train_data_dir: {folder} cannot be read: {error.strerror}") from error
         for name in found:
             if name.endswith("/"):
                 above_it = (*above, (here.st_dev, here.st_ino))
@@ -253,6 +245,30 @@ class FolderSource(ImageSource):
         return iter(self.names)
 
 
+def _images_and_folders(folder: str, others: set[str]) -> list[str]:
+    """The names in a folder, of images and, with a slash behind, of folders: sorted as all paths below are.
+
+    Other files' extensions are added to `others`.
+    """
+    found, known = [], frozenset(EXTENSIONS)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            dot = entry.name.rfind(".")
+            extension = entry.name[dot:].lower() if dot > 0 else ""
+            is_folder = False
+            with contextlib.suppress(OSError):  # a link to itself: as one to nothing
+                is_folder = entry.is_dir()
+            if is_folder:
+                found.append(f"{entry.name}/")
+            elif extension in known:
+                found.append(entry.name)
+            elif extension:
+                others.add(extension)
+    return sorted(found)
+
+
 def _json_object(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -288,15 +304,24 @@ class HubSource(ImageSource):
         features = dataset.features
         check_image_column(features, image_column)
         self.split, self.image_column, self.root = split, image_column, root
-        self._reopen, self._opened, self._length = reopen, dataset.with_format("arrow"), len(dataset)
+        label = label_column(features)
+        used = [name for name, kind in features.items() if name == label or _holds_images(kind) or _holds_text(kind)]
+        self._reopen, self._used, self._length = reopen, used, len(dataset)
         self._features, self._of_dataset = features, dataset._fingerprint
+        self._opened = self._as_arrow(dataset)
         self.fingerprint = digest("datasets", split, image_column, self._of_dataset)
         self._texts: dict[str, tuple[int, list]] = {}  # by column: the part read last
-        column = label_column(features)
-        if column is not None:
-            parts = (rows.column(column).cast("int64", safe=False).fill_null(-1).to_numpy() for rows in self._parts())
+        if label is not None:
+            parts = (
+                rows.column(label).cast("int64", safe=False).fill_null(-1).to_numpy() for rows in self._parts(label)
+            )
             labels = narrow(parts, len(self))
-            self.labels, self.class_names = classes_of(labels, getattr(features[column], "names", None))
+            self.labels, self.class_names = classes_of(labels, getattr(features[label], "names", None))
+
+    def _as_arrow(self, dataset: "datasets.Dataset") -> "datasets.Dataset":
+        """The columns that are used, as arrow's tables."""
+        some = dataset if len(self._used) == len(self._features) else dataset.select_columns(self._used)
+        return some.with_format("arrow")
 
     @property
     def _rows(self) -> "datasets.Dataset":
@@ -305,11 +330,16 @@ class HubSource(ImageSource):
             opened = self._reopen()
             if opened._fingerprint != self._of_dataset:
                 raise UserError(f"the split {self.split} of the dataset changed while it was used; start again")
-            self._opened = opened.with_format("arrow")
+            self._opened = self._as_arrow(opened)
         return self._opened
 
-    def _parts(self) -> "Iterator[pyarrow.Table]":
-        return (self._rows[start : start + PART] for start in range(0, len(self), PART))
+    def _part(self, start: int, column: str) -> "pyarrow.Table":
+        # slices are free, but for rows in an order of their own, which are copied
+        rows = self._rows if self._rows._indices is None else self._rows.select_columns([column])
+        return rows[start : start + PART]
+
+    def _parts(self, column: str) -> "Iterator[pyarrow.Table]":
+        return (self._part(start, column) for start in range(0, len(self), PART))
 
     def _cell(self, i: int, column: str) -> Any:
         return self._rows[i].column(column)[0].as_py()
@@ -332,7 +362,7 @@ class HubSource(ImageSource):
     def captions(self, i: int, column: str) -> Any:
         start = i - i % PART
         if self._texts.get(column, (None, []))[0] != start:
-            self._texts[column] = start, self._rows[start : start + PART].column(column).to_pylist()
+            self._texts[column] = start, self._part(start, column).column(column).to_pylist()
         return self._texts[column][1][i - start]
 
     def image_columns(self) -> list[str]:
@@ -345,7 +375,7 @@ class HubSource(ImageSource):
         return self._name(i, _paths(self._rows[i], self.image_column)[0])
 
     def all_names(self) -> Iterator[str]:
-        paths = (path for rows in self._parts() for path in _paths(rows, self.image_column))
+        paths = (path for rows in self._parts(self.image_column) for path in _paths(rows, self.image_column))
         return itertools.starmap(self._name, enumerate(paths))
 
     def _name(self, i: int, path: str | None) -> str:
@@ -426,7 +456,7 @@ def classes_of(labels: np.ndarray, names: Sequence[str] | None) -> tuple[np.ndar
             return None, None
         names = [str(k) for k in range(classes)]
     if len(labels) and not -1 <= labels.min() <= labels.max() < 2**31:  # a copy only where it is needed
-        labels = labels.clip(-1, 2**31 - 1).astype(np.int32)
+        labels = labels.astype(np.int64).clip(-1, 2**31 - 1).astype(np.int32)
     return labels, list(names)
 
 

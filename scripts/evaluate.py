@@ -256,7 +256,7 @@ class Reals:
         held_out_distance: median distance of held-out images to their nearest training image.
         held_out: how many those are.
         held_out_features: float32 (held_out, D).
-        held_out_labels: int64 (held_out,), the classes of those; -1 without.
+        held_out_labels: integers (held_out,), the classes of those; -1 without.
     """
 
     images: ImageDataset

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,30 @@ def test_folder_finds_images_at_any_depth_in_sorted_order(tmp_path):
     assert source.load(1).getpixel((0, 0)) == colour(1)
     assert source.load(2).getpixel((0, 0)) == colour(0)
     assert source.labels is None and source.class_names is None  # two images lie in no sub-folder
+
+
+def test_a_folder_that_vanishes_or_cannot_be_read(tmp_path, monkeypatch):
+    fill(tmp_path, ["a/1.png", "b/2.png", "c/3.png"])
+    (tmp_path / "a" / "self.png").symlink_to("self.png")
+    (tmp_path / "a" / "self").symlink_to("self")
+    listing = sources._images_and_folders
+
+    def meanwhile(folder, others):
+        if folder.endswith("/a"):
+            shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        return listing(folder, others)
+
+    monkeypatch.setattr(sources, "_images_and_folders", meanwhile)
+    assert list(FolderSource(tmp_path).names) == ["a/1.png", "a/self.png", "c/3.png"]
+
+    def refused(folder, others):
+        if folder.endswith("/c"):
+            raise PermissionError(13, "Permission denied", folder)
+        return listing(folder, others)
+
+    monkeypatch.setattr(sources, "_images_and_folders", refused)
+    with pytest.raises(UserError, match="/c cannot be read: Permission denied"):
+        FolderSource(tmp_path)
 
 
 folder_names = st.text("ab.- é", min_size=1, max_size=3).filter(lambda name: not name.startswith("."))
@@ -398,6 +423,26 @@ def test_what_is_held_open_is_given_back_and_opened_again(tmp_path):
     parquet_folder(tmp_path / "set", train=table(1, 20))
     with pytest.raises(UserError, match="the split train of the dataset changed while it was used"):
         train.load(3)
+
+
+def test_rows_in_an_order_of_their_own_and_columns_that_are_not_used(monkeypatch):
+    monkeypatch.setattr(sources, "PART", 4)
+    rows = table(0, 11).add_column("text", [f"number {i}" for i in range(11)]).add_column("other", [{"x": 1.5}] * 11)
+    order = [7, 3, 10, 0, 1, 2]
+    source = HubSource(rows.select(order), "train", "image")
+    assert source.labels.tolist() == [i % 2 for i in order]
+    assert [source.load(k).getpixel((0, 0))[0] for k in range(6)] == order
+    assert list(source.all_names()) == [f"train[{k}] {i:04}.png" for k, i in enumerate(order)]
+    assert [source.captions(k, "text") for k in range(6)] == [f"number {i}" for i in order]
+    assert source._rows.column_names == ["image", "label", "text"]
+
+
+@pytest.mark.parametrize("labels", [[-100, 3], [2**40, 3]])
+def test_labels_beyond_what_classes_can_be_are_clipped(labels):
+    found, names = sources.classes_of(np.array(labels, dtype=np.int64), ["a", "b", "c", "d"])
+    assert found.tolist() == [max(-1, min(labels[0], 2**31 - 1)), 3] and names == ["a", "b", "c", "d"]
+    if labels[0] < 0:
+        assert sources.classes_of(np.array(labels, dtype=np.int8), names)[0].tolist() == [-1, 3]
 
 
 def test_captions_are_read_a_part_at_a_time(monkeypatch):

@@ -1,5 +1,6 @@
 """Names, numbers and digests of many images: the same as those of few, in little memory."""
 
+import errno
 import os
 import pickle
 import tempfile
@@ -57,13 +58,61 @@ def test_many_strings_lie_in_a_file_that_leaves_nothing(tmp_path, monkeypatch):
     assert list(pickle.loads(pickle.dumps(found))) == strings
 
 
-def test_strings_go_elsewhere_where_a_folder_is_not_there(tmp_path, monkeypatch):
+def test_strings_lie_in_the_folder_that_is_asked_for_or_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(CompactStrings, "IN_MEMORY", 0)
-    asked = []
-    make = tempfile.TemporaryFile
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir, **words: asked.append(dir) or make(dir=dir, **words))
-    assert list(compact(["a", "b"], tmp_path / "none")) == list(compact(["a", "b"], tmp_path)) == ["a", "b"]
-    assert asked == [None, tmp_path]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
+    (tmp_path / "system").mkdir()
+    (tmp_path / "no folder").write_text("")
+    for asked, found in [("made/for/it", "made/for/it"), ("no folder", "system"), (None, "system")]:
+        strings = compact(["a", "b"], tmp_path / asked if asked else None)
+        assert os.readlink(f"/proc/self/fd/{strings._file.fileno()}").startswith(str(tmp_path / found))
+        assert list(strings) == ["a", "b"]
+
+
+@pytest.mark.parametrize("writes", [0, 1, 3])
+def test_strings_stay_in_memory_where_nothing_can_be_written(monkeypatch, writes):
+    monkeypatch.setattr(CompactStrings, "IN_MEMORY", 100)
+    make, left = tempfile.TemporaryFile, [writes]
+
+    class Full:
+        def __init__(self, **words):
+            if not writes:
+                raise FileNotFoundError("no usable temporary directory")
+            self.file = make(**words)
+
+        def fileno(self):
+            return self.file.fileno()
+
+        def write(self, some):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "no space left on device")
+            return self.file.write(some[:77])  # a write may be short
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    strings = [f"name {i}" for i in range(1000)]
+    found = compact(strings)
+    assert list(found) == strings and [found[i] for i in range(1000)] == strings
+    assert (found._written > 0) == (writes > 0) and len(found._recent) > 9000
+    assert list(pickle.loads(pickle.dumps(found))) == strings
+
+
+def test_a_file_of_strings_that_was_cut_is_an_error(monkeypatch):
+    monkeypatch.setattr(CompactStrings, "IN_MEMORY", 0)
+    found = compact([f"{i}.png" for i in range(200)])
+    os.ftruncate(found._file.fileno(), 700)
+    assert found[0] == "0.png"
+    with pytest.raises(OSError, match="ended early"):
+        found[199]
+
+
+def test_strings_are_pickled_without_being_made():
+    found = compact([f"folder/{i:06d}.png" for i in range(100_000)])
+    tracemalloc.start()
+    stored = pickle.dumps(found)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 6 * len(stored) and pickle.loads(stored)[99_999] == "folder/099999.png"  # a Python string is 67 bytes
 
 
 def test_reading_strings_does_not_move_the_position_that_processes_share(monkeypatch):
