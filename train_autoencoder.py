@@ -177,9 +177,10 @@ def main(argv: list[str]) -> int:
 
     if accelerator.is_main_process:
         save_config(asked, saved_config)
+        bad = len(bad_images.names())
         logger.info(
-            "%d training and %d validation images, %d undecodable (%s)",
-            len(train_set), len(validation_set), len(bad_images.names()), bad_images.path,
+            "%d training and %d validation images%s",
+            len(train_set), len(validation_set), f", {bad} undecodable ({bad_images.path})" if bad else "",
         )  # fmt: skip
         logger.info(
             "autoencoder of %.2f million parameters, %d steps of %d images (%.1f epochs)%s",

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from latent_ddpm.checkpoint import CheckpointFolder, must_fit
-from latent_ddpm.conditions import Given, make_conditions, to_device, unet_inputs
+from latent_ddpm.conditions import Given, load_encoder, make_conditions, to_device, unet_inputs
 from latent_ddpm.config import UNetConfig, parse_config, save_config
 from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
@@ -73,9 +73,10 @@ def main(argv: list[str]) -> int:
     device = accelerator.device
     autoencoder.to(device)
     is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
+    encoder = load_encoder(config)
     images = images_for_run(config, is_main, wait)
     latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)
-    conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait)
+    conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait, encoder)
     if state and state.get("conditions", conditions.meaning()) != conditions.meaning():
         raise UserError(
             f"{checkpoints.folder} was trained with other conditions: other class names, another order of them, or "
@@ -259,15 +260,15 @@ def main(argv: list[str]) -> int:
         ema.update(unet, step)
         tracker.advance()
         ended_at = step + 1
-        if snapshot_steps and (ended_at % snapshot_steps == 0 or ended_at == config.max_train_steps):
-            ema.save_snapshots(output_dir / "ema", ended_at, keep=accelerator.is_main_process)
-            tracker.pause()
 
         # -------------------------------------------------------------------------- what the step leaves behind
         if ended_at % config.logging_steps == 0 or ended_at == config.max_train_steps:
             mean_loss = float(accelerator.reduce(total_loss, "mean"))
             skipped.report(tracker.say)
             tracker.log(loss=mean_loss, grad_norm=float(grad_norm), learning_rate=rate * config.learning_rate)
+        if snapshot_steps and (ended_at % snapshot_steps == 0 or ended_at == config.max_train_steps):
+            ema.save_snapshots(output_dir / "ema", ended_at, keep=accelerator.is_main_process)
+            tracker.pause()
         if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
             validate()
             if config.push_to_hub and config.hub_strategy == "best" and is_best(output_dir, "unet", ended_at):

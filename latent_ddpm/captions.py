@@ -129,6 +129,8 @@ class TextEncoder:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        if name.startswith("embedded:") and name != EMBEDDED_ENCODER:
+            raise UserError(f"text_encoder {name} is not there; there is {EMBEDDED_ENCODER}")
         if name == EMBEDDED_ENCODER:
             name = str(embedded_encoder())
         try:

@@ -79,10 +79,13 @@ def _training(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / "metrics.jsonl"
     for record in read_metrics(path) if path.exists() else ():
         last = stages.setdefault(record["stage"], {"images": 0, "hours": 0.0})
-        if "images_per_second" in record:
-            new_images = record["images"] - last["images"]
-            last["hours"] += new_images / max(record["images_per_second"], 1e-9) / 3600
-            rates.setdefault(record["stage"], []).append(record["images_per_second"])
+        if "loss" in record:
+            if rate := record.get("images_per_second"):
+                rates.setdefault(record["stage"], []).append(rate)
+            elif rate := last.get("images_per_second"):
+                record["images_per_second"] = rate  # none was measured since a pause: as before
+            if rate:
+                last["hours"] += (record["images"] - last["images"]) / rate / 3600
         else:
             record.pop("images")  # of a validation: its images come with the next line of losses, or came before
         last |= record

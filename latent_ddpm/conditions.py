@@ -392,6 +392,11 @@ def _image_condition(
     return ImageCondition(cache, classes, config.conditioning_image_dropout)
 
 
+def load_encoder(config: UNetConfig) -> TextEncoder | None:
+    """The text encoder of a run, None without one; before the images are looked at, to find out whether it is there."""
+    return TextEncoder(config.text_encoder, config.max_caption_tokens) if "text" in config.conditions else None
+
+
 def make_conditions(
     config: UNetConfig,
     images: tuple[ImageDataset, ImageDataset],
@@ -399,6 +404,7 @@ def make_conditions(
     flip: bool,
     device: torch.device,
     wait: Callable[[], None],
+    encoder: TextEncoder | None = None,
 ) -> tuple[Conditions, Conditions]:
     """The conditions that a config asks for, of the training and of the held-out images; all processes call this.
 
@@ -409,12 +415,13 @@ def make_conditions(
         flip: whether the training images are needed mirrored too.
         device: where caches are made.
         wait: a barrier of the processes.
+        encoder: of `load_encoder`, where it has been loaded already.
 
     Raises:
         UserError: the dataset has no classes, or labels beyond them, or no such column, or no captions; a conditioning
             image is missing or cannot be used.
     """
-    encoder = TextEncoder(config.text_encoder, config.max_caption_tokens) if "text" in config.conditions else None
+    encoder = load_encoder(config) if encoder is None else encoder
     folder = latents_folder(config)
 
     def of_split(images: ImageDataset, folder: Path, train: bool) -> Conditions:

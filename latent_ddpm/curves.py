@@ -30,9 +30,12 @@ def read_metrics(path: Path) -> list[dict]:
     records = []
     for line in path.read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if record.get("images_per_second") == 0:  # earlier versions wrote this for "not measured"
+            del record["images_per_second"]
+        records.append(record)
     return records
 
 

@@ -188,17 +188,17 @@ tags:
 # {name}
 
 A latent diffusion model trained from scratch with latent-ddpm: {autoencoder} (latents
-{channels}x{size}x{size}) and a {kind} of {parameters:.1f} million parameters, {prediction}.
+{channels}x{size}x{size}) and a {kind} of {parameters:.1f} million parameters, {prediction}. From inside this folder:
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{name}")
+pipeline = DiffusionPipeline.from_pretrained(".")
 pipeline(batch_size=16, num_inference_steps={steps}).images[0].save("sample.png")
 ```
 
 `pipeline.py` is a richer pipeline (given latents, every scheduler, callbacks, all output types):
-`DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)`.
+`DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)`.
 """
 CONDITIONED = """---
 library_name: diffusers
@@ -210,12 +210,12 @@ tags:
 # {name}
 
 A latent diffusion model trained from scratch with latent-ddpm: {autoencoder} (latents
-{channels}x{size}x{size}) and a {kind} of {parameters:.1f} million parameters, {prediction}.
+{channels}x{size}x{size}) and a {kind} of {parameters:.1f} million parameters, {prediction}. From inside this folder:
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)
 pipeline({words}, num_inference_steps={steps}).images[0].save("sample.png")
 ```
 """

@@ -62,17 +62,22 @@ def repo_id_of(output_dir: Path, repo_id: str | None) -> str:
     return repo_id or re.sub(r"[^A-Za-z0-9_-]+", "-", output_dir.resolve().name).strip("-")[:96]
 
 
+def check_repo_id(output_dir: Path, repo_id: str | None) -> None:
+    """Raises `UserError` when the name is not one of a repository."""
+    try:
+        validate_repo_id(repo_id_of(output_dir, repo_id))
+    except HFValidationError as error:
+        shown = repr(repo_id) if repo_id else f"(unset, so that it is the name of {output_dir})"
+        raise UserError(f"hub_model_id {shown} cannot be a repository: {error}") from error
+
+
 def check_can_publish(output_dir: Path, repo_id: str | None) -> None:
     """Refuse, before anything is trained, what could never be published.
 
     Raises:
         UserError: the name is not one of a repository, there is no token at all, or the Hub is switched off.
     """
-    try:
-        validate_repo_id(repo_id_of(output_dir, repo_id))
-    except HFValidationError as error:
-        shown = repr(repo_id) if repo_id else f"(unset, so that it is the name of {output_dir})"
-        raise UserError(f"hub_model_id {shown} cannot be a repository: {error}") from error
+    check_repo_id(output_dir, repo_id)
     if constants.HF_HUB_OFFLINE:
         raise UserError("push_to_hub cannot work with HF_HUB_OFFLINE set.")
     if not get_token():

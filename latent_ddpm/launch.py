@@ -244,13 +244,16 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except UserError as error:
         status = 2
         _say_last(str(error))
+    except KeyboardInterrupt:
+        status = 130
+        _say_last("stopped by Ctrl-C")
     except (OSError, SafetensorError) as error:
         if not _is_of_storage(error):
             raise
         status = 2
         _say_last(f"{error}. What was written before is whole: mend this and start again with the same command.")
     finally:
-        Heartbeat.end(failed=status in (1, 2) or sys.exc_info()[0] is not None)
+        Heartbeat.end(failed=status in (1, 2, 130) or sys.exc_info()[0] is not None)
         if torch.distributed.is_available() and torch.distributed.is_initialized() and not status:
             torch.distributed.destroy_process_group()
     sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Stage 1's losses: reconstruction, perceptual, adversarial, and the weight that balances the last."""
 
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -37,10 +38,15 @@ def load_lpips(net: str, weights: str | None = None) -> nn.Module:
     """
     import lpips
 
+    def untrained_or_cached(**words: bool) -> nn.Module:
+        with warnings.catch_warnings():  # lpips calls torchvision in a way that is deprecated
+            warnings.filterwarnings("ignore", module="torchvision")
+            return lpips.LPIPS(net=net, verbose=False, **words)
+
     if weights is not None:
-        return _with_trunk(lpips.LPIPS(net=net, pnet_rand=True, verbose=False), net, Path(weights))
+        return _with_trunk(untrained_or_cached(pnet_rand=True), net, Path(weights))
     try:
-        distance = lpips.LPIPS(net=net, verbose=False)
+        distance = untrained_or_cached()
     except OSError as error:  # URLError is one
         cache = Path(torch.hub.get_dir()) / "checkpoints" / TRUNKS[net]
         raise UserError(

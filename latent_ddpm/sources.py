@@ -216,9 +216,8 @@ class FolderSource(ImageSource):
                 here = path.parent.relative_to(self.root)
                 found |= {(here / row["file_name"]).as_posix(): row for row in rows}
             except (ValueError, KeyError, TypeError, csv.Error) as error:
-                raise UserError(
-                    f"{path} cannot be read: {type(error).__name__} {error}; each row has a file_name"
-                ) from error
+                hint = "" if isinstance(error, UnicodeDecodeError) else "; each row has a file_name"
+                raise UserError(f"{path} cannot be read: {type(error).__name__} {error}{hint}") from error
         return found
 
     def caption_columns(self) -> list[str]:
@@ -236,7 +235,12 @@ class FolderSource(ImageSource):
         if beside.exists():
             return _json_object(beside).get(column)
         text = (self.root / name).with_suffix(".txt")
-        return text.read_text(encoding="utf-8").splitlines() if column == "text" and text.exists() else None
+        if column != "text" or not text.exists():
+            return None
+        try:
+            return text.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{text} cannot be read: {error}") from error
 
     def name(self, i: int) -> str:
         return self.names[i]

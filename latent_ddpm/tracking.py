@@ -39,8 +39,16 @@ def is_finished(config: RunConfig, stage: str, first_step: int, product: str) ->
         stage: "autoencoder" or "unet".
         first_step: of the checkpoint that the run would go on from.
         product: what the stage leaves in output_dir: a file in the folder that is exported whole or not at all.
+
+    Raises:
+        UserError: more steps are done than the run is to have.
     """
     folder = Path(config.output_dir)
+    if first_step > config.max_train_steps:
+        raise UserError(
+            f"{first_step} steps are done, and max_train_steps is {config.max_train_steps}. Ask for more, or give "
+            f"--resume_from_checkpoint an earlier checkpoint, or another --output_dir."
+        )
     if first_step != config.max_train_steps or config.push_to_hub or not (folder / product).exists():
         return False
     try:
@@ -79,6 +87,7 @@ class Tracker:
         self.path, self.samples = output_dir / "metrics.jsonl", output_dir / "samples"
         self.main = accelerator.is_main_process
         self.step, self._mark = first_step, (first_step, time.monotonic())
+        self._rate: float | None = None  # images per second, as measured last
         if self.main:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._cut(first_step)
@@ -187,10 +196,13 @@ class Tracker:
             return
         if "loss" in metrics:
             steps, now = self.step - self._mark[0], time.monotonic()
-            metrics["images_per_second"] = steps * self.images_per_step / max(now - self._mark[1], 1e-9)
+            if steps:  # since the last pause
+                self._rate = steps * self.images_per_step / max(now - self._mark[1], 1e-9)
+                metrics["images_per_second"] = self._rate
             self._mark = (self.step, now)
             shown = {k: f"{metrics[k]:.4g}" for k in ("loss", "psnr", "codebook_usage") if k in metrics}
-            self.bar.set_postfix({**shown, "images/s": f"{metrics['images_per_second']:.0f}"}, refresh=False)
+            speed = {} if self._rate is None else {"images/s": f"{self._rate:.0f}"}
+            self.bar.set_postfix({**shown, **speed}, refresh=False)
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self._append({key: float(f"{value:.6g}") for key, value in metrics.items()})
         self.accelerator.log({f"{self.stage}/{key}": value for key, value in metrics.items()}, step=self.step)

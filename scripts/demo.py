@@ -18,10 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a Space the pipeline lies beside this file
 
 import diffusers
-import gradio as gr
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+
+try:
+    import gradio as gr
+except ImportError:
+    sys.exit("error: the demo needs gradio: pip install gradio")
 
 from pipeline_latent_ddpm import LatentDDPMPipeline
 

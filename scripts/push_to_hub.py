@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from latent_ddpm.errors import UserError
-from latent_ddpm.hub import Publisher, check_can_publish, lay_out, write_card
+from latent_ddpm.hub import Publisher, check_can_publish, check_repo_id, lay_out, write_card
 from latent_ddpm.launch import run
 from latent_ddpm.private import Scrubber
 
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.run_folder.is_dir():
         raise UserError(f"There is no run in {options.run_folder}.")
+    check_repo_id(options.run_folder, options.hub_model_id)
     if options.dry_run is not None:
         if options.dry_run.exists():
             raise UserError(f"{options.dry_run} exists already.")

@@ -4,9 +4,10 @@
 
 Takes the snapshots of <output_dir>/ema (`ema_snapshots` of train_unet.py) and leaves a pipeline for each width in
 <output_dir>/ema/pipeline-<width>, as <output_dir>/pipeline but for the weights (arXiv 2312.02696, section 3.2). A width
-is relative to the training time; --step N makes the averages as they would have been after N steps. With --num_images
-each is measured as `scripts/evaluate.py pipeline` does (whose other options go in --evaluation_words "..."), and JSON
-and a figure of the Frechet distance over the width are written (--json FILE, by default <output_dir>/ema/ema.json).
+is relative to the training time; --step N makes the averages as they would have been after N steps, in
+pipeline-<width>-step-<N>. With --num_images each is measured as `scripts/evaluate.py pipeline` does (whose other
+options go in --evaluation_words "..."), and JSON and a figure of the Frechet distance over the width are written
+(--json FILE, by default <output_dir>/ema/ema.json).
 --check WIDTH says how far a width that was tracked is from what the others' snapshots make of it, and writes that to
 --json FILE, unless samples are measured. Takes the keys of train_unet.py.
 """
@@ -34,10 +35,13 @@ from latent_ddpm.launch import run
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def export(config: UNetConfig, sigma_rel: float, step: int | None) -> tuple[Path, int]:
-    """Write the pipeline of one average; returns its folder, and the step at which the average is taken."""
+def export(config: UNetConfig, sigma_rel: float, asked: int | None) -> tuple[Path, int]:
+    """Write the pipeline of one average; returns its folder, and the step at which the average is taken.
+
+    `asked` is that step, or None for the last.
+    """
     output_dir = Path(config.output_dir)
-    weights, step = reconstruct(output_dir / "ema", sigma_rel, step)
+    weights, step = reconstruct(output_dir / "ema", sigma_rel, asked)
     unet = UNet2DModel.from_pretrained(output_dir / "pipeline" / "unet", use_safetensors=True)
     if {name: p.shape for name, p in unet.named_parameters()} != {name: p.shape for name, p in weights.items()}:
         raise UserError(f"The averages in {output_dir / 'ema'} are of another network than {output_dir / 'pipeline'}.")
@@ -49,7 +53,7 @@ def export(config: UNetConfig, sigma_rel: float, step: int | None) -> tuple[Path
         shutil.copytree(output_dir / "pipeline", aside, dirs_exist_ok=True)
         unet.save_pretrained(aside / "unet", safe_serialization=True)
 
-    folder = output_dir / "ema" / f"pipeline-{sigma_rel:g}"
+    folder = output_dir / "ema" / (f"pipeline-{sigma_rel:g}" + ("" if asked is None else f"-step-{step}"))
     replace_folder(folder, write)
     return folder, step
 

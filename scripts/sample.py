@@ -9,7 +9,8 @@
     python scripts/sample.py you/mnist-text --num_images 8 --prompt "a seven" "a handwritten two"
     accelerate launch --num_processes 8 scripts/sample.py you/mnist-ldm --num_images 50000
 
-Writes `grid.png` (of the first 64 images), `00000.png`, `00001.png`, ... and `samples.json`, which records
+Writes `grid.png` (of the first 64 images), `00000.png`, `00001.png`, ... (in the place of those of an earlier call into
+the same folder) and `samples.json`, which records
 every setting. Image number i follows from (seed, i) alone, so neither --batch_size nor --num_images changes it
 (but for rounding, where a batch is of another size), and the files are the same on any number of processes.
 
@@ -32,6 +33,7 @@ processes as there are cores.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -315,6 +317,9 @@ def sample(args: argparse.Namespace) -> None:
 
     # ---------------------------------------------------------------------------------- sampling
 
+    if state.is_main_process:
+        remove_earlier(args.output_dir)
+    state.wait_for_everyone()
     kept, film, between = [], [], []  # of this process: (number, float32 tensor in [-1, 1])
     keep = args.num_images if args.interpolate else GRID_LIMIT
     with one_thread(device):
@@ -346,6 +351,15 @@ def sample(args: argparse.Namespace) -> None:
         write_record(args, pipe, device)
         print(f"{args.num_images} images in {args.output_dir}")
     state.wait_for_everyone()
+
+
+def remove_earlier(folder: Path) -> None:
+    """Remove the images of an earlier call, perhaps of another model, and what names them."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there was none
+        files = json.loads((folder / "samples.json").read_text())["files"]
+        (folder / "samples.json").unlink()
+        for name in files:
+            (folder / Path(name).name).unlink(missing_ok=True)
 
 
 def write_record(args: argparse.Namespace, pipe: LatentDDPMPipeline, device: torch.device) -> None:

@@ -114,6 +114,18 @@ def test_metadata_that_cannot_be_read_is_named(tmp_path, name, content):
         FolderSource(tmp_path).caption_columns()
 
 
+def test_a_caption_that_is_no_text_is_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"0.txt cannot be read: 'utf-8' codec"):
+        FolderSource(tmp_path).captions(0, "text")
+
+
+def test_an_encoder_is_looked_for_before_the_images(tmp_path, capsys):
+    with pytest.raises(UserError, match="text_encoder embedded:mini is not there; there is embedded:minilm"):
+        TextEncoder("embedded:mini", 77)
+
+
 def test_captions_of_a_dataset_column_and_of_the_digits():
     rows = {"image": [{"bytes": b"x", "path": None}] * 3, "text": ["one", None, "two"], "many": [["a", "b"], [], ["c"]]}
     source = HubSource(datasets.Dataset.from_dict(rows), "train", "image")

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_ddpm.card import Facts, figures, make_card, merge_cards
+from latent_ddpm.card import Facts, figures, make_card, merge_cards, read_facts
 
 VQVAE = {"_class_name": "VQModel", "num_vq_embeddings": 512, "sample_size": 32, "block_out_channels": [16, 32, 64]}
 VQVAE |= {"latent_channels": 4}
@@ -51,6 +51,22 @@ FACTS = Facts(
     },
     parameters={"vqvae": 1_000_000, "unet": 2_000_000},
 )
+
+
+def test_hours_where_no_speed_was_measured(tmp_path):
+    """As after a pause; earlier versions wrote 0."""
+    lines = [
+        {"stage": "unet", "step": step, "images": step, "loss": 1.0, "images_per_second": speed}
+        for step, speed in [(360, 0.1), (720, 0.2), (1080, 0.0), (1440, None)]
+    ]
+    del lines[-1]["images_per_second"]
+    lines.insert(2, {"stage": "unet", "step": 720, "images": 720, "validation_loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = read_facts(tmp_path).training["unet"]
+    assert training["hours"] == pytest.approx(1 + 0.5 + 0.5 + 0.5) and training["images"] == 1440
+    assert training["images_per_second_median"] == pytest.approx(0.15)
+
+
 CARD = make_card(FACTS, "someone/digits", "apache-2.0")
 
 

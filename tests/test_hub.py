@@ -261,6 +261,12 @@ def test_half_the_size(published, tmp_path):
     assert 'variant="bf16", torch_dtype=torch.bfloat16' in card and 'variant="fp16"' in card
 
 
+def test_a_dry_run_refuses_what_is_no_name_of_a_repository(tmp_path):
+    words = ["scripts/push_to_hub.py", tmp_path, "--dry_run", tmp_path / "there", "--hub_model_id", "me/o 1/x"]
+    done = finished([sys.executable, *map(str, words)])
+    assert done.returncode == 2 and "'me/o 1/x' cannot be a repository" in done.stderr
+
+
 def test_a_dry_run_writes_what_would_be_published(stage_1, tmp_path):
     home, stage_1_dir, _ = stage_1
     done = finished([sys.executable, "scripts/push_to_hub.py", str(stage_1_dir), "--dry_run", str(tmp_path / "there")])

@@ -55,6 +55,9 @@ def test_the_same_command_starts_goes_on_and_is_finished(trained, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert "all 6 steps are done; the pipeline is in" in launch("train_unet.py", tmp_path, **flags)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    text = launch("train_unet.py", tmp_path, expect=2, **{**flags, "max_train_steps": 4})
+    assert "6 steps are done, and max_train_steps is 4." in text
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     # not finished: an export that is older than the steps, or gone
     text = launch("train_unet.py", tmp_path, **{**flags, "max_train_steps": 8})
     assert "going on from step 6" in text

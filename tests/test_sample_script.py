@@ -127,6 +127,15 @@ def test_files_grid_and_record(pipeline, tmp_path):
     }
 
 
+def test_images_of_an_earlier_call_are_removed(pipeline, tmp_path):
+    (tmp_path / "00007.png").write_bytes(b"not of this program")
+    assert run(pipeline, tmp_path, "--num_images", 3) == 0
+    assert run(pipeline, tmp_path, "--num_images", 2) == 0
+    assert sorted(path.name for path in tmp_path.glob("0*.png")) == ["00000.png", "00001.png", "00007.png"]
+    (tmp_path / "samples.json").write_text("{")
+    assert run(pipeline, tmp_path, "--num_images", 1) == 0
+
+
 def test_no_individual_leaves_the_grid_alone(pipeline, tmp_path):
     assert run(pipeline, tmp_path, "--num_images", 2, "--no-individual") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "samples.json"]
