@@ -620,6 +620,10 @@ def _explain(error: Exception) -> str:
     """jsonargparse's message without its frame: the key, what was expected, what was given."""
     text = " ".join(str(error).split())
     match = re.search(r'key "(\w+)": Expected an? (.+?)\. Got value: (.*)', text)
+    union = (
+        r'key "(\w+)": Does not validate .* Subtypes: \[(.+?)(?:, <class \'NoneType\'>)?\] Errors: .* Given value: (.*)'
+    )
+    match = match or re.search(union, text)  # of a key that may also be unset
     if not match:
         return text
     kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")

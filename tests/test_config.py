@@ -62,6 +62,7 @@ def test_sections_override_common_keys_and_flags_override_both(config_file):
         (["--lerning_rate", "1"], "lerning_rate.*Did you mean 'learning_rate'"),
         (["--learning_rate", "fast"], "learning_rate has to be float, not 'fast'"),
         (["--seed", "1.5"], "seed has to be int"),
+        (["--mixed_precision", "fp8"], "^mixed_precision has to be one of 'no', 'bf16', 'fp16', not 'fp8'"),
         (["--lr_scheduler", "cosin"], "lr_scheduler has to be one of 'constant', 'cosine', .*, not 'cosin'"),
         (["--learning_rate"], "learning_rate"),
         (["stray"], "stray"),

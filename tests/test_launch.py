@@ -65,6 +65,16 @@ def test_errors_of_storage_become_a_sentence_and_others_do_not(error, storage, c
     assert ("start again with the same command" in capsys.readouterr().err) is storage
 
 
+def test_ctrl_c_ends_a_script_with_a_sentence(capsys, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        launch.run(interrupted)
+    assert ended.value.code == 130 and "error: stopped by Ctrl-C" in capsys.readouterr().err
+
+
 def test_a_second_process_is_kept_out_and_leftovers_are_removed(tmp_path, monkeypatch):
     (tmp_path / "samples").mkdir()
     dead, alive = tmp_path / "samples" / ".a.png.999999999.tmp", tmp_path / ".pipeline.1.new"
