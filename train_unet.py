@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from latent_ddpm.checkpoint import CheckpointFolder, must_fit
-from latent_ddpm.conditions import Given, load_encoder, make_conditions, to_device, unet_inputs
+from latent_ddpm.conditions import Given, check_source, load_encoder, make_conditions, to_device, unet_inputs
 from latent_ddpm.config import UNetConfig, parse_config, save_config
 from latent_ddpm.data import ExampleOrder
 from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     autoencoder.to(device)
     is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
     encoder = load_encoder(config)
-    images = images_for_run(config, is_main, wait)
+    images = images_for_run(config, is_main, wait, check_source)
     latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)
     conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait, encoder)
     if state and state.get("conditions", conditions.meaning()) != conditions.meaning():

@@ -36,6 +36,7 @@ from latent_ddpm.latents import (
     shard_path,
     write_shard,
 )
+from latent_ddpm.sources import ImageSource
 from pipeline_latent_ddpm import ENCODER_CLASSES
 
 logger = logging.getLogger(__name__)
@@ -74,25 +75,33 @@ class Captions(Sequence):
         return [self.different[row] for row in self.rows[self.starts[i] : self.starts[i + 1]]]
 
 
+def check_captions(source: ImageSource, config: UNetConfig) -> None:
+    """Raises `UserError` when a dataset has no such column, or no classes for the templates."""
+    if config.caption_templates:
+        if not source.class_names:
+            raise UserError("caption_templates are filled with class names, but the dataset has no classes.")
+        return
+    if config.caption_column not in source.caption_columns():
+        there = ", ".join(source.caption_columns()) or "none"
+        raise UserError(
+            f"caption_column: the dataset has no column {config.caption_column!r} that holds text. Those that do: "
+            f"{there}. A folder of images has captions in NAME.txt or NAME.json beside NAME.jpg, or in metadata.jsonl "
+            f"or .csv."
+        )
+
+
 def read_captions(images: ImageDataset, config: UNetConfig, required: bool = True) -> Captions:
     """The captions of each image, none or several.
 
     Raises:
         UserError: there is no such column, or no classes for the templates; they are `required`, and there is none.
     """
+    check_captions(images.source, config)
     if config.caption_templates:
-        if not images.class_names:
-            raise UserError("caption_templates are filled with class names, but the dataset has no classes.")
         per_class = [[t.replace("{}", name) for t in config.caption_templates] for name in images.class_names]
         captions = Captions([] if label < 0 else per_class[label] for label in map(int, images.labels))
     else:
         source, column = images.source, config.caption_column
-        if column not in source.caption_columns():
-            there = ", ".join(source.caption_columns()) or "none"
-            raise UserError(
-                f"caption_column: the dataset has no column {column!r} that holds text. Those that do: {there}. A "
-                f"folder of images has captions in NAME.txt or NAME.json beside NAME.jpg, or in metadata.jsonl or .csv."
-            )
         found = (source.captions(images.source_index(i), column) for i in range(len(images)))
         captions = Captions(map(_clean, found))
     missing = int((np.diff(captions.starts) == 0).sum())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latent_ddpm.captions import Captions, TextEncoder, embed_captions, read_captions
+from latent_ddpm.captions import Captions, TextEncoder, check_captions, embed_captions, read_captions
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.data import ImageDataset, decode_square, to_uint8
 from latent_ddpm.errors import UserError
@@ -397,6 +397,18 @@ def load_encoder(config: UNetConfig) -> TextEncoder | None:
     return TextEncoder(config.text_encoder, config.max_caption_tokens) if "text" in config.conditions else None
 
 
+def check_source(source: ImageSource, config: UNetConfig) -> None:
+    """Find out before images are decoded whether there are the classes and captions that a config asks for.
+
+    Raises:
+        UserError: there are not.
+    """
+    if "class" in config.conditions:
+        _class_names(source)
+    if "text" in config.conditions:
+        check_captions(source, config)
+
+
 def make_conditions(
     config: UNetConfig,
     images: tuple[ImageDataset, ImageDataset],
@@ -439,7 +451,7 @@ def make_conditions(
     return of_split(images[0], folder, True), of_split(images[1], folder / "held_out", False)
 
 
-def _class_names(images: ImageDataset) -> list[str]:
+def _class_names(images: ImageDataset | ImageSource) -> list[str]:
     names = images.class_names
     if not names or len(names) < 2:
         raise UserError(

@@ -30,7 +30,7 @@ from latent_ddpm.distributed import all_reduce_sum, process_count, process_index
 from latent_ddpm.errors import UserError
 from latent_ddpm.export import StockAutoencoder, latents_of
 from latent_ddpm.files import remove_leftovers, write_json, write_whole
-from latent_ddpm.sources import open_sources
+from latent_ddpm.sources import ImageSource, open_sources
 from latent_ddpm.streaming import read_stream, undecodable
 
 logger = logging.getLogger(__name__)
@@ -418,15 +418,23 @@ def finish_cache(place: Path, shards: int, meta: dict) -> None:
     write_json(place / "meta.json", meta)
 
 
-def images_for_run(config: UNetConfig, is_main: bool, wait: Callable[[], None]) -> tuple[ImageDataset, ImageDataset]:
+def images_for_run(
+    config: UNetConfig,
+    is_main: bool,
+    wait: Callable[[], None],
+    check: Callable[[ImageSource, UNetConfig], None] | None = None,
+) -> tuple[ImageDataset, ImageDataset]:
     """The training set of stage 2 and its held-out images, cropped at the centre; call in every process.
 
-    Arguments and errors are those of `latents_for_run`.
+    The other arguments and errors are those of `latents_for_run`; `check` is asked about the training images before any
+    is decoded.
     """
     output_dir = Path(config.output_dir)
     if config.streaming:
         read_stream(config, process_index(), process_count(), wait)
     sources = open_sources(config)
+    if check is not None:
+        check(sources[0], config)
     total = sum(map(len, sources)) + undecodable(config)
     bad_images = BadImages(output_dir / "bad_images.jsonl", total, config.max_bad_image_share)
     # train=False: the cache holds centre crops, whatever stage 1 was shown

@@ -8,7 +8,7 @@ that train. Takes the keys of train_unet.py. A finished cache is left as it is, 
 
 import logging
 
-from latent_ddpm.conditions import load_encoder, make_conditions
+from latent_ddpm.conditions import check_source, load_encoder, make_conditions
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.export import check_autoencoder_fits, load_autoencoder
 from latent_ddpm.latents import images_for_run, latents_for_run
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     accelerator = make_accelerator(config)
     device, is_main, wait = accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
     encoder = load_encoder(config)
-    images = images_for_run(config, is_main, wait)
+    images = images_for_run(config, is_main, wait, check_source)
     cache, _ = latents_for_run(config, autoencoder.to(device), device, is_main, wait, images)
     make_conditions(config, images, latent_size, cache.flips, device, wait, encoder)
     logger.info("%d latents of %s in %s", len(cache), "x".join(map(str, cache.shape)), cache.folder)

@@ -439,6 +439,7 @@ def test_classes_need_a_dataset_that_has_them(trained, data, tmp_path):
     flags = {**flags, "train_data_dir": data / "images" / "bird", "conditioning_image_dir": data / "maps" / "bird"}
     text = launch("train_unet.py", tmp_path / "out", expect=2, **flags)
     assert "conditions has class, but the dataset has no classes" in text
+    assert "decod" not in text  # it was found out before
 
 
 def test_everything_can_be_cached_before_training(trained, tmp_path):
