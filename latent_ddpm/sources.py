@@ -221,6 +221,10 @@ class FolderSource(ImageSource):
         return found
 
     def caption_columns(self) -> list[str]:
+        return self._caption_columns
+
+    @functools.cached_property
+    def _caption_columns(self) -> list[str]:  # asked for more than once, and every name may have to be tried
         columns = dict.fromkeys(key for row in self._metadata.values() for key in row if key != "file_name")
         if "text" not in columns and any((self.root / name).with_suffix(".txt").exists() for name in self.names):
             columns["text"] = None

@@ -114,6 +114,15 @@ def test_metadata_that_cannot_be_read_is_named(tmp_path, name, content):
         FolderSource(tmp_path).caption_columns()
 
 
+def test_a_folder_is_searched_for_captions_once(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a square")
+    source = FolderSource(tmp_path)
+    assert source.caption_columns() == ["text"]
+    shutil.rmtree(tmp_path)
+    assert source.caption_columns() == ["text"]
+
+
 def test_a_caption_that_is_no_text_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_bytes(b"caf\xe9")
