@@ -9,9 +9,10 @@
     python scripts/sample.py you/mnist-text --num_images 8 --prompt "a seven" "a handwritten two"
     accelerate launch --num_processes 8 scripts/sample.py you/mnist-ldm --num_images 50000
 
-Writes `grid.png` (of the first 64 images), `00000.png`, `00001.png`, ... (in the place of those of an earlier call into
-the same folder) and `samples.json`, which records every setting. Image number i follows from (seed, i) alone, so neither --batch_size nor --num_images changes it
-(but for rounding, where a batch is of another size), and the files are the same on any number of processes.
+Writes `grid.png` (of the first 64 images), `00000.png`, `00001.png`, ... and `samples.json`, which records every
+setting; images of an earlier call into the same folder are removed. Image number i follows from (seed, i) alone, so
+neither --batch_size nor --num_images changes it (but for rounding, where a batch is of another size), and the files are
+the same on any number of processes.
 
 --interpolate N adds `interpolation.png`, a row for each pair of neighbours 0-1, 1-2, ... with N images from the one to
 the other, and `interpolation.webp`, the walk through all of them. All images of a pair but the last take the first
