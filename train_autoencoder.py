@@ -15,28 +15,10 @@ from pathlib import Path
 
 import torch
 
-from latent_ddpm.checkpoint import CheckpointFolder, must_fit
-from latent_ddpm.config import AutoencoderConfig, parse_config, save_config
-from latent_ddpm.data import (
-    BadImages,
-    ExampleOrder,
-    eval_batches,
-    next_images,
-    open_image_dataset,
-    to_float,
-    train_batches,
-)
-from latent_ddpm.distributed import StopSignal
-from latent_ddpm.ema import EMA
-from latent_ddpm.errors import UserError
-from latent_ddpm.evaluate import evaluate_autoencoder
-from latent_ddpm.export import fold_normalization, replace_folder, to_stock
-from latent_ddpm.grids import reconstruction_grid
-from latent_ddpm.health import SkippedSteps, Watch, check_images
-from latent_ddpm.hub import is_best
-from latent_ddpm.latents import Moments, overall_std
-from latent_ddpm.launch import check_before_loading, claim, fit_to_processes, make_accelerator, make_publisher, run
-from latent_ddpm.losses import (
+from latent_ddpm.autoencoder.discriminator import PatchDiscriminator
+from latent_ddpm.autoencoder.equivariance import transform_of
+from latent_ddpm.autoencoder.health import Watch, check_images
+from latent_ddpm.autoencoder.losses import (
     HeldWeight,
     adaptive_weight,
     adversarial_ramp,
@@ -48,14 +30,29 @@ from latent_ddpm.losses import (
     r1_penalty,
     reconstruction_loss,
 )
-from latent_ddpm.models.discriminator import PatchDiscriminator
-from latent_ddpm.models.equivariance import transform_of
-from latent_ddpm.models.quantizers import images_for_codes, perplexity
-from latent_ddpm.models.vqvae import Autoencoder
-from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
-from latent_ddpm.sources import open_sources
-from latent_ddpm.streaming import read_stream, undecodable
-from latent_ddpm.tracking import Tracker, is_finished
+from latent_ddpm.autoencoder.quantizers import images_for_codes, perplexity
+from latent_ddpm.autoencoder.scaling import Moments, fold_normalization, overall_std
+from latent_ddpm.autoencoder.stock import to_stock
+from latent_ddpm.autoencoder.vqvae import Autoencoder
+from latent_ddpm.config import AutoencoderConfig, parse_config, save_config
+from latent_ddpm.data.bad_images import BadImages
+from latent_ddpm.data.dataset import ExampleOrder, eval_batches, next_images, open_image_dataset, train_batches
+from latent_ddpm.data.images import to_float
+from latent_ddpm.data.sources.splits import open_sources
+from latent_ddpm.data.sources.streaming import read_stream, undecodable
+from latent_ddpm.diffusion.ema import EMA
+from latent_ddpm.errors import UserError
+from latent_ddpm.evaluation.grids import reconstruction_grid
+from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder
+from latent_ddpm.files import replace_folder
+from latent_ddpm.publishing.hub import check_before_training, make_publisher
+from latent_ddpm.training.checkpoint import CheckpointFolder, must_fit
+from latent_ddpm.training.distributed import StopSignal
+from latent_ddpm.training.launch import check_before_loading, claim, fit_to_processes, make_accelerator, run
+from latent_ddpm.training.metrics import is_best
+from latent_ddpm.training.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
+from latent_ddpm.training.skipped import SkippedSteps
+from latent_ddpm.training.tracking import Tracker, is_finished
 
 logger = logging.getLogger("train_autoencoder")
 
@@ -66,6 +63,7 @@ def main(argv: list[str]) -> int:
     config = asked = parse_config(AutoencoderConfig, argv)
     output_dir = Path(config.output_dir)
     saved_config = check_before_loading(config, "autoencoder")
+    check_before_training(config)
     checkpoints = CheckpointFolder(output_dir / "checkpoints", "autoencoder", config.checkpoints_total_limit)
     state = checkpoints.resume(config.resume_from_checkpoint)
     first_step = state["step"] if state else 0

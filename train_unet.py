@@ -14,31 +14,31 @@ from pathlib import Path
 
 import torch
 
-from latent_ddpm.checkpoint import CheckpointFolder, must_fit
-from latent_ddpm.conditions import Given, check_source, load_encoder, make_conditions, to_device, unet_inputs
+from latent_ddpm.autoencoder.scaling import fold_normalization
+from latent_ddpm.autoencoder.stock import check_autoencoder_fits, load_autoencoder
 from latent_ddpm.config import UNetConfig, parse_config, save_config
-from latent_ddpm.data import ExampleOrder
-from latent_ddpm.diffusion import noise_table, sampling_scheduler, training_batch
-from latent_ddpm.distributed import StopSignal
-from latent_ddpm.ema import PowerEMA
+from latent_ddpm.data.dataset import ExampleOrder
+from latent_ddpm.data.latents import hash_folder, images_for_run, latents_for_run, read_ahead
+from latent_ddpm.diffusion.conditions import Given, check_source, load_encoder, make_conditions, to_device, unet_inputs
+from latent_ddpm.diffusion.ema import PowerEMA
+from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
+from latent_ddpm.diffusion.objective import training_batch
+from latent_ddpm.diffusion.sampling import draw_film
+from latent_ddpm.diffusion.unet import StockUNet, check_latents_fit, make_unet
 from latent_ddpm.errors import UserError
-from latent_ddpm.export import (
-    check_autoencoder_fits,
-    export_pipeline,
-    fold_normalization,
-    load_autoencoder,
-)
-from latent_ddpm.grids import make_grid, save_png
-from latent_ddpm.health import SkippedSteps
-from latent_ddpm.hub import is_best
-from latent_ddpm.latents import hash_folder, images_for_run, latents_for_run, read_ahead
-from latent_ddpm.launch import check_before_loading, claim, fit_to_processes, make_accelerator, make_publisher, run
-from latent_ddpm.models.unet import StockUNet, check_latents_fit, make_unet
-from latent_ddpm.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
+from latent_ddpm.evaluation.grids import make_grid
+from latent_ddpm.files import save_png
+from latent_ddpm.publishing.export import export_pipeline
+from latent_ddpm.publishing.hub import check_before_training, make_publisher
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
-from latent_ddpm.sampling import draw_film
-from latent_ddpm.sharding import Sharding, gather, load_optimizer, prepare, whole_unet
-from latent_ddpm.tracking import Tracker, is_finished
+from latent_ddpm.training.checkpoint import CheckpointFolder, must_fit
+from latent_ddpm.training.distributed import StopSignal
+from latent_ddpm.training.launch import check_before_loading, claim, fit_to_processes, make_accelerator, run
+from latent_ddpm.training.metrics import is_best
+from latent_ddpm.training.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
+from latent_ddpm.training.sharding import Sharding, gather, load_optimizer, prepare, whole_unet
+from latent_ddpm.training.skipped import SkippedSteps
+from latent_ddpm.training.tracking import Tracker, is_finished
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 logger = logging.getLogger("train_unet")
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
     config = asked = parse_config(UNetConfig, argv)
     output_dir = Path(config.output_dir)
     saved_config = check_before_loading(config, "unet")
+    check_before_training(config)
     checkpoints = CheckpointFolder(output_dir / "checkpoints", "unet", config.checkpoints_total_limit)
     state = checkpoints.resume(config.resume_from_checkpoint)
     first_step = state["step"] if state else 0

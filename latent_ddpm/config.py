@@ -22,9 +22,7 @@ from latent_ddpm.files import write_whole
 
 MAX_SIGMA_REL = 0.28  # of an average of weights; the plain mean of all has 12^-0.5 = 0.289 (ema.gamma_of)
 LPIPS_MIN_PIXELS = {"vgg": 16, "alex": 31, "squeeze": 17}  # below, a pooling layer of the trunk has no output
-
-EMBEDDED_ENCODER = "embedded:minilm"  # see latent_ddpm/captions.py
-
+EMBEDDED_ENCODER = "embedded:minilm"  # see latent_ddpm/data/captions.py
 SECTIONS = ("train_autoencoder", "train_unet")
 
 

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
 
 _ASIDE = re.compile(r".*\.(\d+)\.(tmp|new|old)")
 
@@ -59,3 +61,68 @@ def remove_leftovers(folder: Path) -> None:
         found = _ASIDE.fullmatch(path.name)
         if found and not psutil.pid_exists(int(found[1])):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def save_png(image: Image.Image, path: str | os.PathLike) -> None:
+    """Writes a PNG that exists whole or not at all: aside first, then renamed. Missing parents are made.
+
+    Args:
+        image: any PIL image of a mode that PNG holds.
+        path: the file to write, replaced when it exists.
+
+    Raises:
+        OSError: the folder can not be made or written; no partial file is left behind.
+    """
+    _save_whole(image, Path(path), format="PNG")
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, milliseconds: int = 100) -> None:
+    """Writes frames that repeat for ever, as `save_png` writes: lossless WebP, or GIF (256 colours a frame).
+
+    Args:
+        frames: at least one, of one size, of mode L or RGB. Equal neighbours may be stored as one longer frame.
+        path: ends in .webp or .gif.
+        milliseconds: how long each frame stands.
+
+    Raises:
+        ValueError: another ending.
+        OSError: as `save_png`.
+    """
+    path = Path(path)
+    options = {".webp": {"format": "WEBP", "lossless": True}, ".gif": {"format": "GIF"}}.get(path.suffix.lower())
+    if options is None:
+        raise ValueError(f"an animation's name ends in .webp or .gif, got {path.name}")
+    _save_whole(frames[0], path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, **options)
+
+
+def _save_whole(image: Image.Image, path: Path, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = aside_name(path)
+    try:
+        image.save(aside, **options)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def folder_name(recipe: str) -> str:
+    """A folder's name for a recipe of a benchmark and its keys: "ours --optimizer muon" -> "ours-optimizer-muon"."""
+    return re.sub(r"[^\w.=-]+", "-", recipe.replace("--", "")).strip("-")
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder aside, then put it in the place of `folder`."""
+    aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        write(aside)
+        for path in (*aside.rglob("*"), aside):
+            fsync_path(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

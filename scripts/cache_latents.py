@@ -8,11 +8,11 @@ that train. Takes the keys of train_unet.py. A finished cache is left as it is, 
 
 import logging
 
-from latent_ddpm.conditions import check_source, load_encoder, make_conditions
+from latent_ddpm.autoencoder.stock import check_autoencoder_fits, load_autoencoder
 from latent_ddpm.config import UNetConfig, parse_config
-from latent_ddpm.export import check_autoencoder_fits, load_autoencoder
-from latent_ddpm.latents import images_for_run, latents_for_run
-from latent_ddpm.launch import check_before_loading, make_accelerator, run
+from latent_ddpm.data.latents import images_for_run, latents_for_run
+from latent_ddpm.diffusion.conditions import check_source, load_encoder, make_conditions
+from latent_ddpm.training.launch import check_before_loading, make_accelerator, run
 
 logger = logging.getLogger("cache_latents")
 

@@ -67,11 +67,35 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from latent_ddpm.captions import read_captions
-from latent_ddpm.conditions import ConditioningImages
+from latent_ddpm.autoencoder.losses import TRUNKS, load_lpips
+from latent_ddpm.autoencoder.stock import (
+    check_autoencoder_fits,
+    code_count,
+    latents_of,
+    load_autoencoder,
+    quantize_indices,
+)
 from latent_ddpm.config import UNetConfig, parse_config
-from latent_ddpm.data import BadImages, ImageDataset, eval_batches, open_image_dataset, to_float, to_uint8
-from latent_ddpm.digits import (
+from latent_ddpm.data.bad_images import BadImages
+from latent_ddpm.data.captions import read_captions
+from latent_ddpm.data.dataset import ImageDataset, eval_batches, open_image_dataset
+from latent_ddpm.data.images import to_float, to_uint8
+from latent_ddpm.data.latents import images_for_run
+from latent_ddpm.data.sources.base import SubsetSource
+from latent_ddpm.data.sources.embedded import NUMBER_WORDS
+from latent_ddpm.data.sources.splits import open_sources
+from latent_ddpm.diffusion.conditions import ConditioningImages
+from latent_ddpm.diffusion.sampling import (
+    add_guidance_arguments,
+    draw_shared,
+    find_scheduler,
+    guidance_of,
+    image_shape,
+    load_pipeline,
+    with_scheduler,
+)
+from latent_ddpm.errors import UserError
+from latent_ddpm.evaluation.digits import (
     digit_probabilities,
     digit_tensors,
     intersection_over_union,
@@ -79,10 +103,7 @@ from latent_ddpm.digits import (
     silhouettes,
     train_digit_classifier,
 )
-from latent_ddpm.errors import UserError
-from latent_ddpm.evaluate import evaluate_autoencoder, psnr
-from latent_ddpm.export import check_autoencoder_fits, code_count, latents_of, load_autoencoder, quantize_indices
-from latent_ddpm.features import (
+from latent_ddpm.evaluation.features import (
     EXTRACTORS,
     MIN_IMAGES,
     cached_features,
@@ -93,22 +114,11 @@ from latent_ddpm.features import (
     load_extractor,
     nearest,
 )
-from latent_ddpm.files import write_json
-from latent_ddpm.grids import make_grid, reconstruction_grid, save_png
-from latent_ddpm.latents import images_for_run
-from latent_ddpm.launch import make_accelerator, run
-from latent_ddpm.losses import TRUNKS, load_lpips
+from latent_ddpm.evaluation.grids import make_grid, reconstruction_grid
+from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder, psnr
+from latent_ddpm.files import save_png, write_json
 from latent_ddpm.random import permutation
-from latent_ddpm.sampling import (
-    add_guidance_arguments,
-    draw_shared,
-    find_scheduler,
-    guidance_of,
-    image_shape,
-    load_pipeline,
-    with_scheduler,
-)
-from latent_ddpm.sources import NUMBER_WORDS, SubsetSource, open_sources
+from latent_ddpm.training.launch import make_accelerator, run
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 

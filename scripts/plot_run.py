@@ -9,9 +9,9 @@ Over images seen, so that runs with other batches can be compared. Loss and vali
 import argparse
 from pathlib import Path
 
-from latent_ddpm.curves import draw_curves
 from latent_ddpm.errors import UserError
-from latent_ddpm.launch import run
+from latent_ddpm.publishing.curves import draw_curves
+from latent_ddpm.training.launch import run
 
 
 def main(argv: list[str]) -> int:

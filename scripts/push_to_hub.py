@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from latent_ddpm.errors import UserError
-from latent_ddpm.hub import Publisher, check_can_publish, check_repo_id, lay_out, write_card
-from latent_ddpm.launch import run
-from latent_ddpm.private import Scrubber
+from latent_ddpm.publishing.hub import Publisher, check_can_publish, check_repo_id, lay_out, write_card
+from latent_ddpm.publishing.private import Scrubber
+from latent_ddpm.training.launch import run
 
 
 def main(argv: list[str]) -> int:

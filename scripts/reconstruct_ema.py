@@ -25,12 +25,11 @@ import torch
 from diffusers import UNet2DModel
 
 from latent_ddpm.config import MAX_SIGMA_REL, UNetConfig, parse_config
-from latent_ddpm.ema import reconstruct, reconstruction_error
+from latent_ddpm.diffusion.ema import reconstruct, reconstruction_error
 from latent_ddpm.errors import UserError
-from latent_ddpm.export import replace_folder
-from latent_ddpm.features import EXTRACTORS, check_installed
-from latent_ddpm.files import write_json
-from latent_ddpm.launch import run
+from latent_ddpm.evaluation.features import EXTRACTORS, check_installed
+from latent_ddpm.files import replace_folder, write_json
+from latent_ddpm.training.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
 

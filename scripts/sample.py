@@ -47,13 +47,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from PIL import Image
 
-from latent_ddpm.errors import UserError
-from latent_ddpm.files import write_whole
-from latent_ddpm.grids import make_grid, save_animation, save_png
-from latent_ddpm.images import as_seen, decode, resize_and_crop
-from latent_ddpm.launch import run
-from latent_ddpm.random import Stream, normal
-from latent_ddpm.sampling import (
+from latent_ddpm.data.images import as_seen, decode, resize_and_crop
+from latent_ddpm.diffusion.sampling import (
     SCHEDULERS,
     add_guidance_arguments,
     draw_film,
@@ -69,6 +64,11 @@ from latent_ddpm.sampling import (
     slerp,
     with_scheduler,
 )
+from latent_ddpm.errors import UserError
+from latent_ddpm.evaluation.grids import make_grid
+from latent_ddpm.files import save_animation, save_png, write_whole
+from latent_ddpm.random import Stream, normal
+from latent_ddpm.training.launch import run
 from pipeline_latent_ddpm import CONDITIONS, LatentDDPMPipeline
 
 GRID_LIMIT = 64

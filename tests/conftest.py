@@ -79,9 +79,9 @@ def launch(script, output_dir, expect=0, processes=None, **flags):
     return text
 
 
-def run_script(name, *words, expect=0):
+def run_script(name, *words, expect=0, folder="scripts"):
     """Run one of scripts/ to its end; returns it with what it wrote."""
-    done = Script([f"scripts/{name}", *words]).finish()
+    done = Script([f"{folder}/{name}", *words]).finish()
     assert done.returncode == expect, done.stderr[-3000:]
     return done
 

@@ -19,7 +19,14 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 900  # seconds until a process counts as hung; a busy machine takes five times its usual time
-LIBRARIES = ["train_autoencoder", "train_unet", "accelerate", "datasets", "latent_ddpm.features", "matplotlib.pyplot"]
+LIBRARIES = [
+    "train_autoencoder",
+    "train_unet",
+    "accelerate",
+    "datasets",
+    "latent_ddpm.evaluation.features",
+    "matplotlib.pyplot",
+]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(LIBRARIES)

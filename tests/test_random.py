@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_ddpm.config import UNetConfig
-from latent_ddpm.diffusion import sample_times
+from latent_ddpm.diffusion.objective import sample_times
 from latent_ddpm.random import (
     Stream,
     first_words,

@@ -28,10 +28,10 @@ from conftest import (
 )
 from preloaded import ROOT, Script
 
-from latent_ddpm.checkpoint import FORMAT, CheckpointFolder
 from latent_ddpm.config import UNetConfig, same_batch
-from latent_ddpm.distributed import joining
 from latent_ddpm.errors import UserError
+from latent_ddpm.training.checkpoint import FORMAT, CheckpointFolder
+from latent_ddpm.training.distributed import joining
 
 STEPS = {"max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 6, "unet_dropout": 0}
 
@@ -151,8 +151,8 @@ OLD = {
 
 @pytest.mark.parametrize("version", [0, 1])
 def test_checkpoints_of_earlier_versions_go_on(photos, tmp_path, version):
-    """tests/data/checkpoints-N holds what format N wrote after two steps of both stages with the keys of OLD."""
-    shutil.copytree(ROOT / "tests" / "data" / "checkpoints-1", tmp_path / "checkpoints")
+    """tests/fixtures/checkpoints-N holds what format N wrote after two steps of both stages with the keys of OLD."""
+    shutil.copytree(ROOT / "tests" / "fixtures" / "checkpoints-1", tmp_path / "checkpoints")
     if version == 0:  # the same without what format 1 added
         for folder in (tmp_path / "checkpoints").iterdir():
             state = json.loads((folder / "state.json").read_text())
@@ -217,7 +217,7 @@ MEETING = """
 import os, sys
 from datetime import timedelta
 import torch.distributed
-from latent_ddpm import distributed
+from latent_ddpm.training import distributed
 from latent_ddpm.errors import UserError
 
 distributed.JOIN_SECONDS, distributed.NOTICE_SECONDS = 5, 1

@@ -1,0 +1,451 @@
+"""From sources to batches of tensors, and the order in which images are seen.
+
+    open_image_dataset(...)           a source -> tensors, decoded once into a memory-mapped file when they fit
+    ExampleOrder(length, seed)        example number -> index of an image
+    train_batches(...)                the micro-batches of a range of steps, on this process
+    eval_batches(...)                 every image once, shared out between the processes
+
+Which image example number n is, and how it is cropped and mirrored, follows from (seed, n) alone: nothing
+here has a state that a checkpoint would have to hold.
+"""
+
+import functools
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from latent_ddpm.data.bad_images import BadImages
+from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSION, square
+from latent_ddpm.data.indexing import digest, digest_of_many
+from latent_ddpm.data.sources.base import ImageSource
+from latent_ddpm.errors import UserError
+from latent_ddpm.random import Stream, permutation, scattered, uniform
+
+logger = logging.getLogger(__name__)
+
+
+class ImageDataset(Dataset):
+    """Square 8-bit images of one size; made by `open_image_dataset`.
+
+    `dataset[i]` is image i, cropped at its centre. `dataset[n, i]` is image i as training example number n sees
+    it: crop (unless `center_crop`) and mirroring (if `random_flip`) are drawn from (seed, n); a dataset that is
+    not for training augments nothing. Either is a dict of
+
+        image    uint8 (C, H, W)
+        index    the index of that image
+        label    its class, or -1
+        example  n, or i where no n was given
+
+    A dataset held in memory-mapped form has only images that could be decoded. Otherwise an undecodable image
+    is entered in the list of bad images and the next one that can be decoded stands in for it, so that `index`
+    and `label` are those of the image that is there.
+
+    Attributes:
+        labels: int8, int16 or int32 (N,), the class of each image, -1 where unknown; or None.
+        class_names: list of the name of each class, or None.
+        fingerprint: stands for the images, their order, size and channels.
+        cached: whether the images are decoded already.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        cfg: Any,
+        bad_images: BadImages,
+        train: bool,
+        images: np.ndarray | None = None,  # uint8 (M, H, W, C), decoded
+        kept: Sequence[int] | None = None,  # M indices into the source, ascending
+    ) -> None:
+        self.source, self.bad_images, self.images = source, bad_images, images
+        self.resolution, self.channels, self.seed = cfg.resolution, cfg.image_channels, cfg.seed
+        self.random_crop = train and not cfg.center_crop
+        self.random_flip = train and cfg.random_flip
+        # most often all of them: then there is nothing to hold
+        self.kept = None if kept is None or len(kept) == len(source) else np.asarray(kept, dtype=np.int64)
+        self.class_names, self.labels = source.class_names, source.labels
+        self.fingerprint = _cache_key(source, cfg.resolution, cfg.image_channels)
+        if self.kept is not None:
+            self.labels = None if self.labels is None else self.labels[self.kept]
+            self.fingerprint = digest_of_many(self.fingerprint, rows=self.kept)
+
+    @property
+    def cached(self) -> bool:
+        return self.images is not None
+
+    def __len__(self) -> int:
+        return len(self.source) if self.kept is None else len(self.kept)
+
+    def source_index(self, i: int) -> int:
+        """The index in the source of image i."""
+        return int(i) if self.kept is None else int(self.kept[i])
+
+    def name(self, i: int) -> str:
+        """The name that the source gives image i."""
+        return self.source.name(self.source_index(i))
+
+    def get(self, i: int, crop: tuple[float, float] = CENTRE, flip: bool = False) -> torch.Tensor:
+        """Image i, or the one that stands in for it: uint8 (C, H, W). `crop`, `flip`: see `resize_and_crop`."""
+        return self._get(i, crop, flip)[0]
+
+    def _get(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[torch.Tensor, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of {len(self)}")
+        if self.images is not None and crop == CENTRE:
+            pixels, used = np.array(self.images[i]), i
+            pixels = pixels[:, ::-1] if flip else pixels
+        else:
+            pixels, used = self._decode_from(i, crop, flip)
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), used
+
+    def _decode_from(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[np.ndarray, int]:
+        for candidate in range(i, i + len(self)):
+            candidate %= len(self)
+            pixels = decode_square(
+                self.source, self.source_index(candidate), self.resolution, self.channels, crop, flip
+            )
+            if not isinstance(pixels, str):
+                return pixels, candidate
+            self.bad_images.add(self.name(candidate), pixels)
+            self.bad_images.check()  # or a folder of a million bad images is read to its end here
+        raise UserError(f"none of the {len(self)} images can be decoded; see {self.bad_images.path}")
+
+    def __getitem__(self, request: int | tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([request])[0]
+
+    def __getitems__(self, requests: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """The items of a batch, for `DataLoader`: one draw for all is much cheaper than one for each."""
+        pairs = [request if isinstance(request, tuple) else (None, request) for request in requests]
+        numbers = torch.tensor([0 if n is None else n for n, _ in pairs])
+        crops = uniform(self.seed, Stream.CROP, numbers, (2,)).tolist() if self.random_crop else [CENTRE] * len(pairs)
+        flips = self._flips(numbers).tolist()
+        items = []
+        for (n, i), crop, flip in zip(pairs, crops, flips, strict=True):
+            image, used = self._get(i, CENTRE, False) if n is None else self._get(i, tuple(crop), flip)
+            label = -1 if self.labels is None else int(self.labels[used])
+            items.append({"image": image, "index": used, "label": label, "example": i if n is None else n})
+        return items
+
+    def _flips(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Whether each of the examples (B,) is mirrored: bool (B,)."""
+        if not self.random_flip:
+            return torch.zeros(len(numbers), dtype=torch.bool)
+        return uniform(self.seed, Stream.FLIP, numbers) < 0.5
+
+    def gather(self, numbers: np.ndarray | None, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """What stacking `self[n, i]` (or `self[i]`, without numbers) gives, at once; for decoded images.
+
+        Args:
+            numbers: int64 (B,), example numbers, or None.
+            indices: int64 (B,).
+
+        Returns:
+            image: uint8 (B, C, H, W); index, label, example: int64 (B,).
+        """
+        if self.images is None or self.random_crop:
+            raise ValueError("gather needs a dataset that is held decoded")
+        index = torch.from_numpy(np.array(indices, dtype=np.int64))
+        example = index.clone() if numbers is None else torch.from_numpy(np.array(numbers, dtype=np.int64))
+        # In numpy: torch would split these small copies over threads, which costs more than the copies (10x measured).
+        pixels = np.asarray(self.images[indices])  # (B, H, W, C)
+        if numbers is not None and self.random_flip:
+            flips = self._flips(example).numpy()
+            pixels[flips] = pixels[flips, :, ::-1]
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))  # (B, C, H, W)
+        return {
+            "image": image,
+            "index": index,
+            "label": torch.full_like(index, -1)
+            if self.labels is None
+            else torch.from_numpy(self.labels[indices]).long(),
+            "example": example,
+        }
+
+
+def decode_square(
+    source: ImageSource, k: int, resolution: int, channels: int, crop: tuple[float, float], flip: bool
+) -> np.ndarray | str:
+    """Image k of the source as uint8 (H, W, C), or why there is none."""
+    # Twice the resolution leaves Lanczos enough to antialias what the JPEG decoder reduced.
+    return square(lambda: source.load(k, at_least=2 * resolution), resolution, channels, crop, flip)
+
+
+def open_image_dataset(
+    source: ImageSource,
+    cfg: Any,
+    cache_dir: str | os.PathLike,
+    bad_images: BadImages,
+    train: bool,
+    is_main: bool,
+    wait: Callable[[], None],
+) -> ImageDataset:
+    """A source as a dataset of tensors.
+
+    Images that fit in `cfg.image_cache_gib` and are always cropped at the centre are decoded once, by the main
+    process, into a memory-mapped file that runs and processes share. Others are decoded as they are asked for.
+
+    Args:
+        source: the images.
+        cfg: has `resolution`, `image_channels` (1 or 3), `center_crop`, `random_flip`, `image_cache_gib`,
+            `dataloader_num_workers`, `seed`.
+        cache_dir: folder for decoded images, on a disk that all processes see.
+        bad_images: where undecodable images are entered.
+        train: whether `dataset[n, i]` augments.
+        is_main: whether this process decodes. Exactly one does.
+        wait: a barrier of all processes; each calls it once, or none where nothing is decoded ahead.
+
+    Raises:
+        UserError: too many images, or all of them, are bad; or the cache can not be written or read.
+    """
+    decoded = source.squares()
+    if decoded is not None:
+        return ImageDataset(source, cfg, bad_images, train, decoded)
+    size = len(source) * cfg.resolution**2 * cfg.image_channels  # bytes
+    if size > cfg.image_cache_gib * 2**30 or not (cfg.center_crop or not train):
+        return ImageDataset(source, cfg, bad_images, train)
+    folder = Path(cache_dir) / f"images-{_cache_key(source, cfg.resolution, cfg.image_channels)}"
+    if is_main and not folder.is_dir():
+        _write_cache(folder, source, cfg, bad_images, size)
+    wait()
+    try:
+        sidecar = json.loads((folder / "images.json").read_text())
+        images = np.load(folder / "images.npy", mmap_mode="r")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not there: cache_dir must be on a disk that all processes share") from error
+    except ValueError as error:
+        raise UserError(f"{folder} is damaged ({error}); delete it and start again") from error
+    if len(images) != len(sidecar["kept"]):
+        raise UserError(f"{folder} is damaged (images.npy and images.json disagree); delete it and start again")
+    if is_main and sidecar["bad"]:
+        logger.warning("%d undecodable images were left out of %s", len(sidecar["bad"]), folder)
+        for entry in sidecar["bad"]:  # another run may have written the cache: this one has its own list
+            bad_images.add(entry["name"], entry["error"])
+        bad_images.check()
+    return ImageDataset(source, cfg, bad_images, train, images, sidecar["kept"])
+
+
+def _cache_key(source: ImageSource, resolution: int, channels: int) -> str:
+    return digest(source.fingerprint, resolution, channels, TRANSFORM_VERSION)
+
+
+class _Squares(Dataset):
+    """k, and image k at the centre crop or why there is none; for the workers that fill a cache."""
+
+    def __init__(self, source: ImageSource, resolution: int, channels: int) -> None:
+        self.source, self.resolution, self.channels = source, resolution, channels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, k: int) -> tuple[int, np.ndarray | str]:
+        return k, decode_square(self.source, k, self.resolution, self.channels, CENTRE, False)
+
+
+def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadImages, size: int) -> None:
+    """Decodes all images into `folder`, which exists whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if size > free:
+        raise UserError(
+            f"the decoded images take {size / 2**30:.2g} GiB and {folder.parent} has {free / 2**30:.2g} GiB left; "
+            "make room, or set image_cache_gib to 0 to decode them again in every epoch"
+        )
+    logger.info("decoding %d images to %s", len(source), folder)
+    squares = DataLoader(
+        _Squares(source, cfg.resolution, cfg.image_channels),
+        batch_size=64,
+        collate_fn=list,
+        num_workers=cfg.dataloader_num_workers,
+        generator=torch.Generator(),  # or the loader would take a number from the global one
+    )
+    kept, bad = [], []
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=f".{os.getpid()}.tmp", dir=folder.parent))
+    try:
+        with open(aside / "images.npy", "wb") as file, tqdm(total=len(source), desc="decode", disable=None) as bar:
+            offset = _write_header(file, len(source), cfg)
+            for batch in squares:
+                for k, square in batch:
+                    if isinstance(square, str):
+                        bad.append({"name": source.name(k), "error": square})
+                        bad_images.add(**bad[-1])
+                    else:
+                        file.write(square.tobytes())
+                        kept.append(k)
+                bar.update(len(batch))
+            if not kept:
+                bad_images.check()
+                raise UserError(f"none of the {len(source)} images can be decoded; see {bad_images.path}")
+            file.seek(0)
+            if _write_header(file, len(kept), cfg) != offset:
+                raise RuntimeError("numpy changed the length of the header")
+            _sync(file)
+        with open(aside / "images.json", "w") as file:
+            json.dump({"kept": kept, "bad": bad, "source": source.fingerprint, "total": len(source)}, file)
+            _sync(file)
+        aside.chmod(0o755)  # mkdtemp makes it private; runs of other users may share it
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run was faster: its images are the same
+                raise
+        descriptor = os.open(folder.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_header(file: BinaryIO, count: int, cfg: Any) -> int:
+    """The header of a .npy file of `count` images; numpy pads it so that the count can be changed in place."""
+    shape = (count, cfg.resolution, cfg.resolution, cfg.image_channels)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.tell()
+
+
+def _sync(file: IO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+ORDER_TABLE = 2**20  # images up to which an epoch's order is kept as a table; beyond, it is computed in parts
+ORDER_PART = 2**14  # positions of such a part: a call of NumPy on a few costs as much as on thousands
+
+
+class ExampleOrder:
+    """Which image each training example is: every epoch of `length` examples is its own shuffle of all images."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        if length < 1:
+            raise ValueError("an order needs at least one image")
+        self.length, self.seed = length, seed
+        self._size = length if length <= ORDER_TABLE else ORDER_PART
+        # A batch spans two parts at most, unless it is larger than them.
+        self._part = functools.lru_cache(maxsize=2)(functools.partial(_part_of_order, seed, length, self._size))
+
+    def __reduce__(self) -> tuple:
+        return ExampleOrder, (self.length, self.seed)
+
+    def order(self, n: int) -> int:
+        """The index of the image that is example number n."""
+        return int(self.indices(np.array([n]))[0])
+
+    def indices(self, numbers: np.ndarray) -> np.ndarray:
+        """The same for int64 (B,) example numbers: int64 (B,)."""
+        epochs, positions = np.divmod(np.asarray(numbers, dtype=np.int64), self.length)
+        parts, places = np.divmod(positions, self._size)
+        result = np.empty_like(positions)
+        for epoch, part in np.unique(np.stack((epochs, parts)), axis=1).T.tolist():
+            here = (epochs == epoch) & (parts == part)
+            result[here] = self._part(epoch, part)[places[here]]
+        return result
+
+
+def _part_of_order(seed: int, length: int, size: int, epoch: int, part: int) -> np.ndarray:
+    if size == length:
+        return permutation(seed, epoch, length)
+    return scattered(seed, epoch, length, np.arange(part * size, min((part + 1) * size, length)))
+
+
+def train_batches(
+    dataset: ImageDataset,
+    order: ExampleOrder,
+    first_step: int,
+    last_step: int,
+    batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    accumulation: int = 1,
+    num_workers: int = 0,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The micro-batches of steps first_step .. last_step - 1 on one process, `accumulation` a step.
+
+    Micro-batch m of step s on process p holds the examples ((s * A + m) * P + p) * B + 0 .. B - 1, for batch
+    size B, P processes and A micro-batches a step: what a step sees depends on the product B * P * A only.
+
+    Args:
+        dataset: the training images.
+        order: `ExampleOrder(len(dataset), seed)`.
+        first_step: steps done before; any value gives the batches that an uninterrupted run would see.
+        last_step: where to stop, exclusive.
+        batch_size: examples a micro-batch, may exceed the dataset.
+        process_index: this process, in [0, num_processes).
+        num_processes: processes that share a step.
+        accumulation: micro-batches a step.
+        num_workers: processes that decode; unused where the images are decoded already.
+
+    Yields:
+        image: uint8 (B, C, H, W); index, label (-1 where unknown), example: int64 (B,).
+
+    Raises:
+        UserError: too many images turned out to be bad.
+    """
+    if order.length != len(dataset):
+        raise ValueError(f"the order is of {order.length} images, the dataset has {len(dataset)}")
+    micro_batches = range(first_step * accumulation, last_step * accumulation)
+    firsts = ((micro * num_processes + process_index) * batch_size for micro in micro_batches)
+    numbers = (first + np.arange(batch_size) for first in firsts)
+    return _batches(dataset, ((n, order.indices(n)) for n in numbers), num_workers)
+
+
+def eval_batches(
+    dataset: ImageDataset, batch_size: int, process_index: int = 0, num_processes: int = 1, num_workers: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Every image once, in order and without augmentation: batch k goes to process k % num_processes.
+
+    Yields:
+        As `train_batches`, with `example` the index asked for; the last batch of the dataset may be short.
+        `index` differs from `example` where another image stands in for an undecodable one.
+    """
+    starts = range(process_index * batch_size, len(dataset), num_processes * batch_size)
+    indices = (np.arange(start, min(start + batch_size, len(dataset))) for start in starts)
+    return _batches(dataset, ((None, i) for i in indices), num_workers)
+
+
+def next_images(
+    dataset: ImageDataset, order: "ExampleOrder", start: int, count: int, process_index: int, num_processes: int
+) -> torch.Tensor:
+    """This process's share of the `count` examples from number `start` on, augmented: uint8 (B, C, H, W)."""
+    share = -(-count // num_processes)
+    numbers = np.arange(start + process_index * share, start + (process_index + 1) * share)
+    pairs = list(zip(numbers.tolist(), order.indices(numbers).tolist(), strict=True))
+    return torch.stack([item["image"] for item in dataset.__getitems__(pairs)])
+
+
+def range_batches(
+    dataset: ImageDataset, indices: range, batch_size: int, num_workers: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The images of `indices`, in order and without augmentation; yields as `eval_batches`."""
+    chunks = (np.asarray(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size))
+    return _batches(dataset, ((None, i) for i in chunks), num_workers)
+
+
+def _batches(dataset: ImageDataset, requests: Iterator, num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    """`requests` holds pairs of example numbers (B,) or None, and indices (B,)."""
+    if dataset.cached and not dataset.random_crop:
+        for numbers, indices in requests:
+            yield dataset.gather(numbers, indices)
+        return
+    lists = (i.tolist() if n is None else list(zip(n.tolist(), i.tolist(), strict=True)) for n, i in requests)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=lists,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # or the loader would take a number from the global one
+    )
+    try:
+        yield from loader
+    except UserError as error:
+        error.__traceback__ = None  # it holds on to the loader, whose workers would end only after a time-out
+        dataset.bad_images.check()  # a worker's message carries its traceback: the same one, without it
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None

@@ -1,0 +1,179 @@
+"""Pixels: from whatever an image file holds to an upright square of 8-bit values."""
+
+import io
+import logging
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+logger = logging.getLogger(__name__)
+
+TRANSFORM_VERSION = 1  # raise it when the pixels that come out change: it is part of the key of every cache
+CENTRE = (0.5, 0.5)
+
+
+def decode(data: bytes, at_least: int | None = None) -> Image.Image:
+    """Decodes the first frame of an image file, wholly: a truncated file raises.
+
+    Args:
+        data: the bytes of the file.
+        at_least: lets the JPEG decoder skip detail, as long as both sides keep this many pixels.
+
+    Raises:
+        OSError: the bytes are empty or not an image. Pillow's decoders also raise `SyntaxError`, `ValueError`,
+            `DecompressionBombError` and others on damaged files; a caller that must survive catches `Exception`.
+    """
+    if not data:
+        raise OSError("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "Corrupt EXIF data" and the like, on images that decode
+        try:
+            image = Image.open(io.BytesIO(data))
+        except Image.UnidentifiedImageError:
+            # Pillow's own message is the address of the buffer.
+            raise OSError("not an image, or of a format that Pillow does not read") from None
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))  # only JPEG takes the hint
+        image.load()
+        return image
+
+
+def as_seen(image: Image.Image, channels: int) -> Image.Image:
+    """The image as a person sees it: turned by its EXIF orientation, transparency laid on white.
+
+    16-bit gray is scaled by its full range. A 32-bit integer image is taken for 16-bit gray unless it holds
+    values outside [0, 65535]; then its own minimum and maximum become 0 and 255. A float image is taken for
+    [0, 1] when its largest finite value is at most 1, else for [0, 255]; NaN is black.
+
+    Args:
+        image: any mode that Pillow decodes to.
+        channels: 1 or 3.
+
+    Returns:
+        An image of mode "L" (1 channel) or "RGB" (3 channels).
+
+    Raises:
+        ValueError: `channels` is neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, not {channels}")
+    image = _upright(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")  # premultiplied: the only way out
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode:
+        return image
+    if image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")  # LAB has no direct way to L
+    return image.convert(mode)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged EXIF block is no reason to lose the picture
+        logger.debug("ignored the EXIF block of an image: %s", error)
+        return image
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    """(H, W) of uint16, int32 or float32 to uint8, as described in `as_seen`."""
+    if values.dtype.kind == "f":
+        finite = values[np.isfinite(values)]
+        scale = 255.0 if finite.size == 0 or finite.max() <= 1 else 1.0
+        scaled = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf) * scale
+    else:
+        low, high = int(values.min()), int(values.max())
+        if low >= 0 and high <= 65535:
+            low, high = 0, 65535
+        scaled = (values.astype(np.float64) - low) * (255.0 / max(high - low, 1))
+    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+
+
+def resize_and_crop(
+    image: Image.Image, resolution: int, crop: tuple[float, float] = CENTRE, flip: bool = False
+) -> np.ndarray:
+    """Resizes the shorter side to `resolution` (Lanczos, antialiased), takes a square window, mirrors it.
+
+    The window alone is resampled, so the cost does not grow with the aspect ratio. An image whose shorter side
+    already is `resolution` is cut at whole pixels and keeps its values.
+
+    Args:
+        image: mode "L" or "RGB", of any size.
+        resolution: side of the result in pixels.
+        crop: offset of the window to the right and down, as fractions of the slack; (0.5, 0.5) is the centre.
+        flip: mirror left to right, after the crop.
+
+    Returns:
+        uint8 (resolution, resolution, C), C-contiguous.
+    """
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) * crop[0], (height - side) * crop[1]
+    if side == resolution:
+        left, top = round(left), round(top)
+        image = image.crop((left, top, left + side, top + side))
+    else:
+        # Pillow's taps reach beyond the box, so this equals resizing the whole image and cropping then.
+        box = (left, top, left + side, top + side)
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    pixels = np.asarray(image).reshape(resolution, resolution, -1)  # (H, W, C)
+    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+
+
+def nearest_square(image: Image.Image, resolution: int) -> np.ndarray:
+    """A map of classes at another size: the window of `resize_and_crop` at the centre, without new values.
+
+    Args:
+        image: of one channel: "L", "P" (the palette's indices count), "1", or 16 or 32 bits with values below 256.
+        resolution: side of the result in pixels.
+
+    Returns:
+        uint8 (resolution, resolution).
+
+    Raises:
+        ValueError: the image has several channels, or values above 255 or below 0.
+    """
+    image = _upright(image)
+    if len(image.getbands()) > 1:
+        raise ValueError(f"it has {len(image.getbands())} channels, and a map of classes has one")
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(f"its values go from {values.min()} to {values.max()}, and classes from 0 to 255")
+    image = Image.fromarray(values.astype(np.uint8))
+    side = min(image.size)
+    left, top = ((length - side) * centre for length, centre in zip(image.size, CENTRE, strict=True))
+    if side == resolution:
+        left, top = round(left), round(top)
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((resolution, resolution), Image.Resampling.NEAREST, box=box))
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 of any shape to float32 in [-1, 1]."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floats in [-1, 1] of any shape to uint8, rounded; what lies outside is clamped."""
+    return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def square(
+    load: Callable[[], Image.Image], resolution: int, channels: int, crop: tuple[float, float], flip: bool
+) -> np.ndarray | str:
+    """What `load` decodes as uint8 (H, W, C), or why there is nothing."""
+    try:
+        return resize_and_crop(as_seen(load(), channels), resolution, crop, flip)
+    except Exception as error:  # Pillow's plugins raise nearly every class there is on damaged files
+        return f"{type(error).__name__}: {error}"

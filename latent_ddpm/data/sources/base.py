@@ -1,0 +1,132 @@
+"""The interface of an image source, and a subset of one."""
+
+import abc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latent_ddpm.data.indexing import PART, AllBut, digest_of_many, narrow
+from latent_ddpm.errors import UserError
+
+MANY = 2**20  # images, from which on it is worth some trouble
+
+
+class ImageSource(abc.ABC):
+    """A fixed, ordered collection of images.
+
+    A source whose images are decoded already, as the run wants them, has `squares`: an array uint8 (N, R, R, C), or
+    what can be indexed like one by a number or by an array of numbers.
+
+    Attributes:
+        labels: int8, int16 or int32 (N,), the class of each image, -1 where unknown; None without classes.
+        class_names: the name of each class, indexed by label; None exactly when `labels` is None.
+        fingerprint: changes when the collection or the content of its images changes.
+    """
+
+    labels: np.ndarray | None = None
+    class_names: list[str] | None = None
+    fingerprint: str
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many images there are, undecodable ones included."""
+
+    @abc.abstractmethod
+    def load(self, i: int, at_least: int | None = None) -> Image.Image:
+        """Image i, decoded, in the mode it is stored in; whatever the decoder raises when it is damaged.
+
+        With `at_least`, a JPEG may come reduced as long as both sides keep that many pixels.
+        """
+
+    @abc.abstractmethod
+    def name(self, i: int) -> str:
+        """What to call image i in front of its owner."""
+
+    def all_names(self) -> Iterator[str]:
+        """The names of all images, one after the other."""
+        return map(self.name, range(len(self)))
+
+    def release(self) -> None:  # noqa: B027, most sources hold nothing
+        """Gives back what is held open, and the memory of that, until an image is asked for again."""
+
+    def squares(self) -> Any | None:
+        """The decoded images, see above, or None."""
+        return None
+
+    def caption_columns(self) -> list[str]:
+        """Names of the texts that there are of images."""
+        return []
+
+    def captions(self, i: int, column: str) -> Any:
+        """The text, or texts, of image i in one of the `caption_columns`; None without."""
+        raise KeyError(column)
+
+    def image_columns(self) -> list[str]:
+        """Names of what else there is of every image, in the form of an image."""
+        return []
+
+    def check_column(self, column: str, key: str) -> None:
+        """Raises `UserError` that names the config's `key` when there is no such column of images."""
+        if column not in self.image_columns():
+            there = ", ".join(self.image_columns()) or "none"
+            raise UserError(f"{key}: the dataset has no column {column!r} that holds images. Those that do: {there}")
+
+    def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
+        """As `load`, of one of the `image_columns`."""
+        raise KeyError(column)
+
+
+class SubsetSource(ImageSource):
+    """Some images of a source, in the order of `indices`: int64 (M,), or `AllBut`."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray | AllBut) -> None:
+        self.source = source
+        self.indices = indices if isinstance(indices, AllBut) else np.asarray(indices, dtype=np.int64)
+        self.class_names = source.class_names
+        if source.labels is not None:
+            parts = (source.labels[self.indices[start : start + PART]] for start in range(0, len(self), PART))
+            self.labels = narrow(parts, len(self))
+        self.fingerprint = digest_of_many("subset", source.fingerprint, rows=self.indices)
+
+    def release(self) -> None:
+        self.source.release()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, i: int, at_least: int | None = None) -> Image.Image:
+        return self.source.load(int(self.indices[i]), at_least)
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.indices[i]))
+
+    def squares(self) -> Any | None:
+        squares = self.source.squares()
+        return None if squares is None else _Chosen(squares, self.indices)
+
+    def caption_columns(self) -> list[str]:
+        return self.source.caption_columns()
+
+    def captions(self, i: int, column: str) -> Any:
+        return self.source.captions(int(self.indices[i]), column)
+
+    def image_columns(self) -> list[str]:
+        return self.source.image_columns()
+
+    def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
+        return self.source.load_column(int(self.indices[i]), column, at_least)
+
+
+class _Chosen:
+    """Some of the `squares` of a source."""
+
+    def __init__(self, squares: Any, indices: np.ndarray | AllBut) -> None:
+        self.of, self.indices = squares, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, wanted: int | np.ndarray) -> np.ndarray:
+        return self.of[self.indices[wanted]]

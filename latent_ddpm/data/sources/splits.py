@@ -1,0 +1,97 @@
+"""Open the sources that a config names, and hold out a validation split by a hash of the image names."""
+
+import contextlib
+import hashlib
+import heapq
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_ddpm.data.indexing import AllBut, digest, in_parts
+from latent_ddpm.data.sources.base import MANY, ImageSource, SubsetSource
+from latent_ddpm.data.sources.embedded import EMBEDDED, DigitsSource
+from latent_ddpm.data.sources.folder import FolderSource
+from latent_ddpm.data.sources.hub import open_hub
+from latent_ddpm.data.sources.streaming import open_stream
+from latent_ddpm.errors import UserError
+from latent_ddpm.files import write_json
+
+logger = logging.getLogger(__name__)
+
+
+def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
+    """The training and the validation images that a configuration names.
+
+    `cfg` has `train_data_dir`, `dataset_name`, `dataset_config_name`, `image_column`, `validation_fraction`,
+    `max_validation_images`, `output_dir`. A dataset's own split validation, valid, val or test is used where there
+    is one. Otherwise `round(validation_fraction * N)` images, at least 1 and at most `max_validation_images`, are
+    held out: those whose names have the smallest SHA-256, so that images that come later hardly move the split.
+
+    Raises:
+        UserError: not exactly one of `train_data_dir` and `dataset_name` is set; the images are not there, can
+            not be fetched, or are too few to hold one out.
+    """
+    if bool(cfg.train_data_dir) == bool(cfg.dataset_name):
+        both = "both are set" if cfg.train_data_dir else "neither is set"
+        raise UserError(f"set exactly one of train_data_dir and dataset_name: {both}")
+    if cfg.max_validation_images < 1:
+        raise UserError(f"max_validation_images must be at least 1, not {cfg.max_validation_images}")
+    validation, scratch = None, Path(cfg.output_dir) / "cache"
+    if cfg.streaming:
+        train, validation = open_stream(cfg)
+    elif cfg.train_data_dir:
+        train = FolderSource(cfg.train_data_dir, scratch)
+    elif cfg.dataset_name.startswith(EMBEDDED):
+        if cfg.dataset_name != EMBEDDED + "mnist":
+            raise UserError(f"dataset_name: {cfg.dataset_name!r} is not embedded; there is {EMBEDDED}mnist")
+        train = DigitsSource()
+    else:
+        train, validation = open_hub(cfg.dataset_name, cfg.dataset_config_name, cfg.image_column)
+    if validation is None:
+        if len(train) < 2:
+            where = cfg.train_data_dir or cfg.dataset_name
+            raise UserError(
+                f"{where!r} has {len(train)} image(s); at least 2 are needed, to hold one out for validation"
+            )
+        count = max(1, round(cfg.validation_fraction * len(train)))
+        held_out = held_out_images(train, min(count, cfg.max_validation_images, len(train) - 1), scratch)
+        return SubsetSource(train, AllBut(len(train), held_out)), SubsetSource(train, held_out)
+    if len(validation) > cfg.max_validation_images:
+        validation = SubsetSource(validation, held_out_images(validation, cfg.max_validation_images, scratch))
+    return train, validation
+
+
+def held_out_images(source: ImageSource, count: int, scratch: Path) -> np.ndarray:
+    """The indices of the `count` images whose names have the smallest SHA-256: int64 (count,), ascending.
+
+    Those of a large source are remembered in a file of the folder `scratch`.
+    """
+    if len(source) < MANY:
+        return _smallest_by_hash(source, count)
+    path = scratch / f"held-out-{digest(source.fingerprint, count)}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
+        known = json.loads(path.read_text())
+        if known["digest"] == digest(known["images"]):
+            return np.array(known["images"], dtype=np.int64)
+    found = _smallest_by_hash(source, count)
+    images = found.tolist()
+    try:
+        write_json(path, {"images": images, "digest": digest(images)})
+    except OSError as error:  # it can be computed again
+        logger.info("%s cannot be written: %s", path, error)
+    return found
+
+
+def _smallest_by_hash(source: ImageSource, count: int) -> np.ndarray:
+    sha256, found, limit, start = hashlib.sha256, [], b"\xff" * 32, 0
+    for names in in_parts(source.all_names()):
+        hashes = [sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
+        found += [(of_name, i) for i, of_name in enumerate(hashes, start) if of_name <= limit]
+        start += len(names)
+        if len(found) > 2 * count:
+            found = heapq.nsmallest(count, found)
+            limit = found[-1][0]
+    return np.array(sorted(i for _, i in heapq.nsmallest(count, found)), dtype=np.int64)

@@ -1,0 +1,366 @@
+"""Datasets that are read once, from front to back, and never held as a whole: `streaming: true`.
+
+A stream has no image number n, and what follows from it (a shuffle buffer, skipped batches on resuming, workers that
+see the same file) breaks what this trainer promises. So a stream is not trained on: it is read once, and of every image
+the square that training sees is kept, in parts of PART_IMAGES. From there on it is a source like any other. The files
+of the dataset are shared out to the processes; each part is written whole or not at all, with where the stream went on
+from there, so that a reading that was killed goes on, with any number of processes.
+
+    <output_dir>/cache/stream-<key>/train-00002-00001.npy    uint8 (N, R, R, C): the 2nd part of the 3rd file
+                                    train-00002-00001.json   names, labels, undecodable images, where to go on
+                                    stream.json              written last
+"""
+
+import functools
+import hashlib
+import io
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from latent_ddpm.config import RunConfig
+from latent_ddpm.data.bad_images import BadImages
+from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSION, decode, square
+from latent_ddpm.data.indexing import AllBut, digest, digest_of_many, narrow
+from latent_ddpm.data.sources.base import ImageSource
+from latent_ddpm.data.sources.hub import (
+    check_image_column,
+    choose_splits,
+    classes_of,
+    image_bytes,
+    label_column,
+    load_splits,
+)
+from latent_ddpm.errors import UserError
+from latent_ddpm.files import remove_leftovers, write_json, write_whole
+
+logger = logging.getLogger(__name__)
+
+PART_IMAGES, PART_BYTES = 4096, 2**27  # a part has as many as both allow
+TRIES = 5  # to read a file, without a part more
+PAUSE = 20.0  # seconds before it is tried again; each time longer
+
+
+class BrokenStream(Exception):
+    """The server or the file system did not give what it should, or nothing."""
+
+
+def stream_folder(config: RunConfig) -> Path:
+    """Where what a run keeps of its stream lies."""
+    named = (config.dataset_name, config.dataset_config_name, config.image_column)
+    key = digest("stream", *named, config.resolution, config.image_channels, TRANSFORM_VERSION)
+    return Path(config.output_dir) / "cache" / f"stream-{key}"
+
+
+def _part(folder: Path, split: str, file: int, part: int) -> Path:
+    return folder / f"{split}-{file:05d}-{part:05d}.npy"
+
+
+def _read_sidecar(path: Path) -> dict | None:
+    """What was written beside a part, or None where there is no such part."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path.with_suffix('.json')} is damaged ({error}); delete it and start again") from error
+
+
+def read_stream(config: RunConfig, process_index: int, num_processes: int, wait: Callable[[], None]) -> None:
+    """Read what is still to be read of a run's stream; all processes call this, and each reads its share of the files.
+
+    Args:
+        config: names the dataset, the images' size and the folder.
+        process_index, num_processes: which files are this process's.
+        wait: a barrier of the processes.
+
+    Raises:
+        UserError: there is no such dataset, or too few of its images can be decoded; the stream broke off.
+    """
+    folder = stream_folder(config)
+    if (folder / "stream.json").exists():
+        return
+    splits = load_splits(config.dataset_name, config.dataset_config_name, streaming=True)
+    names = [name for name in choose_splits(splits, config.dataset_name) if name is not None]
+    folder.mkdir(parents=True, exist_ok=True)
+    wait()
+    if process_index == 0:
+        remove_leftovers(folder)
+    summary: dict[str, Any] = {"splits": {}}
+    for split in names:
+        stream = splits[split]
+        if stream.features is None:
+            stream = stream._resolve_features()
+        check_image_column(stream.features, config.image_column)
+        labels = label_column(stream.features)
+        files = stream.num_shards
+        if process_index == 0 and files < num_processes:
+            logger.info("%s is in %d files, so %d of the processes wait", split, files, num_processes - files)
+        known = (stream.info.splits or {}).get(split)
+        bar = tqdm(
+            total=known.num_examples if known is not None else None, desc=f"reading {split}", unit="image",
+            disable=process_index > 0, dynamic_ncols=True,
+        )  # fmt: skip
+        for file in range(process_index, files, num_processes):
+            seen = 0
+            for images in _read_patiently(stream, split, file, files, labels, folder, config):
+                # the others' files are about as long
+                bar.update((images - seen) * min(num_processes, files))
+                seen = images
+        bar.close()
+        wait()
+        class_names = list(stream.features[labels].names) if hasattr(stream.features.get(labels), "names") else None
+        summary["splits"][split] = {"files": files, "class_names": class_names}
+    if process_index == 0:
+        for split, about in summary["splits"].items():
+            parts = [_part(folder, split, *number) for number in _finished_parts(folder, split, about["files"])]
+            sidecars = [_read_sidecar(part) for part in parts]
+            bad_images = BadImages(
+                Path(config.output_dir) / "bad_images.jsonl",
+                sum(s["read"] for s in sidecars),
+                config.max_bad_image_share,
+            )
+            for sidecar in sidecars:
+                for number, error in sidecar["bad"]:
+                    bad_images.add(_name(split, sidecar["file"], number), error)
+            bad_images.check()
+            about["parts"] = [[part.name, s["read"] - len(s["bad"])] for part, s in zip(parts, sidecars, strict=True)]
+            about["undecodable"] = sum(len(s["bad"]) for s in sidecars)
+        write_json(folder / "stream.json", summary)
+    wait()
+
+
+def _name(split: str, file: int, number: int) -> str:
+    return f"{split}[{file}:{number}]"
+
+
+def _kept(sidecar: dict) -> AllBut:
+    """The images of a part that could be decoded, numbered from the part's first."""
+    bad = sorted(number - sidecar["first"] for number, _ in sidecar["bad"])
+    return AllBut(sidecar["read"], np.array(bad, dtype=np.int64))
+
+
+def _finished_parts(folder: Path, split: str, files: int) -> Iterator[tuple[int, int]]:
+    for file in range(files):
+        for part in itertools.count():
+            yield file, part
+            if _read_sidecar(_part(folder, split, file, part))["ended"]:
+                break
+
+
+def _read_patiently(
+    stream: Any, split: str, file: int, files: int, labels: str | None, folder: Path, config: RunConfig
+) -> Iterator[int]:
+    """As `_read_file`; goes on after a while when the stream breaks.
+
+    Raises:
+        UserError: it broke TRIES times in one place.
+    """
+    reached, tries = 0, 0
+    while True:
+        try:
+            for images in _read_file(stream, split, file, files, labels, folder, config):
+                reached, tries = (images, 0) if images > reached else (reached, tries)
+                yield images
+            return
+        except BrokenStream as error:
+            tries += 1
+            if tries == TRIES:
+                raise UserError(
+                    f"The stream of {config.dataset_name} broke off {tries} times in one place ({error}). What was "
+                    f"read is kept; start again with the same command."
+                ) from error
+            logger.warning("the stream broke off (%s); it is tried again in %.0f s", error, tries * PAUSE)
+            time.sleep(tries * PAUSE)
+
+
+def _read_file(
+    stream: Any, split: str, file: int, files: int, labels: str | None, folder: Path, config: RunConfig
+) -> Iterator[int]:
+    """Read one file of a split, from where an earlier reading stopped; yields after each part the images read so far.
+
+    Raises:
+        BrokenStream: it could not be read to its end.
+    """
+    import datasets
+
+    column = config.image_column
+    rows = stream.select_columns([column] if labels is None else [column, labels])
+    if isinstance(stream.features[column], datasets.Image):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    rows = rows.shard(num_shards=files, index=file)
+    square_bytes = config.resolution**2 * config.image_channels
+    most = max(1, min(PART_IMAGES, PART_BYTES // square_bytes))
+    first = 0  # of the file's images in the part at hand
+    for part in itertools.count():
+        before = _read_sidecar(_part(folder, split, file, part))
+        if before is None:
+            break
+        first, state = first + before["read"], before["state"]
+        yield first
+        if before["ended"]:
+            return
+    if part:
+        rows.load_state_dict(state)
+    examples = iter(rows)
+    with ThreadPoolExecutor(max(1, config.dataloader_num_workers)) as threads:  # Pillow decodes beside Python
+        while True:
+            try:
+                some = list(itertools.islice(examples, most))
+            except Exception as error:  # of a server, a file system or a file format: they have no common class
+                raise BrokenStream(f"{type(error).__name__}: {error}") from error
+            decoded = threads.map(lambda example: _decode(example[column], config), some)
+            classes, bad, pixels = [], [], []
+            for number, (example, image) in enumerate(zip(some, decoded, strict=True), start=first):
+                if isinstance(image, str):
+                    bad.append([number, image[:500]])
+                    continue
+                pixels.append(image)
+                label = None if labels is None else example[labels]
+                classes.append(-1 if label is None else int(label))
+            ended = len(some) < most
+            sidecar = {"file": file, "first": first, "read": len(some), "labels": classes, "bad": bad, "ended": ended}
+            shape = (0, config.resolution, config.resolution, config.image_channels)
+            images = np.stack(pixels) if pixels else np.empty(shape, dtype=np.uint8)
+            _write_part(_part(folder, split, file, part), images, {**sidecar, "state": rows.state_dict()})
+            first, part = first + len(some), part + 1
+            yield first
+            if ended:
+                return
+
+
+def _decode(value: Any, config: RunConfig) -> np.ndarray | str:
+    """The square of a row's image, uint8 (R, R, C), or why there is none."""
+    return square(
+        lambda: decode(image_bytes(value), at_least=2 * config.resolution),
+        config.resolution, config.image_channels, CENTRE, False,
+    )  # fmt: skip
+
+
+def _write_part(path: Path, images: np.ndarray, sidecar: dict) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, images, allow_pickle=False)
+    write_whole(path, buffer.getvalue())
+    write_json(path.with_suffix(".json"), sidecar)  # without which the part does not count
+
+
+class Squares:
+    """Decoded images in several files: `squares[i]` is one, uint8 (R, R, C), `squares[indices]` are (B, R, R, C).
+
+    Args:
+        paths: of .npy files.
+        rows: how many images are in each.
+    """
+
+    def __init__(self, paths: list[Path], rows: list[int]) -> None:
+        self.paths, self._starts = paths, np.cumsum([0, *rows])
+        self._open: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _file(self, number: int) -> np.ndarray:
+        if number not in self._open:
+            path, rows = self.paths[number], self._starts[number + 1] - self._starts[number]
+            try:
+                images = np.load(path, mmap_mode="r")
+                if len(images) != rows:
+                    raise ValueError(f"{len(images)} images in place of {rows}")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} is damaged ({error}); delete {path.parent} and start again") from error
+            self._open[number] = images
+        return self._open[number]
+
+    def __getitem__(self, indices: int | np.ndarray) -> np.ndarray:
+        one = np.ndim(indices) == 0
+        wanted = np.atleast_1d(np.asarray(indices, dtype=np.int64))
+        files = np.searchsorted(self._starts, wanted, side="right") - 1
+        rows = wanted - self._starts[files]
+        found = [self._file(file)[row] for file, row in zip(files.tolist(), rows.tolist(), strict=True)]
+        return found[0] if one else np.stack(found)
+
+
+class StreamedSource(ImageSource):
+    """What `read_stream` has kept of one split.
+
+    Args:
+        folder: of the stream.
+        split: its name.
+
+    Raises:
+        UserError: the stream has not been read to its end.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        about = _summary(folder)["splits"][split]
+        paths, self._rows = zip(*[(folder / name, rows) for name, rows in about["parts"]], strict=True)
+        self._paths = list(paths)
+        self._squares = Squares(self._paths, list(self._rows))
+        self._split, self._starts = split, np.cumsum([0, *self._rows])
+        self._parts: list[tuple[int, int, AllBut]] = []  # of each: its file, its first number, what of it is there
+        numbers = hashlib.sha256()
+
+        def labels_of(path: Path) -> np.ndarray:
+            sidecar = _read_sidecar(path)
+            self._parts.append((sidecar["file"], sidecar["first"], _kept(sidecar)))
+            numbers.update((sidecar["first"] + self._parts[-1][2][:]).astype(np.int64).tobytes())
+            return np.array(sidecar["labels"], dtype=np.int64)
+
+        labels = narrow(map(labels_of, self._paths), len(self))
+        self.fingerprint = digest_of_many("stream", folder.name, split, numbers.hexdigest(), rows=labels)
+        self.labels, self.class_names = classes_of(labels, about["class_names"])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def load(self, i: int, at_least: int | None = None) -> Image.Image:
+        pixels = self._squares[i]
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+    def name(self, i: int) -> str:
+        part = int(np.searchsorted(self._starts, i, side="right")) - 1
+        file, first, kept = self._parts[part]
+        return _name(self._split, file, first + int(kept[i - self._starts[part]]))
+
+    def all_names(self) -> Iterator[str]:
+        for file, first, kept in self._parts:
+            yield from (_name(self._split, file, first + k) for k in kept[:].tolist())
+
+    def squares(self) -> Squares:
+        return self._squares
+
+
+@functools.lru_cache(maxsize=4)
+def _summary_of(path: Path, changed: int) -> dict:
+    return json.loads(path.read_text())
+
+
+def _summary(folder: Path) -> dict:
+    path = folder / "stream.json"
+    if not path.exists():
+        raise UserError(f"{folder} has not been read to its end; a training script reads it (streaming: true).")
+    return _summary_of(path, path.stat().st_mtime_ns)
+
+
+def open_stream(config: RunConfig) -> tuple[StreamedSource, StreamedSource | None]:
+    """The training images of a run's stream, and its validation images if the dataset has some of its own."""
+    folder = stream_folder(config)
+    splits = list(_summary(folder)["splits"])  # in the order in which they were chosen
+    sources = [StreamedSource(folder, split) for split in splits]
+    return sources[0], sources[1] if len(sources) > 1 else None
+
+
+def undecodable(config: RunConfig) -> int:
+    """How many images of a run's stream could not be decoded, and so are not in its sources."""
+    if not config.streaming:
+        return 0
+    return sum(about["undecodable"] for about in _summary(stream_folder(config))["splits"].values())

@@ -1,0 +1,1 @@
+"""Metrics of reconstructions and samples, and image grids."""

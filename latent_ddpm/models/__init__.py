@@ -1,1 +1,0 @@
-"""The networks: autoencoder, quantizers, discriminator, U-Net."""

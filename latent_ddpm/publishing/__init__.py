@@ -1,0 +1,1 @@
+"""Export to diffusers, model card, and upload to the Hub."""

@@ -1,0 +1,416 @@
+"""Publishing: a run's folder as a repository of the Hub, filled in the background, whatever the Hub does meanwhile.
+
+What is to be published is first laid out in a folder of its own (`lay_out`), so that training can go on and change
+everything else. A thread uploads it. A Hub that is slow, answers 5xx or 429 or goes away is tried again, a newer state
+takes the place of one that still waits, and no failure reaches the training.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from huggingface_hub import HfApi, constants, get_session, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from safetensors.torch import load_file, save_file
+
+from latent_ddpm.config import RunConfig
+from latent_ddpm.errors import UserError
+from latent_ddpm.publishing.card import make_card, merge_cards, read_facts
+from latent_ddpm.publishing.curves import draw_curves
+from latent_ddpm.publishing.private import Scrubber, is_place
+
+logger = logging.getLogger(__name__)
+
+WAITS = (2, 5, 15, 30, 60)  # seconds between attempts; the last for all that follow
+LAST_ATTEMPTS = 4  # of what is still waiting when training has ended
+LAST_SECONDS = 3600  # until what is still under way then counts as failed
+SILENCE = 120.0  # seconds that the Hub may say nothing
+REFUSALS = (400, 401, 402, 403)  # trying again does not help against these
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+# what of a run is published beside the pipeline: the first that is there, the last of several by name
+PICTURES = {
+    "samples.png": ("samples/final/grid.png", "samples/unet-*.png"),
+    "reconstructions.png": ("samples/autoencoder-*.png",),
+    "film_strip.png": ("samples/final/film_strip.png", "samples/film_strip.png"),
+}
+TEXTS = ("train_autoencoder.yaml", "train_unet.yaml", "metrics.jsonl", "run.json")
+
+
+# what was measured, and the part whose weights it is about; left out where those are newer
+MEASURED = {
+    "evaluation-autoencoder.json": "autoencoder",
+    "evaluation-pipeline.json": "pipeline",
+    "evaluation-pipeline-neighbours.png": "pipeline",
+    "evaluation-digits.json": "pipeline",
+}
+
+
+def repo_id_of(output_dir: Path, repo_id: str | None) -> str:
+    """The repository that a run goes to: the one asked for, or one with the name of the run's folder."""
+    return repo_id or re.sub(r"[^A-Za-z0-9_-]+", "-", output_dir.resolve().name).strip("-")[:96]
+
+
+def check_repo_id(output_dir: Path, repo_id: str | None) -> None:
+    """Raises `UserError` when the name is not one of a repository."""
+    try:
+        validate_repo_id(repo_id_of(output_dir, repo_id))
+    except HFValidationError as error:
+        shown = repr(repo_id) if repo_id else f"(unset, so that it is the name of {output_dir})"
+        raise UserError(f"hub_model_id {shown} cannot be a repository: {error}") from error
+
+
+def check_can_publish(output_dir: Path, repo_id: str | None) -> None:
+    """Refuse, before anything is trained, what could never be published.
+
+    Raises:
+        UserError: the name is not one of a repository, there is no token at all, or the Hub is switched off.
+    """
+    check_repo_id(output_dir, repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("push_to_hub cannot work with HF_HUB_OFFLINE set.")
+    if not get_token():
+        raise UserError(
+            "push_to_hub needs a token that may write: run `hf auth login` once, or set HF_TOKEN. Train without "
+            "push_to_hub, and publish afterwards with scripts/push_to_hub.py, if you have none yet."
+        )
+
+
+def check_others_have_encoder(encoder: str) -> None:
+    """Refuse a pipeline that names a text encoder which is on this disk only.
+
+    Raises:
+        UserError: it is.
+    """
+    if is_place(encoder):
+        raise UserError(
+            f"export_text_encoder is false, but nobody else has the text_encoder {encoder}: a published pipeline "
+            f"could not find it. Set export_text_encoder true, or name one of the Hub."
+        )
+
+
+def check_before_training(config: RunConfig) -> None:
+    """Refuse, before anything is loaded, a run that asks for `push_to_hub` and could never publish its result.
+
+    Raises:
+        UserError: see `check_can_publish` and `check_others_have_encoder`.
+    """
+    if not config.push_to_hub:
+        return
+    check_can_publish(Path(config.output_dir), config.hub_model_id)
+    encoder = getattr(config, "text_encoder", None)
+    if encoder is not None and not config.export_text_encoder:
+        check_others_have_encoder(encoder)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file that is never changed in place; a copy where the disk has no such thing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write_variants(weights: Path, variants: Sequence[str]) -> None:
+    """Beside a float32 file of weights the same in 16 bits, named as diffusers names variants."""
+    for variant in variants:
+        dtype = VARIANTS[variant]
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_file(weights).items()}
+        overflown = [name for name, tensor in tensors.items() if tensor.isinf().any()]
+        if overflown:
+            raise UserError(f"{weights.parent.name} has weights too large for {variant} ({overflown[0]}).")
+        save_file(tensors, weights.with_name(f"{weights.stem}.{variant}.safetensors"), {"format": "pt"})
+
+
+def lay_out(
+    output_dir: Path, folder: Path, scrubber: Scrubber, stage: str | None = None, variants: Sequence[str] = ()
+) -> None:
+    """Fill `folder` with all that is published of a run, but for the card, which needs the repository's name.
+
+    Args:
+        output_dir: the run.
+        folder: an empty one.
+        scrubber: takes private paths out of texts.
+        stage: "unet" publishes the pipeline, "autoencoder" stage 1's result as `vqvae/`; None what is there, the
+            pipeline first.
+        variants: "fp16", "bf16": weights added in these.
+
+    Raises:
+        UserError: it is not there, has weights that do not fit a variant, or names a text encoder of this disk.
+    """
+    pipeline, autoencoder = output_dir / "pipeline", output_dir / "autoencoder"
+    if stage != "autoencoder" and (pipeline / "model_index.json").exists():
+        source, prefix = pipeline, Path()
+        named = json.loads((pipeline / "model_index.json").read_text()).get("text_encoder_id")
+        if named is not None:
+            check_others_have_encoder(named)
+    elif stage != "unet" and (autoencoder / "config.json").exists():
+        source, prefix = autoencoder, Path("vqvae")
+    else:
+        raise UserError(f"{output_dir} holds neither a pipeline nor an autoencoder to publish.")
+    for path in sorted(source.rglob("*")):
+        name = prefix / path.relative_to(source)
+        if path.is_dir() or name == Path("README.md"):
+            continue
+        if path.suffix == ".json":
+            scrubber.copy_model_config(path, folder / name)
+        else:
+            _link(path, folder / name)
+        if path.name == WEIGHTS:
+            _write_variants(folder / name, variants)
+    made = {part: max((p.stat().st_mtime for p in (output_dir / part).rglob(WEIGHTS)), default=0.0)
+            for part in ("pipeline", "autoencoder")}  # fmt: skip
+    for name, patterns in PICTURES.items():
+        found = [path for pattern in patterns for path in sorted(output_dir.glob(pattern))[-1:]]
+        # samples drawn by hand from earlier weights are of another model
+        found = [path for path in found if "final" not in path.parts or path.stat().st_mtime >= made["pipeline"]]
+        if found:
+            shutil.copyfile(found[0], folder / name)
+    for name in TEXTS:
+        if (output_dir / name).exists():
+            scrubber.copy(output_dir / name, folder / name)
+    for name, part in MEASURED.items():
+        path = output_dir / name
+        if not path.exists() or (prefix != Path() and part == "pipeline"):
+            continue
+        if path.stat().st_mtime < made[part]:
+            logger.warning("%s was measured before the %s was last written; it is not published.", path, part)
+        elif path.suffix == ".png":
+            shutil.copyfile(path, folder / "neighbours.png")
+        else:
+            scrubber.copy(path, folder / name)
+
+
+def write_card(folder: Path, repo_id: str, license: str | None, theirs: str | None = None) -> None:
+    """Add curves and card to what was laid out; `theirs` is the card that stands in the repository."""
+    if (folder / "metrics.jsonl").exists():
+        draw_curves({"": folder / "metrics.jsonl"}, folder / "curves.png")
+    (folder / "README.md").write_text(merge_cards(make_card(read_facts(folder), repo_id, license), theirs))
+
+
+def _response(error: BaseException | None) -> Any:
+    """The Hub's answer behind an error, or behind the one that caused it; None where none came."""
+    while error is not None:
+        if getattr(error, "response", None) is not None:
+            return error.response
+        error = error.__cause__
+    return None
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(_response(error), "status_code", None)
+
+
+def _reason(error: BaseException) -> str:
+    """An error and what caused it, in a line."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{said} <- {_reason(error.__cause__)}" if error.__cause__ is not None else said
+
+
+def _wait(error: Exception, attempt: int) -> float:
+    """Seconds until the next attempt: what the Hub asks for, at most five minutes, or ever longer."""
+    with contextlib.suppress(AttributeError, TypeError, ValueError):
+        return min(300.0, float(_response(error).headers.get("Retry-After")))
+    return WAITS[min(attempt, len(WAITS)) - 1]
+
+
+class Publisher:
+    """Uploads states of a run to a repository, in a thread, the newest first; its methods never raise.
+
+    Args:
+        output_dir: the run's folder.
+        repo_id: "user/name" or "name"; unset takes the name of the run's folder.
+        private: whether a repository that is made here is private; None leaves that to the account's settings.
+        license: stands in the card's head; None leaves that line out.
+        variants: of the weights, besides float32: "fp16", "bf16".
+        stage: as for `lay_out`.
+        say: shows a sentence to the user.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        license: str | None = None,
+        variants: Sequence[str] = (),
+        stage: str | None = None,
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
+        self.output_dir, self.private, self.license = Path(output_dir), private, license
+        self.variants, self.stage = variants, stage
+        self.repo_id = repo_id_of(self.output_dir, repo_id)
+        self.token = get_token()
+        self.scrubber = Scrubber(self.output_dir, secrets=[self.token] if self.token else [])
+        self.say = lambda sentence: say(sentence.replace(self.token, "***") if self.token else sentence)
+        self.api = HfApi(token=self.token)
+        self.made = False
+        self.waiting: tuple[Path, str] | None = None
+        self.unpublished: tuple[Path, str] | None = None  # the newest state that is not on the Hub
+        self.ending = False
+        self.changed = threading.Condition()
+        self.folder = self.output_dir / "hub" / str(os.getpid())
+        self.count = 0
+        disable_progress_bars()
+        self.thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+        self.thread.start()
+
+    def push(self, message: str, laid_out: Path | None = None) -> None:
+        """Publish the run's folder as it is now; returns when that is laid out, long before it is uploaded.
+
+        Args:
+            message: of the commit.
+            laid_out: a folder that an earlier push laid out and could not publish.
+        """
+        self.count += 1
+        folder = self.folder / str(self.count)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            if laid_out is None:
+                lay_out(self.output_dir, folder, self.scrubber, self.stage, self.variants)
+            else:
+                shutil.copytree(laid_out, folder)
+        except Exception as error:  # a full disk, weights that fit no variant: training goes on
+            self.say(f"{message!r} could not be laid out to be published: {_reason(error)}")
+            with self.changed:
+                self.unpublished = (folder, message)
+            return
+        with self.changed:
+            overtaken, self.waiting = self.waiting, (folder, message)
+            self.unpublished = self.waiting
+            self.changed.notify_all()
+        if overtaken:
+            shutil.rmtree(overtaken[0], ignore_errors=True)
+
+    def finish(self, wait: bool = True) -> bool:
+        """Wait until all is published or has failed for good; returns whether it is, and says what is not.
+
+        Args:
+            wait: False only says it: for a run that was told to stop. So does a Ctrl-C meanwhile.
+        """
+        if wait:
+            if threading.current_thread() is threading.main_thread():  # training no longer waits for a good moment
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            with self.changed:
+                self.ending = True
+                self.changed.notify_all()
+            with contextlib.suppress(KeyboardInterrupt):
+                self.thread.join(LAST_SECONDS)
+        with self.changed:
+            left = self.unpublished
+        if left is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for older in self.folder.parent.glob("*"):  # of a run that was killed, or could not publish
+                if not (older.name.isdigit() and psutil.pid_exists(int(older.name))):
+                    shutil.rmtree(older, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()
+            return True
+        folder, message = left
+        words = ["python", "scripts/push_to_hub.py", self.output_dir, "--hub_model_id", self.repo_id]
+        words += ["--hub_private_repo"] if self.private else []
+        words += ["--hub_license", self.license] if self.license else []
+        words += ["--hub_variants", *self.variants] if self.variants else []
+        words += ["--laid_out", folder] if folder.is_dir() else []
+        self.say(f"NOT PUBLISHED: {message!r}. Nothing is lost; publish it with\n\n    {shlex.join(map(str, words))}\n")
+        return False
+
+    # ------------------------------------------------------------------------------------- in the thread
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.ending)
+                if self.waiting is None:
+                    return
+                (folder, message), self.waiting = self.waiting, None
+            self._publish(folder, message)
+            with self.changed:
+                keep = self.unpublished is not None and self.unpublished[0] == folder
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _publish(self, folder: Path, message: str) -> None:
+        """Attempt until it is there, is refused, is overtaken, or training has ended and it still fails."""
+        attempt = attempts_after_end = 0
+        while True:
+            begun = time.monotonic()
+            try:
+                self._upload(folder, message)
+            except Exception as error:  # whatever it is, training goes on
+                self.made = False
+                if _status(error) in REFUSALS or isinstance(error, (UserError, HFValidationError)):
+                    self.say(f"The Hub refuses {message!r}: {_reason(error)}")
+                    return
+                attempt, attempts_after_end = attempt + 1, attempts_after_end + self.ending
+                if attempts_after_end == LAST_ATTEMPTS:
+                    self.say(f"The Hub cannot be reached for {message!r}: {_reason(error)}")
+                    return
+                wait = _wait(error, attempts_after_end or attempt)
+                self.say(f"Publishing {message!r} failed ({_reason(error)}); once more in {wait:.0f} s.")
+                with self.changed:
+                    ending = self.ending
+                    self.changed.wait_for(lambda: self.waiting or self.ending != ending, timeout=wait)  # noqa: B023
+                    if self.waiting:
+                        return
+            else:
+                with self.changed:
+                    if self.unpublished is not None and self.unpublished[0] == folder:
+                        self.unpublished = None
+                self.say(f"Published {message!r} as {self.repo_id} in {time.monotonic() - begun:.0f} s.")
+                return
+
+    def _upload(self, folder: Path, message: str) -> None:
+        get_session().timeout = SILENCE  # the client's own waits for ever
+        if not self.made:
+            self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+            if self.private and not self.api.model_info(self.repo_id).private:
+                raise UserError(f"{self.repo_id} exists already and is public, and hub_private_repo asks for private.")
+            self.made = True
+        try:
+            write_card(folder, self.repo_id, self.license, self._their_card())
+        except (HfHubHTTPError, OSError):
+            raise
+        except Exception as error:  # a card that its owner has made unreadable for us is left as it is
+            self.say(f"The card of {self.repo_id} stays as it is: {_reason(error)}")
+            (folder / "README.md").unlink(missing_ok=True)
+        stale = [f"*.{variant}.safetensors" for variant in VARIANTS]  # of weights that this state has not got
+        self.api.upload_folder(repo_id=self.repo_id, folder_path=folder, commit_message=message, delete_patterns=stale)
+
+    def _their_card(self) -> str | None:
+        """The card as it stands in the repository, which its owner may have edited; None where there is none."""
+        place = self.folder / "card"
+        try:
+            path = self.api.hf_hub_download(self.repo_id, "README.md", local_dir=place, force_download=True)
+        except HfHubHTTPError as error:
+            if _status(error) == 404:
+                return None
+            raise
+        return Path(path).read_text()
+
+
+def make_publisher(
+    config: RunConfig, accelerator: Accelerator, stage: str, say: Callable[[str], None]
+) -> Publisher | None:
+    """What publishes the run, in the main process of a run with push_to_hub."""
+    if not (config.push_to_hub and accelerator.is_main_process):
+        return None
+    private = True if config.hub_private_repo else None
+    output_dir, variants = Path(config.output_dir), config.hub_variants
+    return Publisher(output_dir, config.hub_model_id, private, config.hub_license, variants, stage, say)

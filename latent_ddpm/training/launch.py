@@ -1,0 +1,245 @@
+"""What both training scripts do before their story begins and when it ends badly."""
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import IO
+
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_yaml_config_file
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from safetensors import SafetensorError
+
+from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same_batch
+from latent_ddpm.errors import UserError
+from latent_ddpm.files import remove_leftovers
+from latent_ddpm.training.distributed import Heartbeat, joining
+from latent_ddpm.training.sharding import Sharding
+from latent_ddpm.training.tracking import check_tracker
+
+# What a disk says when it cannot take more, or is not ours to write to.
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+logger = logging.getLogger(__name__)
+
+_claims: list[IO] = []  # open until the process ends, however it ends: the system lets go of the locks then
+
+
+def claim(output_dir: Path, stage: str) -> None:
+    """Keep other runs of the same stage out of a run's folder until this process ends; for the main process.
+
+    What a killed run left half-written there is removed.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = (output_dir / f".{stage}.lock").open("a+")
+    try:
+        # not flock: workers that decode images would inherit it, and outlive a killed run by seconds
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise UserError(
+            f"{output_dir} is in use: {file.read().strip() or 'another process'} trains the {stage} there. Wait for "
+            f"its end, or give another --output_dir."
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    for folder in (output_dir, *(output_dir / name for name in ("samples", "ema", "cache"))):
+        remove_leftovers(folder)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    _claims.append(file)
+
+
+def check_before_loading(config: RunConfig, stage: str) -> Path:
+    """Refuse what can be refused without touching data or models; returns the path of the run's saved config."""
+    if config.hub_token:
+        os.environ["HF_TOKEN"] = config.hub_token  # where the Hub's client looks, and nothing is saved from
+        sys.argv = [word.replace(config.hub_token, "***") for word in sys.argv]  # which trackers record
+        config.hub_token = None
+    check_tracker(config.report_to)
+    saved = Path(config.output_dir) / f"train_{stage}.yaml"
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise UserError(f"output_dir {config.output_dir} is a file.")
+    check_same_run(config, saved)
+    if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
+        raise UserError(f"train_data_dir {config.train_data_dir} is not a folder.")
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision fp16 needs a GPU; on a CPU use no.")
+    return saved
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The accelerator of a run, with arithmetic that gives the same bits each time."""
+    for noise in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view"):
+        warnings.filterwarnings("ignore", message=noise)  # of DDP: nothing that the user could mend
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False  # it would choose other algorithms after a resume
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or it takes each of torchrun's processes for a run
+    if config.heartbeat_timeout and "RANK" in os.environ:
+        Heartbeat.start(config.heartbeat_timeout)
+    whole = Sharding.take_request() is not None  # stage 2 has asked already
+    with joining():
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=str(Path(config.output_dir) / "logs"),
+            kwargs_handlers=[
+                # encoding a large dataset can keep processes apart for longer than the default half hour
+                InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+                # the codebook is equal in all processes by construction
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+    _use_all_cores(accelerator)
+    if config.heartbeat_timeout:
+        Heartbeat.start(config.heartbeat_timeout)  # where only accelerate knew of other processes, as with MPI
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
+    )
+    if whole:
+        logger.info("the autoencoder's weights stay whole in every process: FSDP is for stage 2")
+    for noisy in ("httpx", "httpx2", "filelock", "fsspec", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return accelerator
+
+
+def fit_to_processes(config: Config, state: dict | None, accelerator: Accelerator) -> Config:
+    """The config for the processes there are: everything in steps, and the steps those of the checkpoint's `state`.
+
+    Raises:
+        UserError: these processes cannot make steps of as many images.
+    """
+    config = same_batch(config, (state or {}).get("images_per_step"), accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+    return in_steps(config, accelerator.num_processes)
+
+
+def _use_all_cores(accelerator: Accelerator) -> None:
+    """Share the cores out among this machine's processes: `accelerate launch` gives a CPU process one thread."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if accelerator.device.type == "cpu" and launched:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+
+
+TOPOLOGY = {"num_processes": 1, "num_machines": 1, "machine_rank": 0}
+TOPOLOGY |= {"main_process_ip": "127.0.0.1", "main_process_port": 29500}  # as accelerate has them by default
+
+
+def _topology_asked_for(launcher: list[str]) -> dict:
+    """The keys of TOPOLOGY on an `accelerate launch` command line, or in the config file that it names."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config_file", "--config-file")
+    for key, default in TOPOLOGY.items():
+        flags.add_argument(f"--{key}", f"--{key.replace('_', '-')}", type=type(default))
+    found = vars(flags.parse_known_args(launcher)[0])
+    path = found.pop("config_file") or default_yaml_config_file  # what `accelerate config` wrote
+    saved = (yaml.safe_load(Path(path).read_text()) or {}) if path and Path(path).exists() else {}
+    named = {key: saved[key] for key in TOPOLOGY if saved.get(key) is not None}
+    return {**TOPOLOGY, **named, **{key: value for key, value in found.items() if value is not None}}
+
+
+def _hear_the_launcher_end() -> None:
+    """Have a SIGTERM that ends `accelerate launch` reach this process, which its launcher does not pass on."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _start_cpu_processes() -> None:
+    """Become this machine's share of the processes that `accelerate launch --cpu --num_processes N` was asked for.
+
+    Without an MPI host file accelerate starts a single process there, and says nothing (its simple_launcher).
+    torchrun, which it uses for GPUs, runs N on the CPU as well, so this process is replaced by it.
+    """
+    alone = not any(key in os.environ for key in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true" or not alone:
+        return
+    try:
+        launcher = psutil.Process().parent().cmdline()
+        asked = _topology_asked_for(launcher[: launcher.index(sys.argv[0])])
+    except (psutil.Error, AttributeError, ValueError):  # no parent, or not to be seen, or not a launcher
+        return
+    here = asked["num_processes"] // asked["num_machines"]
+    if asked["num_processes"] > 1:
+        if asked["num_machines"] == 1 or asked["main_process_ip"].startswith("127."):  # all on this machine
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        meeting = ["--standalone"]
+        if asked["num_machines"] > 1:
+            meeting = ["--nnodes", str(asked["num_machines"]), "--node_rank", str(asked["machine_rank"])]
+            meeting += ["--master_addr", asked["main_process_ip"], "--master_port", str(asked["main_process_port"])]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(here)]
+        os.execv(sys.executable, [*torchrun, *sys.argv])
+
+
+def _is_of_storage(error: OSError | SafetensorError) -> bool:
+    number = getattr(error, "errno", None)
+    if isinstance(error, SafetensorError):
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else None
+    return number in STORAGE_ERRORS
+
+
+def _say_last(sentence: str) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:  # the launcher ends all processes when one fails: where all have the same to say, the first one speaks
+        time.sleep(2)
+    with contextlib.suppress(OSError):
+        print(f"\nerror: {sentence}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Run a script's main with the command line; a UserError, or a full disk, becomes one line and exit status 2."""
+    _hear_the_launcher_end()
+    _start_cpu_processes()
+    status: int | None = 0
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        status = 2
+        _say_last(str(error))
+    except KeyboardInterrupt:
+        status = 130
+        _say_last("stopped by Ctrl-C")
+    except (OSError, SafetensorError) as error:
+        if not _is_of_storage(error):
+            raise
+        status = 2
+        _say_last(f"{error}. What was written before is whole: mend this and start again with the same command.")
+    finally:
+        Heartbeat.end(failed=status in (1, 2, 130) or sys.exc_info()[0] is not None)
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and not status:
+            torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    if status:
+        os._exit(status) if torch.distributed.is_available() and torch.distributed.is_initialized() else sys.exit(
+            status
+        )

@@ -1,0 +1,208 @@
+"""Optimizers and learning rate."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from latent_ddpm.config import RunConfig
+from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
+from latent_ddpm.training.sharding import part_of, whole_tensor
+
+WSD_DECAY_SHARE = 0.3  # of a run, unless lr_decay_steps says otherwise
+_MUON_MOMENTUM = 0.95
+_MUON_SMALLEST = 16  # a matrix with fewer rows or columns than this is left to AdamW
+
+
+def orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """About the nearest matrices with orthonormal rows or columns, whichever are fewer.
+
+    The quintic Newton-Schulz iteration of Muon: all singular values come to between 0.7 and 1.2, except those below
+    a thousandth or so of the largest.
+
+    Args:
+        matrices: (N, R, C) float.
+        iterations: of Newton-Schulz.
+    """
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    # On a GPU TF32 rounds the Gram matrix so that the iteration on it diverges.
+    long = wide.shape[2] > 2 * wide.shape[1] and wide.device.type == "cpu"
+    wide = _iterate_on_gram(wide, iterations) if long else _iterate(wide, iterations)
+    return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
+
+
+def _polynomial(gram: torch.Tensor) -> torch.Tensor:
+    """What an iteration multiplies by, less a multiple of the identity."""
+    return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+
+
+def _iterate(wide: torch.Tensor, iterations: int) -> torch.Tensor:
+    for _ in range(iterations):
+        wide = 3.4445 * wide + _polynomial(wide @ wide.mT) @ wide
+    return wide
+
+
+def _iterate_on_gram(wide: torch.Tensor, iterations: int) -> torch.Tensor:
+    """The same: each iteration multiplies by a polynomial in the Gram matrix, and so do all together.
+
+    The products then are of R x R, and C, which of a convolution is 9 times as much, is met twice in all.
+    """
+    gram = wide @ wide.mT
+    identity = torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
+    total = identity.expand_as(gram)
+    for i in range(iterations):
+        factor = _polynomial(gram) + 3.4445 * identity
+        total = factor @ total if i else factor
+        if i < iterations - 1:
+            gram = factor @ gram @ factor
+    return total @ wide
+
+
+def orthogonalize_all(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`orthogonalize` of each (R, C). The processes, which all hold the same matrices, share the work."""
+    count, mine = process_count(), process_index()
+    owners = _owners([tuple(matrix.shape) for matrix in matrices], count)
+    by_shape = defaultdict(list)
+    for number, matrix in enumerate(matrices):
+        if owners[number] == mine:
+            by_shape[matrix.shape].append(number)
+    made: dict[int, torch.Tensor] = {}
+    for numbers in by_shape.values():
+        made |= zip(numbers, orthogonalize(torch.stack([matrices[number] for number in numbers])), strict=True)
+    if count > 1 and matrices:
+        of_each = [[number for number, owner in enumerate(owners) if owner == process] for process in range(count)]
+        most = max(sum(matrices[number].numel() for number in numbers) for numbers in of_each)
+        sent = matrices[0].new_zeros(most)
+        own = [made[number].flatten() for number in of_each[mine]]
+        if own:
+            torch.cat(own, out=sent[: sum(map(len, own))])
+        for numbers, row in zip(of_each, all_gather_rows(sent[None]), strict=True):
+            sizes = [matrices[number].numel() for number in numbers]
+            for number, values in zip(numbers, row[: sum(sizes)].split(sizes), strict=True):
+                made[number] = values.view_as(matrices[number])
+    return [made[number] for number in range(len(matrices))]
+
+
+def _owners(shapes: list[tuple[int, int]], count: int) -> list[int]:
+    """Which of `count` processes works at each matrix: the costliest first, each to who has least to do."""
+    costs = [min(shape) ** 2 * (max(shape) + 8 * min(shape)) for shape in shapes]
+    owners, loads = [0] * len(shapes), [0] * count
+    for number in sorted(range(len(shapes)), key=lambda number: -costs[number]):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += costs[number]
+    return owners
+
+
+class Muon(torch.optim.AdamW):
+    """Orthogonalized momentum for matrices and convolutions, AdamW for all other parameters.
+
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with the update scaled to the size of AdamW's (arXiv
+    2502.16982, eq. 4), so that one learning rate serves both. A convolution (C_out, C_in, k, k) is a matrix of C_out
+    rows. Processes that train together share the orthogonalization.
+
+    Args:
+        parameters: of the network.
+        adamw: torch's arguments; learning rate and weight decay hold for the matrices too.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], **adamw: object) -> None:
+        matrices, others = [], []
+        for p in parameters:
+            is_matrix = p.ndim >= 2 and min(len(p), p.numel() // len(p)) >= _MUON_SMALLEST
+            (matrices if is_matrix else others).append(p)
+        super().__init__([{"params": matrices}, {"params": others}], **adamw)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step; none where `found_inf` is set (see clip_gradients)."""
+        matrices, others = self.param_groups
+        found_inf = getattr(self, "found_inf", None)
+        device = matrices["params"][0].device if matrices["params"] else None
+        broken = torch.zeros((), device=device) if found_inf is None else found_inf.to(device)
+        rate = matrices["lr"] * (1 - broken)
+        on_cpu = device is not None and device.type == "cpu"
+        changed, updates = [], []
+        for p in matrices["params"]:
+            if p.grad is None or (on_cpu and broken):
+                continue
+            if not self.state[p]:  # AdamW looks for a "step" in whatever state it loads
+                self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            momentum = self.state[p]["momentum"]
+            # elsewhere looking at the flag would have the host wait
+            gradient = p.grad if on_cpu else torch.where(broken > 0, momentum, p.grad)
+            momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
+            changed.append(p)
+            updates.append(whole_tensor(gradient.lerp(momentum, _MUON_MOMENTUM)).flatten(1).float())
+        for p, update in zip(changed, orthogonalize_all(updates), strict=True):
+            if matrices["weight_decay"]:
+                p.mul_(1 - rate * matrices["weight_decay"])
+            step = rate * 0.2 * max(update.shape) ** 0.5
+            p.addcmul_(part_of(update.reshape(p.shape), p), step, value=-1)
+        self.param_groups = [others]
+        try:
+            super().step()
+        finally:
+            self.param_groups = [matrices, others]
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter],
+    config: RunConfig,
+    learning_rate: float,
+    name: str = "adamw",
+    betas: tuple[float, float] | None = None,
+) -> torch.optim.AdamW:
+    """Fused AdamW (arXiv 1711.05101), or `muon`, with the config's decay of weights and, unless given, of moments."""
+    return {"adamw": torch.optim.AdamW, "muon": Muon}[name](
+        parameters,
+        lr=learning_rate,
+        betas=betas or (config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        fused=True,
+    )
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip an optimizer's gradients to a joint norm; have its next step do nothing if that norm is not finite.
+
+    A fused AdamW reads the flag on its own device, so that no GPU waits for the answer.
+
+    Returns:
+        The norm before clipping, and whether the step counts (bool), both scalars.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    if norm.device.type != "cpu" or norm > max_norm:  # elsewhere looking at it would cost more than multiplying by 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    kept = norm.isfinite()
+    optimizer.found_inf = (~kept).float()
+    return norm, kept
+
+
+def learning_rate_factor(step: int, config: RunConfig) -> float:
+    """The share of the peak learning rate at a step: a rise over lr_warmup_steps, then what lr_scheduler says.
+
+    A function of the step alone, so there is no scheduler state to save. All but `constant` reach 0 at
+    max_train_steps.
+    """
+    if step < config.lr_warmup_steps:
+        return (step + 1) / config.lr_warmup_steps
+    progress = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
+    progress = min(1.0, progress)
+    if config.lr_scheduler == "warmup_stable_decay":
+        decay_steps = config.lr_decay_steps or math.ceil(WSD_DECAY_SHARE * config.max_train_steps)
+        return min(1.0, max(0, config.max_train_steps - step) / decay_steps)
+    return {
+        "constant": 1.0,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+    }[config.lr_scheduler]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,245 @@
+"""How a run shows itself: progress bar, metrics.jsonl, pictures, and the tracker of choice."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import secrets
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm.auto import tqdm
+
+from latent_ddpm import __version__
+from latent_ddpm.config import RunConfig
+from latent_ddpm.errors import UserError
+from latent_ddpm.files import save_png, write_json, write_whole
+
+
+def check_tracker(name: str) -> None:
+    """Raise UserError when the package behind `report_to` is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"report_to {name} needs the package {name}: pip install {name}, or --report_to none.")
+
+
+def is_finished(config: RunConfig, stage: str, first_step: int, product: str) -> bool:
+    """Whether a stage has nothing left to do: all its steps are done, its product was exported, and stays at home.
+
+    Args:
+        config: the run's.
+        stage: "autoencoder" or "unet".
+        first_step: of the checkpoint that the run would go on from.
+        product: what the stage leaves in output_dir: a file in the folder that is exported whole or not at all.
+
+    Raises:
+        UserError: more steps are done than the run is to have.
+    """
+    folder = Path(config.output_dir)
+    if first_step > config.max_train_steps:
+        raise UserError(
+            f"{first_step} steps are done, and max_train_steps is {config.max_train_steps}. Ask for more, or give "
+            f"--resume_from_checkpoint an earlier checkpoint, or another --output_dir."
+        )
+    if first_step != config.max_train_steps or config.push_to_hub or not (folder / product).exists():
+        return False
+    try:
+        noted = json.loads((folder / "run.json").read_text())
+        return noted[stage].get("finished_at") == first_step
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+class Tracker:
+    """Writes what the main process measures; in the other processes its methods do nothing.
+
+    Args:
+        accelerator: the run's accelerator, made with log_with.
+        output_dir: the run's folder; metrics.jsonl and samples/ are written there.
+        stage: "autoencoder" or "unet"; stands in every line and picture name.
+        config: the resolved config.
+        first_step: lines at or after this step are from an attempt that was cut off and are removed.
+        last_step: where the progress bar ends.
+        images_per_step: of all processes together.
+        training_images: in the training set.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        stage: str,
+        config: RunConfig,
+        first_step: int,
+        last_step: int,
+        images_per_step: int,
+        training_images: int,
+    ) -> None:
+        self.accelerator, self.stage, self.images_per_step = accelerator, stage, images_per_step
+        self.path, self.samples = output_dir / "metrics.jsonl", output_dir / "samples"
+        self.main = accelerator.is_main_process
+        self.step, self._mark = first_step, (first_step, time.monotonic())
+        self._rate: float | None = None  # images per second, as measured last
+        if self.main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self._cut(first_step)
+            self._note_machine(output_dir / "run.json", training_images)
+            self._start_trackers(config, first_step)
+        self.bar = tqdm(
+            total=last_step,
+            initial=first_step,
+            desc=stage,
+            unit="step",
+            disable=not self.main,
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+
+    def _cut(self, first_step: int) -> None:
+        if not self.path.exists():
+            return
+        keep = []
+        for line in self.path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a killed run
+                continue
+            if record["stage"] != self.stage or record["step"] <= first_step:
+                keep.append(line + "\n")
+        write_whole(self.path, "".join(keep))
+
+    def _note_machine(self, path: Path, training_images: int) -> None:
+        """Write what the stage runs on to run.json, for the model card."""
+        noted = json.loads(path.read_text()) if path.exists() else {}
+        device = self.accelerator.device
+        noted[self.stage] = {key: value for key, value in noted.get(self.stage, {}).items() if key == "tracker_run"} | {
+            "training_images": training_images,
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{device.type}, {torch.get_num_threads()} threads",
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "versions": {"latent_ddpm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        }
+        write_json(path, noted)
+
+    def _start_trackers(self, config: RunConfig, first_step: int) -> None:
+        """Start the tracker of choice, or go on with its run where the stage goes on."""
+        path = self.path.parent / "run.json"
+        noted = json.loads(path.read_text())
+        mine = noted[self.stage]
+        run_id = mine.get("tracker_run") if first_step else None
+        mine["tracker_run"] = run_id or secrets.token_hex(4)
+        write_json(path, noted)
+        name = f"{self.path.parent.resolve().name}-{self.stage}"
+        settings = {
+            # what was logged after the checkpoint that the run goes on from is hidden, and logged anew
+            "tensorboard": {"purge_step": first_step + 1},
+            "wandb": {"name": name, "id": mine["tracker_run"], "resume": "allow", "dir": str(self.path.parent)},
+            "trackio": {"name": f"{name}-{mine['tracker_run']}", "resume": "allow"},
+        }
+        # TensorBoard's hyper-parameters are numbers and strings
+        plain = {
+            key: value if isinstance(value, (int, float, str)) else str(value)
+            for key, value in dataclasses.asdict(config).items()
+        }
+        project = self.stage if config.report_to == "tensorboard" else config.tracker_project_name
+        self.accelerator.init_trackers(project, config=plain, init_kwargs=settings)
+
+    def histogram(self, **values: torch.Tensor) -> None:
+        """Record how values (any shape) are spread: 64 bins in metrics.jsonl, and the tracker's own histogram."""
+        if not self.main:
+            return
+        spread = {}
+        for name, tensor in values.items():
+            # double: 64 bins have to fit between values that hardly differ
+            flat = tensor.detach().flatten().cpu().double().numpy()
+            flat = flat[np.isfinite(flat)]
+            if not len(flat):
+                continue
+            counts, edges = np.histogram(flat, bins=64)
+            spread[name] = {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
+            for tracker in self.accelerator.trackers:
+                label = f"{self.stage}/{name}"
+                if tracker.name == "tensorboard":
+                    tracker.tracker.add_histogram(label, flat, self.step)
+                else:
+                    made = importlib.import_module(tracker.name).Histogram(np_histogram=(counts, edges))
+                    tracker.log({label: made}, step=self.step)
+        self._append({"histograms": spread})
+
+    def _append(self, metrics: dict) -> None:
+        images = self.step * self.images_per_step
+        record = {"stage": self.stage, "step": self.step, "images": images, "time": round(time.time(), 3)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record | metrics) + "\n")
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        self.step += 1
+        self.bar.update(1)
+
+    def log(self, **metrics: float) -> None:
+        """Record metrics at the current step, with the images seen per second since the last call with a loss.
+
+        A value that is not finite is left out: JSON has no word for it.
+        """
+        if not self.main:
+            return
+        if "loss" in metrics:
+            steps, now = self.step - self._mark[0], time.monotonic()
+            if steps:  # since the last pause
+                self._rate = steps * self.images_per_step / max(now - self._mark[1], 1e-9)
+                metrics["images_per_second"] = self._rate
+            self._mark = (self.step, now)
+            shown = {k: f"{metrics[k]:.4g}" for k in ("loss", "psnr", "codebook_usage") if k in metrics}
+            speed = {} if self._rate is None else {"images/s": f"{self._rate:.0f}"}
+            self.bar.set_postfix({**shown, **speed}, refresh=False)
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        self._append({key: float(f"{value:.6g}") for key, value in metrics.items()})
+        self.accelerator.log({f"{self.stage}/{key}": value for key, value in metrics.items()}, step=self.step)
+
+    def say(self, sentence: str) -> None:
+        """A line above the bar, from the main process."""
+        if self.main:
+            self.bar.write(f"{self.stage} step {self.step}: {sentence}")
+
+    def pause(self) -> None:
+        """Restart the clock of images per second: what went before was not training."""
+        self._mark = (self.step, time.monotonic())
+
+    def image(self, picture: Image.Image) -> Path:
+        """Write a grid to samples/<stage>-<step>.png and send it to the tracker."""
+        path = self.samples / f"{self.stage}-{self.step:08d}.png"
+        save_png(picture, path)
+        pixels = np.asarray(picture.convert("RGB"))
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "trackio":
+                import trackio
+
+                tracker.log({self.stage: trackio.Image(picture)}, step=self.step)
+            else:
+                # TensorBoard wants a stack of arrays, Weights & Biases a list of pictures
+                value = pixels[None] if tracker.name == "tensorboard" else [picture]
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({self.stage: value}, step=self.step, **options)
+        return path
+
+    def finish(self) -> None:
+        """Note that the stage is done, its exports included."""
+        if self.main:
+            path = self.path.parent / "run.json"
+            noted = json.loads(path.read_text())
+            noted[self.stage]["finished_at"] = self.step
+            write_json(path, noted)
+
+    def close(self) -> None:
+        """Finish bar and tracker."""
+        self.bar.close()
+        if self.main:
+            for tracker in self.accelerator.trackers:  # not end_training, which also ends the process group
+                tracker.finish()

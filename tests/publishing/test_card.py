@@ -1,0 +1,198 @@
+"""The card: what it says, and that its owner's words outlive every push."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_ddpm.publishing.card import Facts, figures, make_card, merge_cards, read_facts
+
+VQVAE = {"_class_name": "VQModel", "num_vq_embeddings": 512, "sample_size": 32, "block_out_channels": [16, 32, 64]}
+VQVAE |= {"latent_channels": 4}
+FACTS = Facts(
+    autoencoder={"dataset_name": "embedded:mnist", "optimizer": "muon", "learning_rate": 2e-3},
+    unet={"dataset_name": "embedded:mnist", "optimizer": "adamw", "learning_rate": 1e-3, "num_inference_steps": 20},
+    training={"unet": {"step": 100, "images": 6400, "hours": 0.1, "device": "cpu, 2 threads", "training_images": 640}},
+    evaluations={
+        "pipeline": {
+            "command": "python scripts/evaluate.py pipeline --config configs/mnist.yaml",
+            "settings": [
+                {
+                    "scheduler": "ddim",
+                    "steps": 20,
+                    "samples": 1000,
+                    "fd": 20.5,
+                    "kid": 0.01,
+                    "precision": 0.5,
+                    "conditioning_psnr": 31.5,
+                    "feature_extractor": "efficientnet-lite0",
+                },
+                {
+                    "scheduler": "ddim",
+                    "steps": 10,
+                    "samples": 1000,
+                    "fd": 21.5,
+                    "kid": 0.02,
+                    "precision": 0.4,
+                    "feature_extractor": "efficientnet-lite0",
+                },
+            ],
+        }
+    },
+    files={"samples.png"},
+    configs={
+        "vqvae": VQVAE,
+        "unet": {"block_out_channels": [64, 128], "sample_size": 8},
+        "scheduler": {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    },
+    parameters={"vqvae": 1_000_000, "unet": 2_000_000},
+)
+
+
+def test_hours_where_no_speed_was_measured(tmp_path):
+    """As after a pause; earlier versions wrote 0."""
+    lines = [
+        {"stage": "unet", "step": step, "images": step, "loss": 1.0, "images_per_second": speed}
+        for step, speed in [(360, 0.1), (720, 0.2), (1080, 0.0), (1440, None)]
+    ]
+    del lines[-1]["images_per_second"]
+    lines.insert(2, {"stage": "unet", "step": 720, "images": 720, "validation_loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = read_facts(tmp_path).training["unet"]
+    assert training["hours"] == pytest.approx(1 + 0.5 + 0.5 + 0.5) and training["images"] == 1440
+    assert training["images_per_second_median"] == pytest.approx(0.15)
+
+
+CARD = make_card(FACTS, "someone/digits", "apache-2.0")
+
+
+def head_of(card):
+    return ModelCard(card).data.to_dict()
+
+
+def test_it_says_what_was_measured_and_how():
+    head = head_of(CARD)
+    assert head["library_name"] == "diffusers" and head["pipeline_tag"] == "unconditional-image-generation"
+    assert head["license"] == "apache-2.0" and head["datasets"] == ["ylecun/mnist"]
+    metrics = {
+        metric["name"]: metric["value"] for result in head["model-index"][0]["results"] for metric in result["metrics"]
+    }
+    assert metrics["Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps)"] == 20.5
+    assert "| Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps) | 20.50 |" in CARD
+    assert "to the images that they enlarge (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps) | 31.50 |" in CARD
+    assert "python scripts/evaluate.py pipeline --config configs/mnist.yaml" in CARD
+    assert "![samples](samples.png)" in CARD and "neighbours.png" not in CARD
+    assert "for 32x32 images" in CARD and "latents of 4x8x8" in CARD
+    assert "10.0 epochs of 640" in CARD and "6.0 minutes on cpu, 2 threads" in CARD
+
+
+def test_without_measurements_there_are_no_figures():
+    facts = dataclasses.replace(FACTS, evaluations={}, training={})
+    card = make_card(facts, "someone/digits")
+    assert "model-index" not in head_of(card) and "## Evaluation" not in card and figures(facts) == []
+    assert "license" not in head_of(card)
+
+
+def test_a_new_card_replaces_an_unedited_one():
+    changed = json.loads(json.dumps(FACTS.evaluations))
+    changed["pipeline"]["settings"][0]["fd"] = 18.25
+    new = make_card(dataclasses.replace(FACTS, evaluations=changed), "someone/digits", "apache-2.0")
+    assert merge_cards(new, CARD) == new
+    assert merge_cards(CARD, CARD) == CARD and merge_cards(CARD, None) == CARD and merge_cards(CARD, " \n") == CARD
+
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters="<>"), min_size=1)
+
+
+@given(own=WORDS, place=st.integers(0, 7))
+def test_words_between_the_parts_survive(own, place):
+    paragraphs = CARD.split("\n\n<!-- made:")
+    place = 1 + place % (len(paragraphs) - 1)
+    theirs = (
+        "\n\n<!-- made:".join(paragraphs[:place])
+        + f"\n\n{own}\n\n<!-- made:"
+        + "\n\n<!-- made:".join(paragraphs[place:])
+    )
+    merged = merge_cards(CARD, theirs)
+    assert f"\n\n{own.strip()}\n\n" in merged
+    assert merge_cards(CARD, merged) == merged
+
+
+def test_an_edited_part_stays_and_a_removed_one_stays_away():
+    theirs = CARD.replace("and nothing else: there", "mostly digits, I promise: there")
+    start, end = theirs.index("<!-- made:use"), theirs.index("<!-- end:use -->") + len("<!-- end:use -->")
+    theirs = theirs[:start] + theirs[end:]
+    merged = merge_cards(CARD, theirs)
+    assert "mostly digits, I promise" in merged and "## Use" not in merged
+    assert merged.count("## Intended use and limits") == 1
+
+
+def test_a_part_that_is_new_comes_in_its_place():
+    without = make_card(dataclasses.replace(FACTS, evaluations={}), "someone/digits", "apache-2.0")
+    merged = merge_cards(CARD, without)
+    assert merged.index("## Use") < merged.index("## Evaluation") < merged.index("## How it was made")
+    assert head_of(merged)["model-index"] == head_of(CARD)["model-index"]
+
+
+def test_the_heads_keys_are_the_owners_but_for_our_results():
+    head, body = CARD.split("---\n", 2)[1:]
+    theirs = yaml.safe_load(head)
+    theirs |= {"license": "cc-by-4.0", "language": "en", "tags": ["mine"]}
+    del theirs["datasets"]
+    results = theirs["model-index"][0]["results"]
+    results[0]["metrics"][0]["value"] = 99.0  # ours, outdated
+    own = {"task": {"type": "unconditional-image-generation"}, "dataset": {"type": "x", "name": "x"},
+           "metrics": [{"type": "opinion", "name": "My mother's opinion", "value": 10}]}  # fmt: skip
+    results.append(own)
+    merged = head_of(merge_cards(CARD, f"---\n{yaml.safe_dump(theirs)}---\n{body}"))
+    assert merged["license"] == "cc-by-4.0" and merged["language"] == "en" and merged["tags"] == ["mine"]
+    assert "datasets" not in merged
+    values = {m["name"]: m["value"] for r in merged["model-index"][0]["results"] for m in r["metrics"]}
+    assert values["My mother's opinion"] == 10 and 99.0 not in values.values()
+
+
+@pytest.mark.parametrize("theirs", ["# My page\n\nAll mine.", "---\nlicense: mit\n---\n# My page\n\nAll mine."])
+def test_a_card_of_ones_own_keeps_its_text(theirs):
+    merged = merge_cards(CARD, theirs)
+    assert "All mine." in merged and "## Use" not in merged
+    assert head_of(merged)["model-index"] == head_of(CARD)["model-index"]
+
+
+def test_a_head_alone_gets_our_text():
+    merged = merge_cards(CARD, "---\nlicense: mit\n---\n")
+    assert head_of(merged)["license"] == "mit" and "## Use" in merged
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda card: card.replace("\n", "\r\n"),
+        lambda card: card.replace("<!-- ledger:{", "<!-- ledger:{{"),
+        lambda card: card.replace("<!-- ledger:{", '<!-- ledger:["x"] {'),
+        lambda card: card.replace("model-index:\n", "model-index: {a: 1}\nold:\n", 1),
+        lambda card: card.replace("model-index:\n", "model-index: null\nold:\n", 1),
+    ],
+)
+def test_odd_cards_are_merged(change):
+    merged = merge_cards(CARD, change(CARD))
+    assert head_of(merged)["model-index"] == head_of(CARD)["model-index"] and merged.count("## Use") == 1
+
+
+def test_a_card_that_begins_with_a_rule_loses_nothing():
+    theirs = "---\nMy words.\n---\n\nMore."
+    merged = merge_cards(CARD, theirs)
+    assert "My words." in merged and "More." in merged and head_of(merged)["library_name"] == "diffusers"
+    theirs = "---\n---\n\nFirst.\n\n---\n\nSecond.\n\n\n\nThird."
+    assert "First.\n\n---\n\nSecond.\n\n\n\nThird." in merge_cards(CARD, theirs)
+    with pytest.raises(yaml.YAMLError):
+        merge_cards(CARD, "---\nlicense: [mit\n---\nText.")
+
+
+def test_a_card_of_ones_own_keeps_its_text_at_every_push():
+    without = make_card(dataclasses.replace(FACTS, evaluations={}), "someone/digits")
+    once = merge_cards(without, "# My page\n\nAll mine.")
+    assert "## Evaluation" not in merge_cards(CARD, once)

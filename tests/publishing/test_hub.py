@@ -1,0 +1,286 @@
+"""Publishing, with the real client and real processes, against a Hub on loopback that fails on order."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_same_tensors, checkpoint_tensors, command, environment, finished, launch, losses
+from hub_server import TOKEN, USER, Drop, HubServer, Slow, Status
+
+from latent_ddpm.training.metrics import is_best
+
+NAME = f"{USER}/tiny"
+STEPS = {"max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 6}
+
+SAMPLE = """
+import sys, numpy, torch, diffusers
+name, path, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+pipeline = diffusers.DiffusionPipeline.from_pretrained(name, **options)
+assert not any(module.startswith("latent_ddpm") for module in sys.modules)
+images = pipeline(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np")
+numpy.save(path, images.images)
+print(type(pipeline).__name__)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with HubServer(tmp_path / "server") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stage_1(photos, tmp_path_factory):
+    """An autoencoder, and the same run's U-Net, trained without a Hub."""
+    home = tmp_path_factory.mktemp("home")  # a folder whose path nobody shall see
+    output_dir = home / "runs" / "tiny"
+    flags = {"train_data_dir": photos, "resolution": 16}
+    launch("train_autoencoder.py", output_dir, **STEPS, **flags)
+    launch("train_unet.py", home / "quiet", autoencoder=output_dir / "autoencoder", **STEPS, **flags)
+    return home, output_dir, flags
+
+
+def with_hub(hub, home, words, expect=0, **settings):
+    done = finished(words, env={**environment(), **hub.environment(home / "cache"), **settings}, cwd=ROOT)
+    assert done.returncode == expect, done.stderr[-4000:]
+    assert TOKEN not in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def publish(hub, home, run, *words, **options):
+    return with_hub(hub, home, [sys.executable, "scripts/push_to_hub.py", str(run), *map(str, words)], **options)
+
+
+def sample(hub, tmp_path, name, code=0, **options):
+    """What a stranger's process with empty caches and nothing but diffusers draws; returns images and class."""
+    path = tmp_path / f"images-{len(list(tmp_path.glob('images-*')))}.npy"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "0"}
+    env |= hub.environment(path.with_suffix(".cache"), token=None) if hub else {}
+    words = [sys.executable, "-P", "-c", SAMPLE, str(name), str(path), repr(options)]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    assert (done.returncode != 0) == bool(code), done.stderr[-3000:]
+    return (None, done.stderr) if code else (np.load(path), done.stdout.strip())
+
+
+@pytest.fixture(scope="module")
+def published(stage_1, tmp_path_factory):
+    """Stage 2 trained with --push_to_hub, every checkpoint of it pushed while the Hub misbehaves."""
+    home, stage_1_dir, flags = stage_1
+    output_dir = home / "runs" / "faulty"
+    with HubServer(tmp_path_factory.mktemp("server")) as hub:
+        hub.fail("POST /api/repos/create", Status(500), Status(429, {"Retry-After": "1"}))
+        hub.fail("PUT /lfs/", Drop(4000), Status(500), Status(503))
+        hub.fail("POST /api/models/.*/commit/", Drop(100), Slow(2))
+        hub.fail("POST .*/preupload/", Status(502))
+        words = command("train_unet.py", output_dir, push_to_hub="true", hub_model_id=NAME, hub_license="apache-2.0",
+                        hub_strategy="checkpoint", hub_token=TOKEN, report_to="tensorboard",
+                        autoencoder=stage_1_dir / "autoencoder", **STEPS, **flags)  # fmt: skip
+        text = with_hub(hub, home, words, HF_TOKEN="")
+        yield hub, home, output_dir, text
+
+
+def test_faults_change_nothing_that_is_trained_and_all_is_published(published):
+    hub, home, output_dir, text = published
+    assert_same_tensors(checkpoint_tensors(output_dir, "unet", 6), checkpoint_tensors(home / "quiet", "unet", 6))
+    assert hub.faults == []
+    assert "failed (" in text and "Published 'U-Net after 6 steps' as tester/tiny" in text
+    assert "NOT PUBLISHED" not in text
+    files = hub.repos[NAME].files
+    expected = "model_index.json pipeline.py README.md samples.png film_strip.png curves.png metrics.jsonl run.json "
+    expected += "train_unet.yaml unet/diffusion_pytorch_model.safetensors vqvae/config.json"
+    assert set(expected.split()) <= set(files)
+    for path in ("unet", "vqvae"):
+        name = f"{path}/diffusion_pytorch_model.safetensors"
+        assert hub.content(NAME, name) == (output_dir / "pipeline" / name).read_bytes()
+    assert not (output_dir / "hub").exists()
+
+
+def test_the_name_alone_loads_it_in_stock_diffusers_and_draws_the_same(published, tmp_path):
+    hub, _, output_dir, _ = published
+    local, kind = sample(None, tmp_path, output_dir / "pipeline")
+    assert kind == "LDMPipeline"
+    images, kind = sample(hub, tmp_path, NAME)
+    assert kind == "LDMPipeline" and np.array_equal(images, local)
+    _, kind = sample(hub, tmp_path, NAME, custom_pipeline=NAME, trust_remote_code=True)
+    assert kind == "LatentDDPMPipeline"
+    _, error = sample(hub, tmp_path, NAME, code=1, custom_pipeline=NAME)
+    assert "trust_remote_code" in error
+
+
+CARD = """
+import re, sys
+from huggingface_hub import ModelCard
+card = ModelCard.load(sys.argv[1])
+card.validate()
+for code in re.findall(r"```python\\n(.*?)```", card.text, re.DOTALL)[:1]:
+    exec(code)
+"""
+
+
+def test_the_card_is_valid_and_its_code_runs_as_pasted(published, tmp_path):
+    hub, _, _, _ = published
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | hub.environment(tmp_path / "home")
+    words = [sys.executable, "-P", "-c", CARD, NAME]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "sample.png").exists() and "POST /api/validate-yaml" in hub.requests
+
+
+def test_nothing_private_and_no_pickle_is_published_or_kept(published, photos):
+    hub, home, output_dir, _ = published
+    private = [TOKEN, str(home), str(photos), str(ROOT)]
+    for path in hub.repos[NAME].files:
+        content = hub.content(NAME, path)
+        assert not [word for word in private if word.encode() in content], path
+        assert not path.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+    for path in output_dir.rglob("*"):
+        if path.is_file():
+            assert TOKEN.encode() not in path.read_bytes(), path
+            assert path.suffix not in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def test_the_owners_edits_survive_and_the_run_is_published_again(published, tmp_path):
+    hub, home, output_dir, _ = published
+    card = hub.content(NAME, "README.md").decode()
+    assert "license: apache-2.0" in card and f'from_pretrained("{NAME}")' in card
+    edited = card.replace("license: apache-2.0", "license: mit").replace("## Use", "I am proud of this.\n\n## Use")
+    hub.write(NAME, "README.md", edited.replace("# tiny", "# Tiny\n\nMy own words.", 1).encode())
+    hub.write(NAME, "mine.txt", b"untouched")
+    text = publish(hub, home, output_dir, "--hub_model_id", NAME, "--hub_license", "apache-2.0")
+    assert "Published" in text
+    again = hub.content(NAME, "README.md").decode()
+    assert "My own words." in again and "I am proud of this." in again and "license: mit" in again
+    assert hub.content(NAME, "mine.txt") == b"untouched"
+
+
+def test_a_hub_that_is_gone_costs_nothing_but_a_command(hub, stage_1, tmp_path, monkeypatch):
+    home, stage_1_dir, flags = stage_1
+    hub.gone = True
+    output_dir = home / "runs" / "alone"
+    words = command("train_unet.py", output_dir, push_to_hub="true", hub_model_id=NAME, hub_private_repo="true",
+                    hub_license="mit", autoencoder=stage_1_dir / "autoencoder", **STEPS, **flags)  # fmt: skip
+    text = with_hub(hub, home, words)
+    assert_same_tensors(checkpoint_tensors(output_dir, "unet", 6), checkpoint_tensors(home / "quiet", "unet", 6))
+    assert "NOT PUBLISHED" in text
+    (said,) = re.findall(r"python scripts/push_to_hub\.py .*", text)
+    assert "--laid_out" in said and "--hub_private_repo --hub_license mit" in said
+    hub.gone = False
+    with_hub(hub, home, [sys.executable, *said.split()[1:]])
+    assert hub.repos[NAME].private and not (output_dir / "hub").exists()
+    assert {"model_index.json", "unet/config.json", "README.md"} <= set(hub.repos[NAME].files)
+
+
+def test_a_refused_token_is_said_and_training_goes_on(hub, stage_1):
+    home, stage_1_dir, flags = stage_1
+    output_dir = home / "runs" / "refused"
+    words = command("train_unet.py", output_dir, push_to_hub="true", hub_strategy="checkpoint",
+                    autoencoder=stage_1_dir / "autoencoder", **STEPS, **flags)  # fmt: skip
+    text = with_hub(hub, home, words, HF_TOKEN="hf_anotherOne")
+    assert "The Hub refuses" in text and "401" in text and "NOT PUBLISHED" in text
+    assert "hf_anotherOne" not in text and (output_dir / "pipeline" / "model_index.json").exists()
+
+
+def test_a_public_repository_is_not_filled_with_what_shall_be_private(hub, stage_1):
+    home, stage_1_dir, _ = stage_1
+    publish(hub, home, stage_1_dir)
+    before = dict(hub.repos[NAME].files)
+    text = publish(hub, home, stage_1_dir, "--hub_private_repo", expect=1)
+    assert "exists already and is public" in text and hub.repos[NAME].files == before
+
+
+def test_a_card_that_cannot_be_read_stays_as_it_is(hub, stage_1):
+    home, stage_1_dir, _ = stage_1
+    publish(hub, home, stage_1_dir)
+    hub.write(NAME, "README.md", b"---\nlicense: [mit\n---\nMine.")
+    assert "stays as it is" in publish(hub, home, stage_1_dir, "--hub_variants", "fp16")
+    assert hub.content(NAME, "README.md").endswith(b"Mine.")
+    assert "vqvae/diffusion_pytorch_model.fp16.safetensors" in hub.repos[NAME].files
+    publish(hub, home, stage_1_dir)
+    assert "vqvae/diffusion_pytorch_model.fp16.safetensors" not in hub.repos[NAME].files
+
+
+def test_stage_1_alone(hub, stage_1, tmp_path):
+    home, stage_1_dir, _ = stage_1
+    publish(hub, home, stage_1_dir, "--hub_private_repo")
+    repo = hub.repos[NAME]
+    assert repo.private and "vqvae/config.json" in repo.files and "model_index.json" not in repo.files
+    card = hub.content(NAME, "README.md").decode()
+    assert 'VQModel.from_pretrained("tester/tiny", subfolder="vqvae")' in card
+    config = hub.content(NAME, "train_autoencoder.yaml").decode()
+    assert "train_data_dir: IMAGES" in config and "output_dir: RUN" in config
+
+
+def test_best_publishes_what_was_never_better(hub, stage_1):
+    home, _, flags = stage_1
+    output_dir = home / "runs" / "best"
+    words = command("train_autoencoder.py", output_dir, push_to_hub="true", hub_model_id=NAME, hub_strategy="best",
+                    **STEPS | {"max_train_steps": 8, "validation_steps": 1}, **flags)  # fmt: skip
+    with_hub(hub, home, words)
+    psnr = losses(output_dir, "autoencoder", "validation_psnr")
+    best = max(psnr, key=psnr.get)
+    records = [step for step in psnr if all(psnr[step] > psnr[before] for before in psnr if before < step)]
+    messages = hub.repos[NAME].messages
+    assert messages[-1] == f"Autoencoder after {best} steps"
+    assert {int(message.split()[2]) for message in messages} <= set(records) != set(psnr) or best == 8
+
+
+def test_what_could_never_be_published_is_refused_before_training(stage_1, tmp_path):
+    home, stage_1_dir, flags = stage_1
+    options = {"autoencoder": stage_1_dir / "autoencoder", "push_to_hub": "true", **STEPS, **flags}
+    words = command("train_unet.py", tmp_path / "out", hub_model_id="a/b/c", **options)
+    env = {**environment(), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+    done = finished(words, env=env)
+    assert done.returncode == 2 and "cannot be a repository" in done.stderr
+    words = command("train_unet.py", tmp_path / "out", **options)
+    done = finished(words, env=env | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and "HF_HUB_OFFLINE" in done.stderr
+    done = finished(words, env=env | {"HF_TOKEN": ""})
+    assert done.returncode == 2 and "hf auth login" in done.stderr
+    config = tmp_path / "config.yaml"
+    config.write_text(f"dataset_name: embedded:mnist\nhub_token: {TOKEN}\n")
+    done = finished([sys.executable, "train_unet.py", "--config", str(config)])
+    assert done.returncode == 2 and "holds a hub_token" in done.stderr and TOKEN not in done.stderr
+
+
+def test_half_the_size(published, tmp_path):
+    hub, home, output_dir, _ = published
+    publish(hub, home, output_dir, "--hub_model_id", f"{USER}/half", "--hub_variants", "fp16", "bf16")
+    name = f"{USER}/half"
+    whole, half = (
+        len(hub.content(name, f"unet/diffusion_pytorch_model{variant}.safetensors")) for variant in ("", ".fp16")
+    )
+    assert half < 0.6 * whole
+    images, kind = sample(hub, tmp_path, name, variant="fp16")
+    local, _ = sample(None, tmp_path, output_dir / "pipeline")
+    assert kind == "LDMPipeline" and 0 < np.abs(images - local).mean() < 0.05
+    card = hub.content(name, "README.md").decode()
+    assert 'variant="bf16", torch_dtype=torch.bfloat16' in card and 'variant="fp16"' in card
+
+
+def test_a_dry_run_refuses_what_is_no_name_of_a_repository(tmp_path):
+    words = ["scripts/push_to_hub.py", tmp_path, "--dry_run", tmp_path / "there", "--hub_model_id", "me/o 1/x"]
+    done = finished([sys.executable, *map(str, words)])
+    assert done.returncode == 2 and "'me/o 1/x' cannot be a repository" in done.stderr
+
+
+def test_a_dry_run_writes_what_would_be_published(stage_1, tmp_path):
+    home, stage_1_dir, _ = stage_1
+    done = finished([sys.executable, "scripts/push_to_hub.py", str(stage_1_dir), "--dry_run", str(tmp_path / "there")])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "there" / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
+    noted = json.loads((tmp_path / "there" / "run.json").read_text())
+    assert noted["autoencoder"]["training_images"] == 46
+
+
+def test_what_was_better_before_the_codes_entered_does_not_count(tmp_path):
+    """A plain autoencoder reconstructs better than any with codes, and could not be published as one."""
+    psnr = {2: 30.0, 4: 31.0, 6: 20.0, 8: 21.0, 10: 20.5}
+    for step, value in psnr.items():
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": "autoencoder", "step": step, "validation_psnr": value}) + "\n")
+        assert is_best(tmp_path, "autoencoder", step, after=4) == (step in (6, 8))
+    assert not is_best(tmp_path, "autoencoder", 10)
