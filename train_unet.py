@@ -9,18 +9,26 @@ says that it is finished.
 """
 
 import logging
-import math
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 
 from latent_ddpm.autoencoder.scaling import fold_normalization
-from latent_ddpm.autoencoder.stock import check_autoencoder_fits, load_autoencoder
-from latent_ddpm.config import UNetConfig, parse_config, save_config
+from latent_ddpm.autoencoder.stock import StockAutoencoder, check_autoencoder_fits, load_autoencoder
+from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data.dataset import ExampleOrder
-from latent_ddpm.data.latents import hash_folder, images_for_run, latents_for_run, read_ahead
-from latent_ddpm.diffusion.conditions import Given, check_source, load_encoder, make_conditions, to_device, unet_inputs
-from latent_ddpm.diffusion.ema import PowerEMA
+from latent_ddpm.data.latents import LatentCache, hash_folder, images_for_run, latents_for_run, read_ahead
+from latent_ddpm.diffusion.conditions import (
+    Conditions,
+    Given,
+    check_source,
+    load_encoder,
+    make_conditions,
+    to_device,
+    unet_inputs,
+)
 from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
 from latent_ddpm.diffusion.objective import training_batch
 from latent_ddpm.diffusion.sampling import draw_film
@@ -31,61 +39,44 @@ from latent_ddpm.files import save_png
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
-from latent_ddpm.training.checkpoint import CheckpointFolder, must_fit
-from latent_ddpm.training.distributed import StopSignal
-from latent_ddpm.training.launch import check_before_loading, claim, fit_to_processes, make_accelerator, run
-from latent_ddpm.training.metrics import is_best
+from latent_ddpm.training.checkpoint import must_fit
+from latent_ddpm.training.ema import PowerEMA
+from latent_ddpm.training.launch import run
+from latent_ddpm.training.loop import TrainingRun
 from latent_ddpm.training.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 from latent_ddpm.training.sharding import Sharding, gather, load_optimizer, prepare, whole_unet
 from latent_ddpm.training.skipped import SkippedSteps
-from latent_ddpm.training.tracking import Tracker, is_finished
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 logger = logging.getLogger("train_unet")
 
 
 def main(argv: list[str]) -> int:
-    config = asked = parse_config(UNetConfig, argv)
-    output_dir = Path(config.output_dir)
-    saved_config = check_before_loading(config, "unet")
+    training = TrainingRun(parse_config(UNetConfig, argv), "unet")
+    config = training.config
     check_before_training(config)
-    checkpoints = CheckpointFolder(output_dir / "checkpoints", "unet", config.checkpoints_total_limit)
-    state = checkpoints.resume(config.resume_from_checkpoint)
-    first_step = state["step"] if state else 0
     autoencoder = load_autoencoder(config.autoencoder_dir)
     autoencoder_hash = hash_folder(config.autoencoder_dir)
-    if state and state.get("autoencoder", autoencoder_hash) != autoencoder_hash:
-        raise UserError(
-            f"{config.autoencoder_dir} is not the autoencoder on whose latents {checkpoints.folder} was trained. Give "
-            f"--autoencoder the one it was, or another --output_dir to train on this one's latents."
-        )
-    latent_size = check_autoencoder_fits(autoencoder, config)
-    check_latents_fit(config, latent_size)
+    latent_size = check_fit(training, autoencoder, autoencoder_hash)
 
     # ---------------------------------------------------------------------------------------------- latents
     sharding = Sharding.take_request()
-    accelerator = make_accelerator(config)
-    config = fit_to_processes(config, state, accelerator)
-    if is_finished(config, "unet", first_step, "pipeline/model_index.json"):
-        logger.info("all %d steps are done; the pipeline is in %s", first_step, output_dir / "pipeline")
+    config = training.start_processes()
+    if training.is_finished("pipeline/model_index.json"):
         return 0
-    if accelerator.is_main_process:
-        claim(output_dir, "unet")
-    device = accelerator.device
-    autoencoder.to(device)
+    training.claim()
+    accelerator, device = training.accelerator, training.accelerator.device
     is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
+    autoencoder.to(device)
     encoder = load_encoder(config)
     images = images_for_run(config, is_main, wait, check_source)
     latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)
     conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait, encoder)
-    if state and state.get("conditions", conditions.meaning()) != conditions.meaning():
-        raise UserError(
-            f"{checkpoints.folder} was trained with other conditions: other class names, another order of them, or "
-            f"another text_encoder. Give the ones it was, or another --output_dir to train on these."
-        )
+    check_conditions(training, conditions)
     fold_normalization(autoencoder, latents.mean, latents.std)
 
     # -------------------------------------------------------------------------------------- model and optimizer
+    state = training.state
     torch.manual_seed(config.seed)
     unet = make_unet(config, autoencoder.config.latent_channels, latent_size, **conditions.unet_arguments())
     if config.gradient_checkpointing:
@@ -106,55 +97,29 @@ def main(argv: list[str]) -> int:
         with must_fit(config.resume_from_checkpoint):
             load_optimizer(optimizer, state["optimizer"])
     model, optimizer = prepare(accelerator, unet, optimizer)
-    if state and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    training.restore_scaler()
     alphas_cumprod = noise_table(config)
     alphas_cumprod = alphas_cumprod.to(device) if alphas_cumprod is not None else None
     saved_counts = state.get("skipped") if state else None
     skipped = SkippedSteps("U-Net", saved_counts, device, scaled=accelerator.scaler is not None)
+    del state
 
-    micro_batch = config.train_batch_size * accelerator.num_processes
-    images_per_step = micro_batch * config.gradient_accumulation_steps
-    order = ExampleOrder(len(latents), config.seed)
-
-    def examples(number: int) -> tuple[torch.Tensor, torch.Tensor, Given]:
-        """Micro-batch number `number` of this process: the examples' numbers, latents and conditions, on the CPU."""
-        start = number * micro_batch + accelerator.process_index * config.train_batch_size
-        numbers = torch.arange(start, start + config.train_batch_size)
-        flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
-        records = latents.records(order.indices(numbers.numpy()))
-        return numbers, latents.normalized(records, flipped), conditions.given(records, flipped, numbers)
-
-    if accelerator.is_main_process:
-        save_config(asked, saved_config)
+    if is_main:
         logger.info(
             "%d images as latents of %s in %s (std %.3g before normalization)",
             len(latents), "x".join(map(str, latents.shape)), latents.folder, latents.std,
         )  # fmt: skip
-        logger.info(
-            "U-Net of %.2f million parameters%s, %d steps of %d images (%.1f epochs)%s",
-            unet.num_parameters() / 1e6, f", cut over {accelerator.num_processes} processes" if sharding else "",
-            config.max_train_steps, images_per_step,
-            config.max_train_steps * images_per_step / len(latents),
-            f", going on from step {first_step}" if first_step else "",
-        )  # fmt: skip
-    tracker = Tracker(
-        accelerator,
-        output_dir,
-        "unet",
-        config,
-        first_step,
-        config.max_train_steps,
-        images_per_step,
-        len(latents),
-    )
-    publisher = make_publisher(config, accelerator, "unet", tracker.say)
+    sharded = f", sharded over {accelerator.num_processes} processes" if sharding else ""
+    description = f"U-Net of {unet.num_parameters() / 1e6:.2f} million parameters{sharded}"
+    tracker = training.start_tracking(len(latents), len(held_out), description)
+    training.publisher = make_publisher(config, accelerator, "unet", tracker.say)
+    shown = of_held_out.shown(held_out, config.num_validation_samples, config.guidance_scale)  # what grids draw
+    for of_split in images:  # their latents are what is trained on
+        of_split.source.release()
 
-    # ------------------------------------------------------------------------------------------- the chapters
-    def save(step: int) -> None:
-        state = {
-            "step": step,
-            "images_per_step": images_per_step,
+    def training_state() -> dict[str, Any]:
+        """The checkpoint: whole tensors in the main process, None for them in the others."""
+        saved = {
             "latents": latents.folder.name,
             "autoencoder": autoencoder_hash,
             "conditions": conditions.meaning(),
@@ -162,89 +127,24 @@ def main(argv: list[str]) -> int:
             "ema": ema.state_dict(),
             "optimizer": optimizer.optimizer.state_dict(),
             "skipped": skipped.counts,
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
         }
-        state = gather(state, keep=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            checkpoints.save(step, state)
-        accelerator.wait_for_everyone()
-
-    # what the grids are drawn with
-    shown = of_held_out.shown(held_out, config.num_validation_samples, config.guidance_scale)
-    for of_split in images:  # their latents are what is trained on
-        of_split.source.release()
-
-    def sampler(averaged: StockUNet) -> LatentDDPMPipeline:
-        pipeline = LatentDDPMPipeline(
-            autoencoder, averaged, sampling_scheduler(config), **conditions.pipeline_arguments()
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    @torch.no_grad()
-    def validate() -> None:
-        averaged = whole_unet(ema.model, keep=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            # the averaged weights on held-out images; their noise and times are the same at every validation
-            total, micro_batch = 0.0, config.train_batch_size
-            for start in range(0, len(held_out), micro_batch):
-                numbers = torch.arange(start, min(start + micro_batch, len(held_out)))
-                records = held_out.records(numbers.numpy())
-                clean = held_out.normalized(records).to(device)
-                batch = training_batch(clean, numbers.to(device), config, alphas_cumprod)
-                given = to_device(of_held_out.given(records), device)
-                noisy, words = unet_inputs(batch.noisy, given)
-                with accelerator.autocast():
-                    total += float(batch.loss(averaged(noisy, batch.timesteps, **words).sample)) * len(numbers)
-            if len(held_out):
-                tracker.log(validation_loss=total / len(held_out))
-
-            pipeline = sampler(averaged)
-            numbers = torch.arange(config.num_validation_samples, device=device)
-            with accelerator.autocast():
-                pictures = pipeline(
-                    batch_size=len(numbers),
-                    latents=normal(config.seed, Stream.SAMPLE, numbers, latents.shape),
-                    num_inference_steps=config.num_inference_steps,
-                    output_type="pt",
-                    **shown,
-                ).images
-            path = tracker.image(make_grid(pictures.cpu() * 2 - 1))
-            tracker.bar.write(f"unet step {tracker.step}: samples in {path}")
-        accelerator.wait_for_everyone()
-        tracker.pause()
-
-    def export() -> StockUNet | None:
-        averaged = whole_unet(ema.model, keep=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            scheduler = sampling_scheduler(config)
-            export_pipeline(
-                output_dir / "pipeline",
-                autoencoder,
-                averaged,
-                scheduler,
-                config.num_inference_steps,
-                **conditions.pipeline_arguments(),
-            )
-        return averaged
-
-    def publish(step: int) -> None:
-        export()
-        if publisher is not None:
-            publisher.push(f"U-Net after {step} steps")
+        return gather(saved, keep=is_main)
 
     # ---------------------------------------------------------------------------------------------- training
-    snapshot_steps = math.ceil(config.max_train_steps / config.ema_snapshots) if config.ema_snapshots else 0
-    stop = StopSignal()
-    ended_at, accumulation = first_step, config.gradient_accumulation_steps
-    batches = read_ahead(examples, first_step * accumulation, config.max_train_steps * accumulation)
-    for step in range(first_step, config.max_train_steps):
+    accumulation = config.gradient_accumulation_steps
+    snapshot_steps = -(-config.max_train_steps // config.ema_snapshots) if config.ema_snapshots else None
+    micro_batches = read_ahead(
+        examples_of(training, latents, conditions),
+        training.first_step * accumulation,
+        config.max_train_steps * accumulation,
+    )
+    for step in training.steps():
         rate = learning_rate_factor(step, config)
         set_learning_rate(optimizer, rate * config.learning_rate)
         torch.manual_seed(seed_for_step(config.seed, step, accelerator.process_index))  # for dropout
         total_loss = torch.zeros((), device=device)
-        for _ in range(config.gradient_accumulation_steps):
-            numbers, clean, given = next(batches)
+        for _ in range(accumulation):
+            numbers, clean, given = next(micro_batches)
             clean, given = clean.to(device, non_blocking=True), to_device(given, device)
             batch = training_batch(clean, numbers.to(device), config, alphas_cumprod)
             noisy, words = unet_inputs(batch.noisy, given)
@@ -257,54 +157,173 @@ def main(argv: list[str]) -> int:
                     skipped.add(kept)
                 optimizer.step()
                 optimizer.zero_grad()
-            total_loss += loss.detach() / config.gradient_accumulation_steps
+            total_loss += loss.detach() / accumulation
         ema.update(unet, step)
-        tracker.advance()
-        ended_at = step + 1
+        training.advance()
 
-        # -------------------------------------------------------------------------- what the step leaves behind
-        if ended_at % config.logging_steps == 0 or ended_at == config.max_train_steps:
+        if training.is_due(config.logging_steps):
             mean_loss = float(accelerator.reduce(total_loss, "mean"))
             skipped.report(tracker.say)
             tracker.log(loss=mean_loss, grad_norm=float(grad_norm), learning_rate=rate * config.learning_rate)
-        if snapshot_steps and (ended_at % snapshot_steps == 0 or ended_at == config.max_train_steps):
-            ema.save_snapshots(output_dir / "ema", ended_at, keep=accelerator.is_main_process)
+        if snapshot_steps and training.is_due(snapshot_steps):
+            ema.save_snapshots(training.output_dir / "ema", training.step, keep=is_main)
             tracker.pause()
-        if ended_at % config.validation_steps == 0 or ended_at == config.max_train_steps:
-            validate()
-            if config.push_to_hub and config.hub_strategy == "best" and is_best(output_dir, "unet", ended_at):
-                publish(ended_at)
-        if stop.should_stop() and ended_at < config.max_train_steps:
-            save(ended_at)
-            tracker.close()
-            if publisher is not None:
-                publisher.finish(wait=False)
-            logger.info("stopped at step %d; the same command goes on from there", ended_at)
-            return stop.exit_status
-        if ended_at % config.checkpointing_steps == 0 or ended_at == config.max_train_steps:
-            save(ended_at)
-            if config.push_to_hub and config.hub_strategy == "checkpoint" and ended_at < config.max_train_steps:
-                publish(ended_at)
+        if training.is_due(config.validation_steps):
+            validate(training, autoencoder, ema, held_out, (conditions, of_held_out), shown)
+            if training.publishes_best():
+                export(training, autoencoder, ema, conditions)
+                training.publish()
+        if training.should_stop():
+            return training.stop(training_state())
+        if training.is_due(config.checkpointing_steps):
+            training.save(training_state())
+            if training.publishes_checkpoint():
+                export(training, autoencoder, ema, conditions)
+                training.publish()
             tracker.pause()
     tracker.close()
 
     # ------------------------------------------------------------------------------------------------ export
-    averaged = export()
-    if accelerator.is_main_process:
-        four = {name: value[:4] if isinstance(value, torch.Tensor) else value for name, value in shown.items()}
-        _, film = draw_film(  # (4, S, C, R, R)
-            sampler(averaged), 4, config.seed, torch.arange(4), config.num_inference_steps, **four
+    averaged = export(training, autoencoder, ema, conditions)
+    if is_main:
+        draw_film_strip(training, make_sampler(config, autoencoder, averaged, conditions), shown)
+    return training.finish("pipeline")
+
+
+def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_hash: str) -> int:
+    """The side of the latents, once config, autoencoder and checkpoint are known to fit together.
+
+    Raises:
+        UserError: they do not.
+    """
+    state, config = training.state, training.config
+    if state and state.get("autoencoder", autoencoder_hash) != autoencoder_hash:
+        raise UserError(
+            f"{config.autoencoder_dir} is not the autoencoder on whose latents {training.checkpoints.folder} was "
+            f"trained. Give that autoencoder with --autoencoder, or train on this one with another --output_dir."
         )
-        save_png(make_grid(film.flatten(0, 1) * 2 - 1, film.shape[1]), output_dir / "samples" / "film_strip.png")
-    if publisher is not None and config.hub_strategy != "best":
-        publisher.push(f"U-Net after {config.max_train_steps} steps")
-    if accelerator.is_main_process:
-        logger.info("the pipeline is in %s", output_dir / "pipeline")
-        tracker.finish()
-    if publisher is not None:
-        publisher.finish()
-    accelerator.wait_for_everyone()
-    return 0
+    latent_size = check_autoencoder_fits(autoencoder, config)
+    check_latents_fit(config, latent_size)
+    return latent_size
+
+
+def check_conditions(training: TrainingRun, conditions: Conditions) -> None:
+    """Raises `UserError` when the checkpoint was trained with other conditions."""
+    state = training.state
+    if state and state.get("conditions", conditions.meaning()) != conditions.meaning():
+        raise UserError(
+            f"{training.checkpoints.folder} was trained with other conditions: other class names, another order of "
+            f"them, or another text_encoder. Give the same ones, or train on these with another --output_dir."
+        )
+
+
+def examples_of(
+    training: TrainingRun, latents: LatentCache, conditions: Conditions
+) -> Callable[[int], tuple[torch.Tensor, torch.Tensor, Given]]:
+    """A function of a micro-batch's number: its example numbers, latents and conditions in this process, on the CPU."""
+    config, accelerator = training.config, training.accelerator
+    order = ExampleOrder(len(latents), config.seed)
+
+    def examples(number: int) -> tuple[torch.Tensor, torch.Tensor, Given]:
+        share = number * accelerator.num_processes + accelerator.process_index
+        numbers = share * config.train_batch_size + torch.arange(config.train_batch_size)
+        flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
+        records = latents.records(order.indices(numbers.numpy()))
+        return numbers, latents.normalized(records, flipped), conditions.given(records, flipped, numbers)
+
+    return examples
+
+
+@torch.no_grad()
+def validate(
+    training: TrainingRun,
+    autoencoder: StockAutoencoder,
+    ema: PowerEMA,
+    held_out: LatentCache,
+    conditions: tuple[Conditions, Conditions],
+    shown: dict[str, Any],
+) -> None:
+    """Measure the averaged U-Net on the held-out images, and draw a grid of samples.
+
+    Args:
+        training: the run.
+        autoencoder: decodes the samples.
+        ema: its first average is validated.
+        held_out: latents of the held-out images.
+        conditions: of the training set, and of the held-out images.
+        shown: what the samples are conditioned on.
+    """
+    averaged = whole_unet(ema.model, keep=training.accelerator.is_main_process)
+    if averaged is not None and training.accelerator.is_main_process:
+        if len(held_out):
+            training.tracker.log(validation_loss=validation_loss(training, averaged, held_out, conditions[1]))
+        draw_grid(training, make_sampler(training.config, autoencoder, averaged, conditions[0]), held_out.shape, shown)
+    training.accelerator.wait_for_everyone()
+    training.tracker.pause()
+
+
+def validation_loss(training: TrainingRun, averaged: StockUNet, held_out: LatentCache, conditions: Conditions) -> float:
+    """The mean training loss over the held-out images, with the same noise and times at every validation."""
+    config, accelerator, total = training.config, training.accelerator, 0.0
+    alphas_cumprod = noise_table(config)
+    for start in range(0, len(held_out), config.train_batch_size):
+        numbers = torch.arange(start, min(start + config.train_batch_size, len(held_out)))
+        records = held_out.records(numbers.numpy())
+        clean = held_out.normalized(records).to(accelerator.device)
+        batch = training_batch(clean, numbers.to(accelerator.device), config, alphas_cumprod)
+        noisy, words = unet_inputs(batch.noisy, to_device(conditions.given(records), accelerator.device))
+        with accelerator.autocast():
+            total += float(batch.loss(averaged(noisy, batch.timesteps, **words).sample)) * len(numbers)
+    return total / len(held_out)
+
+
+def make_sampler(
+    config: UNetConfig, autoencoder: StockAutoencoder, unet: UNet2DModel, conditions: Conditions
+) -> LatentDDPMPipeline:
+    """The pipeline that grids are drawn with, without a progress bar."""
+    scheduler = sampling_scheduler(config)
+    pipeline = LatentDDPMPipeline(autoencoder, unet, scheduler, **conditions.pipeline_arguments())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_grid(
+    training: TrainingRun, sampler: LatentDDPMPipeline, shape: tuple[int, int, int], shown: dict[str, Any]
+) -> None:
+    """Draw samples from fixed seeds and latents of `shape` (D, h, w), conditioned on `shown`."""
+    config, accelerator, tracker = training.config, training.accelerator, training.tracker
+    numbers = torch.arange(config.num_validation_samples, device=accelerator.device)
+    with accelerator.autocast():
+        pictures = sampler(
+            batch_size=len(numbers),
+            latents=normal(config.seed, Stream.SAMPLE, numbers, shape),
+            num_inference_steps=config.num_inference_steps,
+            output_type="pt",
+            **shown,
+        ).images
+    path = tracker.image(make_grid(pictures.cpu() * 2 - 1))
+    tracker.say(f"samples in {path}")
+
+
+def export(
+    training: TrainingRun, autoencoder: StockAutoencoder, ema: PowerEMA, conditions: Conditions
+) -> StockUNet | None:
+    """Write the pipeline folder with the averaged U-Net; returns that U-Net in the main process."""
+    config, is_main = training.config, training.accelerator.is_main_process
+    averaged = whole_unet(ema.model, keep=is_main)
+    if is_main:
+        scheduler, steps = sampling_scheduler(config), config.num_inference_steps
+        folder = training.output_dir / "pipeline"
+        export_pipeline(folder, autoencoder, averaged, scheduler, steps, **conditions.pipeline_arguments())
+    return averaged
+
+
+def draw_film_strip(training: TrainingRun, sampler: LatentDDPMPipeline, shown: dict[str, Any]) -> None:
+    """Draw four samples as they take shape: a row per sample, a column per sampling step."""
+    config = training.config
+    four = {name: value[:4] if isinstance(value, torch.Tensor) else value for name, value in shown.items()}
+    _, film = draw_film(sampler, 4, config.seed, torch.arange(4), config.num_inference_steps, **four)  # (4, S, C, R, R)
+    save_png(make_grid(film.flatten(0, 1) * 2 - 1, film.shape[1]), training.output_dir / "samples" / "film_strip.png")
 
 
 if __name__ == "__main__":

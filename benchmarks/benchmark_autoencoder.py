@@ -38,12 +38,12 @@ from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.dataset import ExampleOrder, eval_batches, open_image_dataset, train_batches
 from latent_ddpm.data.images import to_float, to_uint8
 from latent_ddpm.data.sources.splits import open_sources
-from latent_ddpm.diffusion.ema import EMA
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.features import EXTRACTORS, check_installed, frechet_distance
 from latent_ddpm.evaluation.grids import reconstruction_grid
 from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder
 from latent_ddpm.files import folder_name, save_png, write_json
+from latent_ddpm.training.ema import EMA
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.optim import clip_gradients, make_optimizer, set_learning_rate
 

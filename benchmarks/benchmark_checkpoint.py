@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from latent_ddpm.config import UNetConfig, parse_config
-from latent_ddpm.diffusion.ema import PowerEMA
 from latent_ddpm.diffusion.unet import make_unet
 from latent_ddpm.files import write_json
 from latent_ddpm.training.checkpoint import CheckpointFolder
+from latent_ddpm.training.ema import PowerEMA
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.optim import make_optimizer
 

@@ -38,7 +38,6 @@ from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data.dataset import ExampleOrder
 from latent_ddpm.data.latents import images_for_run, latents_for_run
 from latent_ddpm.diffusion.conditions import make_conditions, to_device, unet_inputs
-from latent_ddpm.diffusion.ema import PowerEMA
 from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
 from latent_ddpm.diffusion.objective import training_batch
 from latent_ddpm.diffusion.unet import make_unet
@@ -47,6 +46,7 @@ from latent_ddpm.evaluation.features import EXTRACTORS, check_installed
 from latent_ddpm.files import folder_name, write_json
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.random import Stream, uniform
+from latent_ddpm.training.ema import PowerEMA
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
 

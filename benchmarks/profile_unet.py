@@ -29,9 +29,9 @@ from diffusers import UNet2DModel
 import train_unet
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data.latents import read_ahead
-from latent_ddpm.diffusion.ema import PowerEMA
 from latent_ddpm.diffusion.objective import TrainingBatch
 from latent_ddpm.files import write_json
+from latent_ddpm.training.ema import PowerEMA
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.tracking import Tracker
 

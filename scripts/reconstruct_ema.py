@@ -25,10 +25,10 @@ import torch
 from diffusers import UNet2DModel
 
 from latent_ddpm.config import MAX_SIGMA_REL, UNetConfig, parse_config
-from latent_ddpm.diffusion.ema import reconstruct, reconstruction_error
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.features import EXTRACTORS, check_installed
 from latent_ddpm.files import replace_folder, write_json
+from latent_ddpm.training.ema import reconstruct, reconstruction_error
 from latent_ddpm.training.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -50,7 +50,7 @@ def test_the_same_command_starts_goes_on_and_is_finished(trained, tmp_path):
     output_dir, flags = trained
     flags = {**flags, "train_batch_size": 12}
     assert launch_and_stop("train_unet.py", tmp_path, 4, signal.SIGUSR1, **flags) == 128 + signal.SIGUSR1
-    assert "going on from step" in launch("train_unet.py", tmp_path, **flags)
+    assert "resumed from step" in launch("train_unet.py", tmp_path, **flags)
     assert_same_tensors(checkpoint_tensors(output_dir, "unet", 6), checkpoint_tensors(tmp_path, "unet", 6))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert "all 6 steps are done; the pipeline is in" in launch("train_unet.py", tmp_path, **flags)
@@ -60,7 +60,7 @@ def test_the_same_command_starts_goes_on_and_is_finished(trained, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     # not finished: an export that is older than the steps, or gone
     text = launch("train_unet.py", tmp_path, **{**flags, "max_train_steps": 8})
-    assert "going on from step 6" in text
+    assert "resumed from step 6" in text
     assert json.loads((tmp_path / "run.json").read_text())["unet"]["finished_at"] == 8
     (tmp_path / "pipeline" / "model_index.json").unlink()
     os.rename(tmp_path / "pipeline", tmp_path / "elsewhere")
@@ -165,7 +165,7 @@ def test_checkpoints_of_earlier_versions_go_on(photos, tmp_path, version):
             (folder / "manifest.json").write_text(json.dumps(manifest))
     flags = {"train_data_dir": photos, "resolution": 16, "max_train_steps": 4, "train_batch_size": 4}
     for script, keys in OLD.items():
-        assert "going on from step 2" in launch(script, tmp_path, **flags, **keys)
+        assert "resumed from step 2" in launch(script, tmp_path, **flags, **keys)
     assert FORMAT == 1, "keep a checkpoint of the new format, too"
 
 

@@ -66,6 +66,7 @@ class Tracker:
         last_step: where the progress bar ends.
         images_per_step: of all processes together.
         training_images: in the training set.
+        validation_images: held out.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Tracker:
         last_step: int,
         images_per_step: int,
         training_images: int,
+        validation_images: int,
     ) -> None:
         self.accelerator, self.stage, self.images_per_step = accelerator, stage, images_per_step
         self.path, self.samples = output_dir / "metrics.jsonl", output_dir / "samples"
@@ -87,7 +89,7 @@ class Tracker:
         if self.main:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._cut(first_step)
-            self._note_machine(output_dir / "run.json", training_images)
+            self._note_machine(output_dir / "run.json", training_images, validation_images)
             self._start_trackers(config, first_step)
         self.bar = tqdm(
             total=last_step,
@@ -112,12 +114,13 @@ class Tracker:
                 keep.append(line + "\n")
         write_whole(self.path, "".join(keep))
 
-    def _note_machine(self, path: Path, training_images: int) -> None:
+    def _note_machine(self, path: Path, training_images: int, validation_images: int) -> None:
         """Write what the stage runs on to run.json, for the model card."""
         noted = json.loads(path.read_text()) if path.exists() else {}
         device = self.accelerator.device
         noted[self.stage] = {key: value for key, value in noted.get(self.stage, {}).items() if key == "tracker_run"} | {
             "training_images": training_images,
+            "validation_images": validation_images,
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
             else f"{device.type}, {torch.get_num_threads()} threads",

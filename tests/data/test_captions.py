@@ -435,7 +435,7 @@ def test_another_encoder_or_other_classes_are_no_reason_to_go_on(trained, encode
     (tmp_path / "out" / "train_unet.yaml").write_text(config.replace(str(flags["train_data_dir"]), f"{tmp_path}/data"))
     text = launch("train_unet.py", tmp_path / "out", expect=2, **{**flags, "train_data_dir": tmp_path / "data"})
     assert "was trained with other conditions: other class names" in text
-    assert "going on from step 4" in launch("train_unet.py", output_dir, **flags)
+    assert "resumed from step 4" in launch("train_unet.py", output_dir, **flags)
 
 
 def test_training_never_asks_the_encoder_again(trained, monkeypatch):

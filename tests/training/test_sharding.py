@@ -62,7 +62,7 @@ def test_a_run_whose_weights_are_cut_is_the_same_run(trained, tmp_path, kind, op
     assert_close(checkpoint_tensors(alone, "unet", 3), checkpoint_tensors(tmp_path, "unet", 3), 2e-5)
     launch("train_unet.py", tmp_path, **{**flags, "train_batch_size": 12, "max_train_steps": 4})
     text = launch_cut(kind, tmp_path, **two)
-    assert "going on from step 4" in text
+    assert "resumed from step 4" in text
     one, cut = losses(alone, "unet"), losses(tmp_path, "unet")
     assert list(cut) == list(range(1, 7)) and max(abs(one[s] - cut[s]) / one[s] for s in one) < 1e-4
     assert_close(checkpoint_tensors(alone, "unet", 6), checkpoint_tensors(tmp_path, "unet", 6), 1e-4)

@@ -7,7 +7,8 @@ from diffusers.training_utils import EMAModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_ddpm.diffusion.ema import (
+from latent_ddpm.errors import UserError
+from latent_ddpm.training.ema import (
     EMA,
     PowerEMA,
     _read_snapshots,
@@ -16,7 +17,6 @@ from latent_ddpm.diffusion.ema import (
     reconstruct,
     reconstruction_error,
 )
-from latent_ddpm.errors import UserError
 
 
 def test_ema_is_diffusers_ema():

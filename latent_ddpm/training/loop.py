@@ -1,0 +1,219 @@
+"""What both training loops share: a run is opened, resumed, counted, logged, saved, stopped, published and finished.
+
+run = TrainingRun(parse_config(...), "unet")      # checks the config, reads the newest checkpoint
+config = run.start_processes()                    # accelerate; everything in steps
+if run.is_finished(...): return 0
+tracker = run.start_tracking(...)                 # progress bar, metrics.jsonl, trackers
+for step in run.steps():
+    ...                                           # one optimizer step
+    run.advance()
+    if run.is_due(config.validation_steps): ...   # what each stage does differently
+    if run.should_stop(): return run.stop(state)
+return run.finish(...)
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+
+from latent_ddpm.config import RunConfig, save_config
+from latent_ddpm.training.checkpoint import CheckpointFolder
+from latent_ddpm.training.distributed import StopSignal
+from latent_ddpm.training.launch import check_before_loading, claim, fit_to_processes, make_accelerator
+from latent_ddpm.training.metrics import is_best
+from latent_ddpm.training.tracking import Tracker, is_finished
+
+NAMES = {"autoencoder": "Autoencoder", "unet": "U-Net"}  # in commit messages of the Hub
+
+
+class Publishes(Protocol):
+    """What a run needs of a publisher; `latent_ddpm.publishing.hub.Publisher` is one."""
+
+    def push(self, message: str) -> None:
+        """Publish the run's folder in the background."""
+
+    def finish(self, wait: bool = True) -> bool:
+        """Wait for the uploads; returns whether everything is published."""
+
+
+class TrainingRun:
+    """One stage of one run.
+
+    Args:
+        config: as it was asked for.
+        stage: "autoencoder" or "unet".
+
+    Attributes:
+        config: the resolved config; after `start_processes` all lengths are in steps.
+        output_dir: the run's folder.
+        state: the checkpoint to resume from, or None; `start_tracking` releases it.
+        first_step: number of optimizer steps in that checkpoint.
+        step: number of optimizer steps done.
+        accelerator: from `start_processes` on.
+        images_per_step: of all processes together, from `start_processes` on.
+        tracker: from `start_tracking` on.
+        publisher: uploads the results; the script sets it where there is one.
+
+    Raises:
+        UserError: the config cannot be trained with, or the checkpoint cannot be used.
+    """
+
+    accelerator: Accelerator
+    images_per_step: int
+    tracker: Tracker
+
+    def __init__(self, config: RunConfig, stage: str) -> None:
+        self.config = self._asked = config
+        self.stage, self.output_dir = stage, Path(config.output_dir)
+        self._saved_config = check_before_loading(config, stage)
+        self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", stage, config.checkpoints_total_limit)
+        self.state = self.checkpoints.resume(config.resume_from_checkpoint)
+        self.first_step = self.step = self.state["step"] if self.state else 0
+        self.publisher: Publishes | None = None
+
+    # ------------------------------------------------------------------------------------------------ beginning
+
+    def start_processes(self) -> Any:
+        """Make the accelerator; returns the config with its lengths in steps of these processes."""
+        self.accelerator = make_accelerator(self.config)
+        self.config = fit_to_processes(self.config, self.state, self.accelerator)
+        batch = self.config.train_batch_size * self.accelerator.num_processes
+        self.images_per_step = batch * self.config.gradient_accumulation_steps
+        return self.config
+
+    def is_finished(self, product: str) -> bool:
+        """Whether all steps are done and the result `product`, a file in output_dir, is there; says so if it is."""
+        if not is_finished(self.config, self.stage, self.first_step, product):
+            return False
+        folder = self.output_dir / Path(product).parent
+        self.logger.info("all %d steps are done; the %s is in %s", self.first_step, folder.name, folder)
+        return True
+
+    def claim(self) -> None:
+        """Keep other runs of this stage out of the folder until the process ends."""
+        if self.accelerator.is_main_process:
+            claim(self.output_dir, self.stage)
+
+    def restore_scaler(self) -> None:
+        """Restore fp16's loss scale from the checkpoint."""
+        if self.state and self.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(self.state["scaler"])
+
+    def start_tracking(self, training_images: int, validation_images: int, model: str) -> Tracker:
+        """Save the config, say what is about to happen, and start the progress bar and the trackers.
+
+        Args:
+            training_images: in the training set.
+            validation_images: held out.
+            model: what is trained, e.g. "U-Net of 3.20 million parameters".
+        """
+        config = self.config
+        if self.accelerator.is_main_process:
+            save_config(self._asked, self._saved_config)
+            epochs = config.max_train_steps * self.images_per_step / training_images
+            resumed = f", resumed from step {self.first_step}" if self.first_step else ""
+            self.logger.info(
+                "%s, %d steps of %d images (%.1f epochs)%s",
+                model, config.max_train_steps, self.images_per_step, epochs, resumed,
+            )  # fmt: skip
+        self.state = None  # everything has been restored; it is as large as the model and its optimizer
+        self.tracker = Tracker(
+            self.accelerator,
+            self.output_dir,
+            self.stage,
+            config,
+            self.first_step,
+            config.max_train_steps,
+            self.images_per_step,
+            training_images,
+            validation_images,
+        )
+        return self.tracker
+
+    @property
+    def logger(self) -> logging.Logger:
+        """The script's logger."""
+        return logging.getLogger(f"train_{self.stage}")
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def steps(self) -> Iterator[int]:
+        """The optimizer steps that are left. From the first one on, a signal stops the run at the end of a step."""
+        self._signal = StopSignal()
+        yield from range(self.first_step, self.config.max_train_steps)
+
+    def advance(self) -> None:
+        """Count an optimizer step that is done."""
+        self.tracker.advance()
+        self.step += 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether all steps are done."""
+        return self.step == self.config.max_train_steps
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens `every` so many steps, and after the last one, happens now."""
+        return self.step % every == 0 or self.is_last
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint; call it in every process.
+
+        Args:
+            state: what the stage needs to resume, with whole tensors in the main process.
+        """
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            counted = {"step": self.step, "images_per_step": self.images_per_step}
+            scale = {"scaler": scaler.state_dict() if scaler is not None else {}}
+            self.checkpoints.save(self.step, counted | state | scale)
+        self.accelerator.wait_for_everyone()
+
+    def publishes_best(self, after: int = 0) -> bool:
+        """Whether hub_strategy "best" publishes now: the validation at this step is the best after step `after`."""
+        by_validation = self.config.push_to_hub and self.config.hub_strategy == "best"
+        return by_validation and is_best(self.output_dir, self.stage, self.step, after=after)
+
+    def publishes_checkpoint(self, after: int = 0) -> bool:
+        """Whether hub_strategy "checkpoint" publishes now; the last step is published by `finish`."""
+        by_checkpoint = self.config.push_to_hub and self.config.hub_strategy == "checkpoint"
+        return by_checkpoint and not self.is_last and self.step > after
+
+    def publish(self) -> None:
+        """Publish what has been exported, in the background."""
+        if self.publisher is not None:
+            self.publisher.push(f"{NAMES[self.stage]} after {self.step} steps")
+
+    # --------------------------------------------------------------------------------------------------- ending
+
+    def should_stop(self) -> bool:
+        """Whether a signal asks to stop here. Ask after every step, in every process. After the last step: no."""
+        return self._signal.should_stop() and not self.is_last
+
+    def stop(self, state: dict[str, Any]) -> int:
+        """Save a checkpoint and end early; returns the exit status that belongs to the signal."""
+        self.save(state)
+        self.tracker.close()
+        if self.publisher is not None:
+            self.publisher.finish(wait=False)
+        self.logger.info("stopped at step %d; run the same command again to resume", self.step)
+        return self._signal.exit_status
+
+    def finish(self, result: str) -> int:
+        """Publish the exported result and end; returns exit status 0.
+
+        Args:
+            result: name of the folder in output_dir that holds the result.
+        """
+        if self.publisher is not None and self.config.hub_strategy != "best":
+            self.publish()
+        if self.accelerator.is_main_process:
+            self.logger.info("the %s is in %s", result, self.output_dir / result)
+            self.tracker.finish()
+        if self.publisher is not None:
+            self.publisher.finish()
+        self.accelerator.wait_for_everyone()
+        return 0
