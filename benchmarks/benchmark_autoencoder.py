@@ -25,7 +25,6 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
-from tqdm.auto import tqdm
 
 from latent_ddpm.autoencoder.equivariance import transform_of
 from latent_ddpm.autoencoder.losses import reconstruction_loss
@@ -43,6 +42,7 @@ from latent_ddpm.evaluation.features import EXTRACTORS, check_installed, frechet
 from latent_ddpm.evaluation.grids import reconstruction_grid
 from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder
 from latent_ddpm.files import folder_name, save_png, write_json
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.training.ema import EMA
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.optim import clip_gradients, make_optimizer, set_learning_rate
@@ -240,7 +240,7 @@ def main(argv: list[str]) -> int:
             return evaluate_autoencoder(contestant.recipe.reconstruct, batches, codes, device)
 
         turns = math.ceil(budget / options.turn)
-        for turn in tqdm(range(turns), desc="turns", unit="turn"):
+        for turn in progress_bar(range(turns), desc="turns", unit="turn"):
             # the order turns round, so that none is always first
             for contestant in contestants if turn % 2 == 0 else reversed(contestants):
                 contestant.take_turn(min(options.turn, budget - turn * options.turn), budget, device)
@@ -292,7 +292,7 @@ def main(argv: list[str]) -> int:
         save_png(grid, options.json.with_name(options.json.stem + "-reconstructions.png"))
         if options.feature_extractor != "none":
             share = held_out[: math.ceil(options.frechet_images / 100)]
-            for contestant in tqdm(contestants, desc="Frechet distances", unit="recipe"):
+            for contestant in progress_bar(contestants, desc="Frechet distances", unit="recipe"):
                 originals, made = all_reconstructions(contestant.recipe.reconstruct, share, device)
                 distance = frechet_distance(originals, made, options.feature_extractor, device, 64, scratch)
                 results[contestant.name] |= {"rfd": distance, "rfd_images": len(made)}

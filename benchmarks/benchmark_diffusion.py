@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from tqdm.auto import tqdm
 
 from latent_ddpm.autoencoder.scaling import fold_normalization
 from latent_ddpm.autoencoder.stock import check_autoencoder_fits, load_autoencoder
@@ -44,6 +43,7 @@ from latent_ddpm.diffusion.unet import make_unet
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.features import EXTRACTORS, check_installed
 from latent_ddpm.files import folder_name, write_json
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.random import Stream, uniform
 from latent_ddpm.training.ema import PowerEMA
@@ -265,7 +265,7 @@ def main(argv: list[str]) -> int:
     for contestant in training:
         contestant.begin(device)
     turns = math.ceil(budget / options.turn) if training else 0
-    for turn in tqdm(range(turns), desc="turns", unit="turn"):
+    for turn in progress_bar(range(turns), desc="turns", unit="turn"):
         # the order turns round, so that none is always first
         for contestant in training if turn % 2 == 0 else reversed(training):
             contestant.take_turn(min(options.turn, budget - turn * options.turn), budget, device)

@@ -29,7 +29,6 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.data.bad_images import BadImages
@@ -37,6 +36,7 @@ from latent_ddpm.data.dataset import ExampleOrder, open_image_dataset
 from latent_ddpm.data.latents import SHARD_IMAGES, finish_cache, open_cache, shard_path, write_shard
 from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.files import write_json
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.training.launch import run
 
 SHAPE = (1, 4, 8, 8)  # versions, channels, height, width
@@ -48,7 +48,7 @@ def write_cache(place: Path, images: int) -> None:
     place.mkdir()
     numbers = np.random.default_rng(0)
     shards = -(-images // SHARD_IMAGES)
-    for shard in tqdm(range(shards), f"writing {images} latents", unit="shard", leave=False):
+    for shard in progress_bar(range(shards), f"writing {images} latents", unit="shard", leave=False):
         index = np.arange(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, images))
         latents = numbers.standard_normal((len(index), *SHAPE), dtype=np.float32).astype(np.float16)
         write_shard(shard_path(place, shard), latents, index, np.full(len(index), -1))
@@ -73,7 +73,7 @@ def write_dataset(path: Path, images: int) -> None:
 
 def write_folder(folder: Path, images: int) -> None:
     """Folders of a thousand names each, of one image."""
-    for start in tqdm(range(0, images, 1000), "writing folders", unit="folder", leave=False):
+    for start in progress_bar(range(0, images, 1000), "writing folders", unit="folder", leave=False):
         inside = folder / f"{start // 1000:06d}"
         inside.mkdir(parents=True)
         first = inside / f"{start:08d}.png"

@@ -34,9 +34,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from latent_ddpm.files import write_json
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.training.checkpoint import CheckpointFolder, DamagedCheckpoint
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.metrics import read_metrics
@@ -217,7 +217,7 @@ def kill_at_random(folder: Path, options: argparse.Namespace) -> dict:
         script: run_quietly(script, folder / "images", folder / "quiet", options.processes) for script in STAGES
     }
     comparison, trials, waited = Comparison(folder / "quiet"), [], 0
-    with tqdm(total=options.kills, unit="kill") as bar:
+    with progress_bar(total=options.kills, unit="kill") as bar:
         while bar.n < options.kills:
             seed = options.seed + len(trials)
             dice, output_dir, places = random.Random(seed), folder / f"trial-{seed}", []
@@ -274,7 +274,7 @@ def fill_the_disk(folder: Path, options: argparse.Namespace) -> dict:
         calls[script] = int((folder / "orders.count").read_text())
         shutil.copytree(output_dir, folder / f"quiet-{script}")
         comparison = Comparison(output_dir)
-        for at in tqdm(range(1, calls[script] + 1, options.stride), script, unit="call"):
+        for at in progress_bar(range(1, calls[script] + 1, options.stride), script, unit="call"):
             afresh()
             done, name = attempt(at), f"{script}, call {at}"
             sentence = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

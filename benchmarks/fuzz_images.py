@@ -25,13 +25,13 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 from PIL import Image
-from tqdm.auto import tqdm
 
 from latent_ddpm.data.dataset import decode_square
 from latent_ddpm.data.images import CENTRE, decode
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.files import write_json
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.training.launch import run
 
 PATIENCE = 30  # seconds that a file may take
@@ -187,7 +187,7 @@ def main(argv: list[str]) -> int:
     whole, dice, decoder = whole_files(options.images), random.Random(options.seed), Decoder()
     outcomes, errors, failures, slowest = Counter(), Counter(), [], (0.0, "")
     undamaged = {name: decoder(content) for name, content in whole}
-    for number in tqdm(range(options.files), unit="file"):
+    for number in progress_bar(range(options.files), unit="file"):
         name, content = whole[number % len(whole)]
         content = damaged(content, dice.choice(whole)[1], dice)
         begun = time.monotonic()

@@ -65,7 +65,6 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from latent_ddpm.autoencoder.losses import TRUNKS, load_lpips
 from latent_ddpm.autoencoder.stock import (
@@ -117,6 +116,7 @@ from latent_ddpm.evaluation.features import (
 from latent_ddpm.evaluation.grids import make_grid, reconstruction_grid
 from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder, psnr
 from latent_ddpm.files import save_png, write_json
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import permutation
 from latent_ddpm.training.launch import make_accelerator, run
 from pipeline_latent_ddpm import LatentDDPMPipeline
@@ -306,7 +306,7 @@ def read_reals(
         if name == "training" and len(images) < MIN_IMAGES:
             raise UserError(f"There are only {len(images)} training images; at least {MIN_IMAGES} are needed.")
         batches = eval_batches(images, 64, num_workers=config.dataloader_num_workers)
-        shown = tqdm(batches, f"features of {name} images", math.ceil(len(images) / 64), leave=False)
+        shown = progress_bar(batches, f"features of {name} images", math.ceil(len(images) / 64), leave=False)
         path = cache / f"{extractor}-{images.fingerprint}.safetensors"
         for kept, new in zip((features, indices), cached_features(network, shown, device, path), strict=True):
             kept.append(new)
@@ -330,7 +330,7 @@ def measure_reconstructions(
         enlarges: whether the pipeline is one that is given small images.
     """
     features, agreement = [], []
-    for rows in tqdm(reals.rows.split(64), "features of reconstructions", leave=False):
+    for rows in progress_bar(reals.rows.split(64), "features of reconstructions", leave=False):
         images = torch.stack([reals.images.get(int(reals.indices[row])) for row in rows])
         latents = pipe.encode(to_float(images.to(device)))
         made = to_uint8(pipe.decode(latents))
@@ -620,7 +620,7 @@ def measure_pipeline(argv: list[str]) -> None:
         seconds = time.perf_counter() - begun
         if not is_main:
             continue
-        batches = tqdm(samples.split(64), "features of samples", leave=False)
+        batches = progress_bar(samples.split(64), "features of samples", leave=False)
         features = extract_features(network, batches, device)
         distances, found = nearest(features, reals.train, SHOWN_NEIGHBOURS)
         settings.append(

@@ -36,7 +36,17 @@ def main() -> None:
     begun = time.monotonic()
     print("Two stages, about a quarter of an hour on two CPU cores. The bars show how long each takes.", flush=True)
     # One process with all cores: alternately timed on two cores, two processes of one thread each were no faster.
-    topology = ["--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    topology = [
+        "--quiet",
+        "--num_processes",
+        1,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     for script in ("train_autoencoder.py", "train_unet.py"):
         run("accelerate", "launch", *topology, script, "--config", CONFIG)
     folder = Path(parse_config(UNetConfig, ["--config", CONFIG]).output_dir)

@@ -147,7 +147,7 @@ def test_kl_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained_kl, 
 NUMBERS = """
 import json, sys
 import train_autoencoder
-from latent_ddpm.models import posterior
+from latent_ddpm.autoencoder import posterior
 seen, normal = [], posterior.normal
 def noting(seed, stream, numbers, shape):
     seen.extend(numbers.tolist())

@@ -7,10 +7,11 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "latent_ddpm"
-GROUND = {"config", "errors", "files", "random"}  # the modules at the top of latent_ddpm
+GROUND = {"config", "errors", "files", "progress", "random"}  # the modules at the top of latent_ddpm
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "progress": set(),
     "random": set(),
     "config": {"errors", "files"},
     "training": GROUND,

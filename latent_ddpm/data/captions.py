@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from latent_ddpm.config import EMBEDDED_ENCODER, UNetConfig
 from latent_ddpm.data.dataset import ImageDataset
@@ -35,6 +34,7 @@ from latent_ddpm.data.latents import (
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.training.distributed import all_reduce_max, process_count, process_index
 from pipeline_latent_ddpm import ENCODER_CLASSES
 
@@ -205,7 +205,7 @@ def embed_captions(
     remove_leftovers(place)
     shards = -(-len(captions) // SHARD_CAPTIONS)
     mine = range(process_index(), shards, process_count())
-    for shard in tqdm(mine, desc="embedding captions", unit="shard", disable=process_index() > 0, dynamic_ncols=True):
+    for shard in progress_bar(mine, desc="embedding captions", unit="shard", disable=process_index() > 0):
         if read_shard(shard_path(place, shard)) is not None:
             continue
         chosen = captions[shard * SHARD_CAPTIONS : (shard + 1) * SHARD_CAPTIONS]

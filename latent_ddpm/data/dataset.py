@@ -22,13 +22,13 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSION, square
 from latent_ddpm.data.indexing import digest, digest_of_many
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.errors import UserError
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import Stream, permutation, scattered, uniform
 
 logger = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
     kept, bad = [], []
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=f".{os.getpid()}.tmp", dir=folder.parent))
     try:
-        with open(aside / "images.npy", "wb") as file, tqdm(total=len(source), desc="decode", disable=None) as bar:
+        with open(aside / "images.npy", "wb") as file, progress_bar(total=len(source), desc="decode") as bar:
             offset = _write_header(file, len(source), cfg)
             for batch in squares:
                 for k, square in batch:

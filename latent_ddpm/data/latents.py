@@ -22,7 +22,6 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from latent_ddpm.autoencoder.scaling import Moments, overall_std
 from latent_ddpm.autoencoder.stock import StockAutoencoder, latents_of
@@ -35,6 +34,7 @@ from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.data.sources.streaming import read_stream, undecodable
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers, write_json, write_whole
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.training.distributed import all_reduce_max, process_count, process_index
 
 logger = logging.getLogger(__name__)
@@ -353,7 +353,7 @@ def build_cache(
     shards = -(-len(dataset) // SHARD_IMAGES)
     mine = range(process_index(), shards, process_count())
     moments: Moments | None = None
-    for shard in tqdm(mine, desc="encoding latents", unit="shard", disable=process_index() > 0, dynamic_ncols=True):
+    for shard in progress_bar(mine, desc="encoding latents", unit="shard", disable=process_index() > 0):
         path = shard_path(place, shard)
         records = read_shard(path)
         if records is None:

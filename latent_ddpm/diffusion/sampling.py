@@ -24,10 +24,10 @@ from typing import Any
 
 import diffusers
 import torch
-from tqdm.auto import tqdm
 
 from latent_ddpm.data.images import to_uint8
 from latent_ddpm.errors import UserError
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import Stream, normal, seed_for_step
 from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
 from pipeline_latent_ddpm import LatentDDPMPipeline
@@ -331,7 +331,7 @@ def draw_shared(
     rounds = math.ceil(count / (batch_size * processes))
     kept = []
     with one_thread(pipe.device):
-        for k in tqdm(range(rounds), desc="sampling", unit="round", disable=first > 0, leave=False, dynamic_ncols=True):
+        for k in progress_bar(range(rounds), desc="sampling", unit="round", disable=first > 0, leave=False):
             start = min((k * processes + first) * batch_size, count)
             numbers = torch.arange(start, min(start + batch_size, count))
             part = torch.zeros(batch_size, *image_shape(pipe), dtype=torch.uint8, device=pipe.device)

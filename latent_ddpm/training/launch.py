@@ -208,12 +208,27 @@ def _is_of_storage(error: OSError | SafetensorError) -> bool:
     return number in STORAGE_ERRORS
 
 
+def _launcher_note() -> str:
+    """What to say about the traceback that `accelerate launch` prints when its script fails.
+
+    It comes from the launcher's own process, which raises CalledProcessError for any exit status but 0
+    (accelerate/commands/launch.py, simple_launcher), so a script cannot prevent it.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "RANK" in os.environ:
+        return ""
+    with contextlib.suppress(psutil.Error, AttributeError):
+        if {"--quiet", "-q"} & set(psutil.Process().parent().cmdline()):
+            return ""
+    return "\n(The traceback below is accelerate's own; `accelerate launch --quiet` omits it.)"
+
+
 def _say_last(sentence: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank:  # the launcher ends all processes when one fails: where all have the same to say, the first one speaks
         time.sleep(2)
     with contextlib.suppress(OSError):
-        print(f"\nerror: {sentence}" + (f" (process {rank})" if rank else ""), file=sys.stderr, flush=True)
+        of_process = f" (process {rank})" if rank else ""
+        print(f"\nerror: {sentence}{of_process}{_launcher_note()}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from tqdm.auto import tqdm
 
 from latent_ddpm import __version__
 from latent_ddpm.config import RunConfig
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import save_png, write_json, write_whole
+from latent_ddpm.progress import progress_bar
 
 
 def check_tracker(name: str) -> None:
@@ -91,13 +91,12 @@ class Tracker:
             self._cut(first_step)
             self._note_machine(output_dir / "run.json", training_images, validation_images)
             self._start_trackers(config, first_step)
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=last_step,
             initial=first_step,
             desc=stage,
             unit="step",
             disable=not self.main,
-            dynamic_ncols=True,
             smoothing=0.05,
         )
 

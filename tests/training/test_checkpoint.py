@@ -143,7 +143,7 @@ def test_a_failed_write_leaves_the_old_ones(folder, monkeypatch):
         path.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("latent_ddpm.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("latent_ddpm.training.checkpoint.save_file", full_disk)
     with pytest.raises(UserError, match="No space left on device.*Earlier checkpoints are untouched"):
         folder.save(2, make_state(2))
     assert [path.name for path in folder.folder.iterdir()] == ["unet-00000001"]

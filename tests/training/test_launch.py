@@ -1,6 +1,7 @@
 """latent_ddpm.training.launch: how many processes were asked for, on how many machines; storage errors."""
 
 import errno
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -103,3 +104,19 @@ def test_processes_meet_before_the_group_is_made(monkeypatch):
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="nobody came"):
         launch.make_accelerator(UNetConfig(dataset_name="x"))
+
+
+@pytest.mark.parametrize(
+    ("words", "rank", "explained"),
+    [(["accelerate", "launch"], None, True), (["accelerate", "launch", "--quiet"], None, False), (["x"], "0", False)],
+)
+def test_the_traceback_of_accelerate_is_explained(monkeypatch, capsys, words, rank, explained):
+    parent = SimpleNamespace(cmdline=lambda: words)
+    monkeypatch.setattr(launch.psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    launch._say_last("no images.")
+    written = capsys.readouterr().err
+    assert written.startswith("\nerror: no images.") and ("accelerate's own" in written) == explained

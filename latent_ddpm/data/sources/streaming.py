@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from latent_ddpm.config import RunConfig
 from latent_ddpm.data.bad_images import BadImages
@@ -42,6 +41,7 @@ from latent_ddpm.data.sources.hub import (
 )
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers, write_json, write_whole
+from latent_ddpm.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,9 @@ def read_stream(config: RunConfig, process_index: int, num_processes: int, wait:
         if process_index == 0 and files < num_processes:
             logger.info("%s is in %d files, so %d of the processes wait", split, files, num_processes - files)
         known = (stream.info.splits or {}).get(split)
-        bar = tqdm(
+        bar = progress_bar(
             total=known.num_examples if known is not None else None, desc=f"reading {split}", unit="image",
-            disable=process_index > 0, dynamic_ncols=True,
+            disable=process_index > 0,
         )  # fmt: skip
         for file in range(process_index, files, num_processes):
             seen = 0
