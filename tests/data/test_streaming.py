@@ -15,8 +15,8 @@ import pytest
 from conftest import checkpoint_tensors, environment, finished, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sources import png
 from PIL import Image
-from test_data import png
 
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.data.bad_images import BadImages

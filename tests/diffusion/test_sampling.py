@@ -3,7 +3,7 @@ processes: test_evaluate_pipeline.py.)"""
 
 import pytest
 import torch
-from test_sample_script import save_pipeline
+from small_pipeline import save_pipeline
 
 from latent_ddpm.data.images import to_uint8
 from latent_ddpm.diffusion import sampling

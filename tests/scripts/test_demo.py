@@ -15,7 +15,7 @@ from conftest import ROOT, environment
 from diffusers import UniPCMultistepScheduler
 from hub_server import TOKEN, USER, HubServer
 from PIL import Image
-from test_sample_script import save_pipeline
+from small_pipeline import save_pipeline
 
 pytest.importorskip("gradio")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, finished, run_script
 from PIL import Image
-from test_sample_script import save_pipeline
+from small_pipeline import save_pipeline
 
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.diffusion.sampling import draw_shared, load_pipeline, with_scheduler
