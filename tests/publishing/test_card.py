@@ -83,7 +83,10 @@ def test_it_says_what_was_measured_and_how():
     }
     assert metrics["Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps)"] == 20.5
     assert "| Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps) | 20.50 |" in CARD
-    assert "to the images that they enlarge (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps) | 31.50 |" in CARD
+    assert (
+        "the samples, downscaled again (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps) | 31.50 |"
+        in CARD
+    )
     assert "python scripts/evaluate.py pipeline --config configs/mnist.yaml" in CARD
     assert "![samples](samples.png)" in CARD and "neighbours.png" not in CARD
     assert "for 32x32 images" in CARD and "latents of 4x8x8" in CARD
@@ -123,7 +126,7 @@ def test_words_between_the_parts_survive(own, place):
 
 
 def test_an_edited_part_stays_and_a_removed_one_stays_away():
-    theirs = CARD.replace("and nothing else: there", "mostly digits, I promise: there")
+    theirs = CARD.replace("like those in its training set", "mostly digits, I promise")
     start, end = theirs.index("<!-- made:use"), theirs.index("<!-- end:use -->") + len("<!-- end:use -->")
     theirs = theirs[:start] + theirs[end:]
     merged = merge_cards(CARD, theirs)
@@ -134,7 +137,7 @@ def test_an_edited_part_stays_and_a_removed_one_stays_away():
 def test_a_part_that_is_new_comes_in_its_place():
     without = make_card(dataclasses.replace(FACTS, evaluations={}), "someone/digits", "apache-2.0")
     merged = merge_cards(CARD, without)
-    assert merged.index("## Use") < merged.index("## Evaluation") < merged.index("## How it was made")
+    assert merged.index("## Use") < merged.index("## Evaluation") < merged.index("## Training")
     assert head_of(merged)["model-index"] == head_of(CARD)["model-index"]
 
 
@@ -196,3 +199,68 @@ def test_a_card_of_ones_own_keeps_its_text_at_every_push():
     without = make_card(dataclasses.replace(FACTS, evaluations={}), "someone/digits")
     once = merge_cards(without, "# My page\n\nAll mine.")
     assert "## Evaluation" not in merge_cards(CARD, once)
+
+
+TRAINED = {
+    "autoencoder": {"step": 20, "images": 640, "hours": 0.1, "validation_images": 249, "validated_at": 20}
+    | {"validation_psnr": 31.25, "validation_ssim": 0.984, "validation_codebook_usage": 1.0}
+    | {"validation_perplexity": 411.6},
+    "unet": {"step": 100, "images": 6400, "hours": 0.1, "validation_images": 249, "validated_at": 80}
+    | {"validation_loss": 0.31254},
+}
+
+
+def test_without_an_evaluation_the_figures_of_training_are_the_results():
+    unet = FACTS.unet | {"prediction_type": "v_prediction", "loss_weighting": "min_snr"}
+    facts = dataclasses.replace(FACTS, evaluations={}, training=TRAINED, unet=unet)
+    card = ModelCard(make_card(facts, "someone/digits", "apache-2.0"))
+    found = {result.metric_name: result for result in card.data.eval_results}
+    where = "249 held-out images, measured in training"
+    assert {name: result.metric_value for name, result in found.items()} == {
+        f"Reconstruction PSNR in dB ({where})": 31.25,
+        f"Reconstruction SSIM ({where})": 0.984,
+        f"Codes in use ({where})": 1.0,
+        f"Perplexity of the codes ({where})": 411.6,
+        f"Diffusion loss on latents (v_prediction, min_snr weighting, {where} at step 80)": 0.31254,
+    }
+    assert {result.dataset_split for result in found.values()} == {"held-out"}
+    assert "python train_autoencoder.py --config train_autoencoder.yaml" in card.text and "| 31.25 |" in card.text
+    assert "evaluation-*.json" not in card.text
+
+
+def test_an_evaluation_takes_the_place_of_the_same_figure_of_training():
+    measured = {"command": "python scripts/evaluate.py autoencoder", "images": 250, "psnr": 31.3, "rfd": 3.2}
+    facts = dataclasses.replace(FACTS, evaluations={"autoencoder": measured}, training=TRAINED)
+    names = [row.name for row in figures(facts)]
+    assert len(names) == len(set(names)) and sum("PSNR" in name for name in names) == 1
+    assert "Reconstruction PSNR in dB (250 held-out images)" in names
+    assert "Reconstruction SSIM (249 held-out images, measured in training)" in names
+
+
+def test_figures_of_training_are_read_from_the_metrics(tmp_path):
+    lines = [
+        {"stage": "unet", "step": 10, "images": 640, "loss": 1.0, "images_per_second": 64},
+        {"stage": "unet", "step": 10, "images": 640, "validation_loss": 0.5},
+        {"stage": "unet", "step": 20, "images": 1280, "loss": 0.9, "images_per_second": 64},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run.json").write_text(json.dumps({"unet": {"validation_images": 12}}))
+    (row,) = figures(dataclasses.replace(read_facts(tmp_path), configs={}))
+    assert row.value == 0.5 and "12 held-out images, measured in training at step 10" in row.name
+
+
+def test_the_owner_keeps_results_beside_those_of_training():
+    facts = dataclasses.replace(FACTS, evaluations={}, training=TRAINED)
+    ours = make_card(facts, "someone/digits")
+    head, _, rest = ours.removeprefix("---\n").partition("---\n")
+    edited = yaml.safe_load(head)
+    own = {
+        "task": {"type": "x"},
+        "dataset": {"name": "y", "type": "y"},
+        "metrics": [{"name": "mine", "type": "z", "value": 1}],
+    }
+    edited["model-index"][0]["results"].append(own)
+    theirs = f"---\n{yaml.safe_dump(edited)}---\n{rest}"
+    merged = yaml.safe_load(merge_cards(ours, theirs).split("---\n")[1])
+    names = [m["name"] for result in merged["model-index"][0]["results"] for m in result["metrics"]]
+    assert "mine" in names and len(names) == len(set(names)) == 6

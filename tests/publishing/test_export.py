@@ -1,13 +1,16 @@
-"""latent_ddpm.publishing.export and models.vqvae: what is published equals what was trained."""
+"""The export: what is published equals what was trained, with and without diffusers' LDMPipeline."""
 
+import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import fill_zeros
+from conftest import fill_zeros, run_script
 from diffusers import AutoencoderKL, DiffusionPipeline
+from small_pipeline import save_pipeline
 
 from latent_ddpm.autoencoder.scaling import Moments, fold_normalization, overall_std
 from latent_ddpm.autoencoder.stock import (
@@ -23,7 +26,7 @@ from latent_ddpm.diffusion.noise_schedule import sampling_scheduler
 from latent_ddpm.diffusion.unet import make_unet
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import replace_folder
-from latent_ddpm.publishing.export import export_pipeline
+from latent_ddpm.publishing.export import convert_pipeline, export_pipeline, stock_pipeline
 
 
 def make(channels=3, attention=False, levels=(8, 16, 16), **quantizer):
@@ -244,3 +247,97 @@ def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path, q
         batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np"
     ).images
     assert np.abs(richer - theirs).max() < 1e-5
+
+
+# ------------------------------------------------------------------------------------------- without LDMPipeline
+
+# What a diffusers without the class does: its lazy module does not know the name.
+WITHOUT = """
+import sys
+import diffusers
+diffusers._class_to_module.pop("LDMPipeline")
+diffusers.pipelines._class_to_module.pop("LDMPipeline", None)
+import torch, numpy
+"""
+DRAW = """
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[1], trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+numpy.save(sys.argv[2], pipeline(batch_size=2, num_inference_steps=2, generator=generator, output_type="np").images)
+print(type(pipeline).__name__)
+"""
+EXPORT = """
+from pathlib import Path
+from diffusers import DiffusionPipeline, VQModel, UNet2DModel, DDIMScheduler
+from latent_ddpm.publishing.export import export_pipeline, stock_pipeline
+assert stock_pipeline() is None
+old = Path(sys.argv[1])
+parts = [kind.from_pretrained(old / name) for kind, name in
+         ((VQModel, "vqvae"), (UNet2DModel, "unet"), (DDIMScheduler, "scheduler"))]
+export_pipeline(Path(sys.argv[2]), *parts, 2)
+"""
+
+
+def python(code, *words):
+    return subprocess.run([sys.executable, "-c", WITHOUT + code, *map(str, words)], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder that names LDMPipeline, and what it draws."""
+    folder = tmp_path_factory.mktemp("ldm") / "pipeline"
+    save_pipeline(folder)
+    (folder / "README.md").write_text('DiffusionPipeline.from_pretrained("me/digits")\n')
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return folder, pipeline(batch_size=2, num_inference_steps=2, generator=generator, output_type="np").images
+
+
+def test_a_published_folder_outlives_ldmpipeline(drawn, tmp_path):
+    folder, images = drawn
+    shutil.copytree(folder, tmp_path / "pipeline")
+    folder = tmp_path / "pipeline"
+    before = json.loads((folder / "model_index.json").read_text())
+    assert "is now a LatentDDPMPipeline" in run_script("convert_pipeline.py", folder).stdout
+    done = python(DRAW, folder, tmp_path / "images.npy")
+    assert done.stdout.strip() == "LatentDDPMPipeline", done.stderr[-2000:]
+    assert np.abs(np.load(tmp_path / "images.npy") - images).max() < 1e-5
+    readme = (folder / "README.md").read_text()
+    assert readme == (
+        'DiffusionPipeline.from_pretrained("me/digits", custom_pipeline="me/digits", trust_remote_code=True)\n'
+    )
+    assert "already is" in run_script("convert_pipeline.py", folder).stdout
+    assert (folder / "README.md").read_text() == readme
+    run_script("convert_pipeline.py", folder, "--to", "ldm")
+    assert json.loads((folder / "model_index.json").read_text()) == before
+
+
+def test_an_export_without_ldmpipeline(drawn, tmp_path):
+    folder, images = drawn
+    done = python(EXPORT, folder, tmp_path / "pipeline")
+    assert done.returncode == 0, done.stderr[-2000:]
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "LatentDDPMPipeline"]
+    assert 'from_pretrained(".", custom_pipeline=".", trust' in (tmp_path / "pipeline" / "README.md").read_text()
+    done = python(DRAW, tmp_path / "pipeline", tmp_path / "images.npy")
+    assert done.stdout.strip() == "LatentDDPMPipeline", done.stderr[-2000:]
+    assert np.abs(np.load(tmp_path / "images.npy") - images).max() < 1e-5
+
+
+def test_what_cannot_be_converted_is_refused(drawn, tmp_path):
+    assert stock_pipeline() is not None  # the installed diffusers has it; when this fails, read docs/publishing.md
+    with pytest.raises(UserError, match="holds no latent diffusion pipeline"):
+        convert_pipeline(tmp_path)
+    shutil.copytree(drawn[0], tmp_path / "pipeline")
+    index, unet = (tmp_path / "pipeline" / name for name in ("model_index.json", "unet/config.json"))
+    whole = json.loads(index.read_text())
+    index.write_text(json.dumps(whole | {"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(UserError, match="only LDMPipeline and LatentDDPMPipeline can be converted"):
+        convert_pipeline(tmp_path / "pipeline")
+    index.write_text(json.dumps(whole | {"_class_name": ["pipeline", "LatentDDPMPipeline"]}))
+    unet.write_text(json.dumps(json.loads(unet.read_text()) | {"num_class_embeds": 11}))
+    with pytest.raises(UserError, match="which LDMPipeline does not support"):
+        convert_pipeline(tmp_path / "pipeline", to_own=False)

@@ -1,0 +1,35 @@
+"""Convert a pipeline folder between diffusers' LDMPipeline and the LatentDDPMPipeline in its own pipeline.py.
+
+    python scripts/convert_pipeline.py outputs/mnist/pipeline                  to LatentDDPMPipeline
+    python scripts/convert_pipeline.py outputs/mnist/pipeline --to ldm         back to LDMPipeline
+
+For folders that were exported or published as LDMPipeline, should diffusers drop that class. Weights and configs stay.
+A repository of the Hub is converted in a local copy: `hf download USER/NAME --local-dir COPY`, this script on COPY,
+then `hf upload USER/NAME COPY`.
+"""
+
+import argparse
+from pathlib import Path
+
+from latent_ddpm.publishing.export import convert_pipeline
+from latent_ddpm.training.launch import run
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a folder with a model_index.json")
+    parser.add_argument("--to", choices=("latent_ddpm", "ldm"), default="latent_ddpm")
+    options = parser.parse_args(argv)
+    changed = convert_pipeline(options.folder, options.to == "latent_ddpm")
+    name = "LatentDDPMPipeline" if options.to == "latent_ddpm" else "LDMPipeline"
+    print(f"{options.folder} {'is now' if changed else 'already is'} a {name}.")
+    if options.to == "latent_ddpm":
+        print(
+            f"It loads with DiffusionPipeline.from_pretrained({str(options.folder)!r}, "
+            f"custom_pipeline={str(options.folder)!r}, trust_remote_code=True)."
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
