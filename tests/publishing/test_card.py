@@ -83,10 +83,7 @@ def test_it_says_what_was_measured_and_how():
     }
     assert metrics["Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps)"] == 20.5
     assert "| Frechet distance (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps) | 20.50 |" in CARD
-    assert (
-        "the samples, downscaled again (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps) | 31.50 |"
-        in CARD
-    )
+    assert "the samples, downscaled again (EfficientNet-Lite0, 1,000 samples, ddim, 20 steps) | 31.50 |" in CARD
     assert "python scripts/evaluate.py pipeline --config configs/mnist.yaml" in CARD
     assert "![samples](samples.png)" in CARD and "neighbours.png" not in CARD
     assert "for 32x32 images" in CARD and "latents of 4x8x8" in CARD
