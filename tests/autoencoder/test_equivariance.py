@@ -73,7 +73,7 @@ def test_odd_latents_are_refused():
         ({"disc_weight": 0.5, "equivariance_share": 1.0}, "equivariance_share .* below 1 with a discriminator"),
         ({"lpips_weight": 1.0, "equivariance_share": 0.5, "lpips_net": "alex"}, "lpips_net alex needs images of 31"),
         ({"lpips_weight": 1.0, "resolution": 16, "lpips_net": "squeeze"}, "lpips_net squeeze needs images of 17"),
-        ({"disc_learning_rate": 0.0}, "disc_learning_rate is 0.0; it has to be greater than 0"),
+        ({"disc_learning_rate": 0.0}, "disc_learning_rate is 0.0; it must be greater than 0"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(options, words):
