@@ -728,7 +728,7 @@ def test_errors_about_images_name_what_was_wrong(arguments, message):
 
 def test_schedulers_that_do_not_fit_are_refused_by_name():
     midway = {"num_inference_steps": 10, "image": picture(), "strength": 0.5}
-    with pytest.raises(ValueError, match="PNDMScheduler can not begin midway with skip_prk_steps=False"):
+    with pytest.raises(ValueError, match="PNDMScheduler cannot begin midway with skip_prk_steps=False"):
         make_pipeline(scheduler=make_scheduler("pndm"))(**midway)
     with pytest.raises(ValueError, match="EDMEulerScheduler does not say how noisy"):
         make_pipeline(scheduler=diffusers.EDMEulerScheduler())(**midway)

@@ -152,7 +152,7 @@ def with_scheduler(scheduler: diffusers.SchedulerMixin, name: str) -> diffusers.
     scheduler_class = getattr(diffusers, class_name)
     own, config = type(scheduler).__name__, scheduler.config
     if own.startswith("FlowMatch") != class_name.startswith("FlowMatch"):
-        raise UserError(f"--scheduler {name}: the model needs {own}: only one of the two is flow matching")
+        raise UserError(f"--scheduler {name}: the model is trained for {own}; only one of the two is flow matching")
     config = {key: value for key, value in config.items() if key != "_use_default_values"}
     parameters = inspect.signature(scheduler_class).parameters
     # Otherwise its noise table would silently differ from the one in training, and the images would be wrong.

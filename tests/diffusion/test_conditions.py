@@ -276,7 +276,7 @@ def test_maps_keep_their_values_at_any_size(mode):
         ({"conditions": ["image"]}, "set one of conditioning_image_column and conditioning_image_dir"),
         ({"conditioning_image_column": "x"}, "conditioning_image_column is for conditions that have image"),
         ({"conditioning_image_classes": 3}, "conditioning_image_classes is for conditions that have image"),
-        ({"conditions": ["image"], "conditioning_image_dir": "x"}, "lies beside a train_data_dir"),
+        ({"conditions": ["image"], "conditioning_image_dir": "x"}, "conditioning_image_dir needs a train_data_dir"),
         ({"conditions": ["image"], "conditioning_image_column": "x", "conditioning_image_classes": 1}, "from 2 to 256"),
         ({"conditions": ["class"], "class_dropout": 1.0}, "class_dropout"),
         ({"conditions": ["image"], "conditioning_image_column": "x", "streaming": True}, "streamed keeps labels"),
