@@ -116,7 +116,7 @@ def guidance_of(args: argparse.Namespace, pipe: LatentDDPMPipeline) -> dict[str,
     if args.guidance_interval is not None:
         low, high = args.guidance_interval
         if not 0 <= low < high:
-            raise UserError(f"--guidance_interval {low:g} {high:g}: the first has to be the smaller one, from 0 on.")
+            raise UserError(f"--guidance_interval {low:g} {high:g}: 0 <= LOW < HIGH is required.")
         told["guidance_interval"] = (low, high)
     if args.guidance_pipeline is not None:
         weaker = load_pipeline(args.guidance_pipeline)

@@ -312,7 +312,7 @@ def test_fsqs_balance_loss_is_the_expected_log_use_of_gaussian_shares():
 
 
 def test_fsqs_balance_wakes_idle_codes():
-    """Outputs in a few clumps: a map that may move them spreads them over the grid when told to, and only then."""
+    """A learned map spreads a few clusters of outputs over the grid only with the balance loss."""
 
     def usage(balance):
         torch.manual_seed(0)

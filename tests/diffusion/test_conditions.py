@@ -540,7 +540,7 @@ def test_the_sampling_script_takes_conditions_in_turn(trained, data, tmp_path):
         ([*one, "--guidance_scale", "2", "class_labels=2"], "one number, or NAME=NUMBER of each condition"),
         ([*one, "--guidance_scale", "much"], "much is not a number"),
         ([*one, "--guidance_interval", "0", "1"], "need a --guidance_scale above 1"),
-        ([*one, "--guidance_scale", "2", "--guidance_interval", "2", "1"], "the first has to be the smaller one"),
+        ([*one, "--guidance_scale", "2", "--guidance_interval", "2", "1"], "0 <= LOW < HIGH is required"),
         ([*one, "--guidance_scale", "class_labels=2", "--guidance_pipeline", pipeline], "one number for all"),
         ([*one, "--guidance_scale", "2", "--guidance_pipeline", str(tmp_path)], "is not a pipeline folder"),
         (["--class_labels", "fisch"], "there is no class fisch; did you mean fish"),
