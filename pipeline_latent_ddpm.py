@@ -1,14 +1,14 @@
-"""Latent diffusion: a U-Net denoises latents, an autoencoder turns them into images.
+"""Latent diffusion pipeline: a U-Net denoises latents, an autoencoder decodes them into images.
 
-This one file is also uploaded beside the weights as `pipeline.py`, so it needs nothing but diffusers:
+This file is also uploaded with the weights as `pipeline.py`, so it only depends on diffusers and its requirements:
 
     DiffusionPipeline.from_pretrained(repo)                                               # stock LDMPipeline
     DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)  # this class
 
-Both load the same three components and draw the same images from the same generator. This class adds what
-later diffusers pipelines have: any scheduler, given latents, one generator per image, half precision,
-callbacks, CPU offload, `encode` / `decode`, variations of an image (SDEdit) and inpainting. A model that is
-conditioned on a class, an image or semantic map, or a text, has this class alone, for LDMPipeline has no word for them.
+Both load the same three components and draw the same images from the same generator. This class adds the
+features of later diffusers pipelines: any scheduler, given latents, one generator per image, half precision,
+callbacks, CPU offload, `encode` / `decode`, variations of an image (SDEdit) and inpainting. Models conditioned on a
+class, an image or semantic map, or a text need this class, because LDMPipeline does not support conditioning.
 """
 
 import difflib
@@ -37,7 +37,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# by transformers' model_type, what of a model is its text encoder; of others all
+# text encoder class by transformers' model_type; other models are used whole
 ENCODER_CLASSES = {
     "clip": "CLIPTextModel",
     "t5": "T5EncoderModel",
@@ -52,29 +52,30 @@ def class_shares(maps: torch.Tensor, classes: int, size: tuple[int, int]) -> tor
 
     Args:
         maps: integers (B, H, W) in [0, classes).
+        classes: number of classes.
         size: (h, w) of the latents; divides (H, W).
 
     Returns:
-        float32 (B, classes, h, w), which sums to 1 over the classes.
+        float32 (B, classes, h, w); the sum over the classes is 1.
     """
     one_hot = torch.nn.functional.one_hot(maps.long(), classes).movedim(-1, 1).float()
     return torch.nn.functional.adaptive_avg_pool2d(one_hot, size)
 
 
 def image_channels(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Images (B, C, H, W) in [-1, 1] at the latents' size (h, w), and a channel of ones: (B, C + 1, h, w)."""
+    """Images (B, C, H, W) in [-1, 1], resized to the latents' size (h, w), plus a channel of ones: (B, C + 1, h, w)."""
     small = torch.nn.functional.adaptive_avg_pool2d(images, size)
     return torch.cat((small, torch.ones_like(small[:, :1])), dim=1)
 
 
 def guidance_weights(scales: Sequence[float]) -> list[float]:
-    """How much each prediction counts, of the model that is given none, the first, the first two, ... conditions.
+    """Weights of the predictions v_0, v_1, ..., v_n with none, the first, the first two, ... conditions.
 
-    Guidance adds one condition after the other: v_0 + sum_k s_k (v_k - v_(k-1)) (arXiv 2211.09800, equation 3). With
-    one scale for all it is v_0 + s (v_n - v_0) (arXiv 2207.12598, equation 6, where s = 1 + w).
+    Guidance adds the conditions one by one: v_0 + sum_k s_k (v_k - v_(k-1)) (arXiv 2211.09800, equation 3). With equal
+    scales s it is v_0 + s (v_n - v_0) (arXiv 2207.12598, equation 6, where s = 1 + w).
 
     Args:
-        scales: s_1, ..., s_n.
+        scales: s_1, ..., s_n, the guidance scale of each condition.
 
     Returns:
         n + 1 numbers that sum to 1.
@@ -89,27 +90,27 @@ def is_flow_matching(scheduler: SchedulerMixin) -> bool:
 
 
 def noise_level(scheduler: SchedulerMixin, t: torch.Tensor) -> tuple[float, float]:
-    """What the scheduler's latents are made of when the U-Net is asked at timestep `t`.
+    """Signal and noise in the scheduler's latents before its step at timestep `t`.
 
     Args:
-        scheduler: its timesteps are set, and its next step is the one at `t`.
-        t: scalar, the element of `scheduler.timesteps` that is next.
+        scheduler: its timesteps are set, and its next step is at `t`.
+        t: scalar, the next element of `scheduler.timesteps`.
 
     Returns:
-        (keep, spread) such that latents = keep * x0 + spread * noise. For flow matching (1 - sigma, sigma); for
-        schedulers that hold x0 + sigma * noise and scale the model's input (Euler, Heun, LMS, KDPM2) (1, sigma);
-        for the others the square roots of alpha_bar and 1 - alpha_bar (arXiv 2006.11239, equation 4).
+        (keep, spread) such that latents = keep * x0 + spread * noise. For flow matching: (1 - sigma, sigma). For
+        schedulers that hold x0 + sigma * noise and scale the model's input (Euler, Heun, LMS, KDPM2): (1, sigma).
+        For the others: the square roots of alpha_bar and 1 - alpha_bar (arXiv 2006.11239, equation 4).
 
     Raises:
-        ValueError: the scheduler is none of these; the message names it.
+        ValueError: another scheduler; the message names it.
     """
     if is_flow_matching(scheduler):
         sigma = float(t) / scheduler.config.num_train_timesteps
         return 1 - sigma, sigma
     if not (hasattr(scheduler, "add_noise") and hasattr(scheduler, "alphas_cumprod")):
         raise ValueError(f"{type(scheduler).__name__} does not say how noisy its latents are at a timestep")
-    # Asked of the scheduler rather than of its table: its sigmas may lie between the table's, and in the half
-    # steps of second-order schedulers only it knows which of its sigmas is meant.
+    # From the scheduler and not from its table: its sigmas may lie between those of the table, and in the half steps
+    # of second-order schedulers only the scheduler knows the current sigma.
     scale = 1.0
     if hasattr(scheduler, "scale_model_input"):
         scale = float(scheduler.scale_model_input(torch.ones(()), t))
@@ -122,20 +123,20 @@ def noise_level(scheduler: SchedulerMixin, t: torch.Tensor) -> tuple[float, floa
 def predict_original(
     latents: torch.Tensor, prediction: torch.Tensor, scheduler: SchedulerMixin, t: torch.Tensor
 ) -> torch.Tensor:
-    """The clean latents that a prediction of the U-Net amounts to.
+    """The clean latents x0 that a prediction of the U-Net implies.
 
     Args:
-        latents: (B, C, h, w), as the scheduler holds them before its step at `t`, not scaled for the model.
-        prediction: (B, C, h, w), the U-Net's output: what `scheduler.config.prediction_type` says, or for flow
-            matching the velocity noise - x0.
-        scheduler: as for `noise_level`; no step at `t` has been made yet.
+        latents: (B, C, h, w), the scheduler's latents before its step at `t`, not scaled for the model.
+        prediction: (B, C, h, w), output of the U-Net, of type `scheduler.config.prediction_type`; for flow matching
+            the velocity noise - x0.
+        scheduler: as in `noise_level`, before its step at `t`.
         t: scalar, the timestep.
 
     Returns:
         (B, C, h, w) in model space, float32, not clipped.
 
     Raises:
-        ValueError: as `noise_level`, or another prediction type.
+        ValueError: see `noise_level`; or an unknown prediction type.
     """
     keep, spread = noise_level(scheduler, t)
     latents, prediction = latents.float(), prediction.float()
@@ -153,23 +154,26 @@ def predict_original(
 
 
 def skip_steps(scheduler: SchedulerMixin, steps: int) -> torch.Tensor:
-    """Has a scheduler, whose timesteps are set, begin after its first `steps` steps; the timesteps that remain.
+    """Make a scheduler, whose timesteps are set, start after its first `steps` steps.
+
+    Returns:
+        The remaining timesteps.
 
     Raises:
-        ValueError: it is a `PNDMScheduler` that begins with Runge-Kutta steps.
+        ValueError: a `PNDMScheduler` that begins with Runge-Kutta steps.
     """
     if steps == 0:
         return scheduler.timesteps
     if isinstance(scheduler, PNDMScheduler):
         if not scheduler.config.skip_prk_steps:
-            raise ValueError("PNDMScheduler can not begin midway with skip_prk_steps=False: set skip_prk_steps=True")
-        # [t0, t1, t1, t2, ...]: it asks twice at the second timestep of whichever it begins with.
+            raise ValueError("PNDMScheduler cannot begin midway with skip_prk_steps=False: set skip_prk_steps=True")
+        # [t0, t1, t1, t2, ...]: PNDM evaluates its second timestep twice, wherever it starts.
         rest = scheduler.timesteps[steps + 1 :]
         return torch.cat((rest[:2], rest[1:]))
     skipped = steps * getattr(scheduler, "order", 1)  # second-order schedulers list most timesteps twice
     if isinstance(scheduler, LMSDiscreteScheduler):
-        # It takes the index of a step for the number of steps made, so from a begin index it would use a past
-        # that it does not have.
+        # LMS uses the step index as the number of past steps. With a begin index it would use a history that does
+        # not exist.
         scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[skipped:], scheduler.sigmas[skipped:]
         return scheduler.timesteps
     if hasattr(scheduler, "set_begin_index"):
@@ -180,28 +184,30 @@ def skip_steps(scheduler: SchedulerMixin, steps: int) -> torch.Tensor:
 class LatentDDPMPipeline(DiffusionPipeline):
     """Samples images from a diffusion model trained on the latents of an autoencoder.
 
-    Latent diffusion: Rombach et al., arXiv 2112.10752. Throughout, *model-space* latents are those the U-Net
-    sees, of about unit variance: the autoencoder's latents times `vqvae.config.scaling_factor`.
+    Latent diffusion: Rombach et al., arXiv 2112.10752. *Model-space* latents are the inputs of the U-Net, of about unit
+    variance: the autoencoder's latents times `vqvae.config.scaling_factor`.
 
     Args:
         vqvae: `VQModel` or `AutoencoderKL`.
-        unet: `UNet2DModel`; predicts what `scheduler.config.prediction_type` says, or a flow's velocity.
-        scheduler: any diffusers scheduler that works on such a prediction.
-        class_names: of a model that is conditioned on a class, by label. Its U-Net has one embedding more, which stands
-            for no class.
-        conditioning_classes: of the semantic maps of a model that is conditioned on them; None for images. Its U-Net
-            has that many input channels behind the latents', or an image's and one.
-        text_encoder: of a model that is conditioned on text, whose U-Net is a `UNet2DConditionModel`; transformers'.
-        tokenizer: of the text encoder.
-        text_encoder_id: a Hub id or folder, from which the two are loaded when they are needed and not given.
-        max_caption_tokens: prompts are cut there.
+        unet: `UNet2DModel`, or `UNet2DConditionModel` for text; predicts `scheduler.config.prediction_type`, or the
+            velocity of a flow.
+        scheduler: any diffusers scheduler that supports this prediction.
+        text_encoder: text encoder (transformers) of a model conditioned on text.
+        tokenizer: tokenizer of the text encoder.
+        class_names: class names of a model conditioned on classes, in the order of the labels. The U-Net has one more
+            class embedding, for no class.
+        conditioning_classes: number of classes of the semantic maps that condition the model; None for images. The
+            U-Net has this many input channels after the latents; for images, their channels and one more.
+        text_encoder_id: Hub id or folder from which text encoder and tokenizer are loaded when first needed, unless
+            they are given.
+        max_caption_tokens: prompts are truncated to this many tokens.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vqvae"
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "pred_original_sample"]
 
-    # Union, not |: from_pretrained of diffusers 0.35 reads these annotations, and fails on the newer spelling.
+    # Union, not |: from_pretrained of diffusers 0.35 reads these annotations and fails on `|`.
     def __init__(
         self,
         vqvae: Union[VQModel, AutoencoderKL],  # noqa: UP007
@@ -228,9 +234,9 @@ class LatentDDPMPipeline(DiffusionPipeline):
         pretrained_model_name_or_path: str | os.PathLike,
         **kwargs: Any,
     ) -> "LatentDDPMPipeline":
-        """As `DiffusionPipeline.from_pretrained`; a repository that names its own pipeline.py is loaded by this class.
+        """Like `DiffusionPipeline.from_pretrained`, but a repository with its own pipeline.py is loaded by this class.
 
-        So nothing that lies in a stranger's repository is run.
+        So code of the repository runs only with `trust_remote_code=True`.
         """
         name = os.fspath(pretrained_model_name_or_path)
         about = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs}
@@ -241,7 +247,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         if not os.path.isdir(name):
             parts = [key for key, value in index.items() if isinstance(value, (list, tuple)) and key != "_class_name"]
             folder = snapshot_download(name, allow_patterns=[f"{part}/*" for part in parts], **about)
-        with tempfile.TemporaryDirectory() as aside:  # the same folder, whose index names a class and no file
+        with tempfile.TemporaryDirectory() as aside:  # a copy of the folder whose index names a class instead of a file
             for entry in os.scandir(folder):
                 if entry.is_dir():
                     os.symlink(os.path.abspath(entry.path), os.path.join(aside, entry.name), target_is_directory=True)
@@ -251,19 +257,19 @@ class LatentDDPMPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """U-Net evaluations of the current or last call; more than its steps for a second-order scheduler."""
+        """Number of U-Net evaluations of the latest call; second-order schedulers need more than one per step."""
         return self._num_timesteps
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes, by label; numbers where the model has none. Empty without class condition."""
+        """Class names in the order of the labels, or numbers if there are no names. Empty without classes."""
         count = (self.unet.config.num_class_embeds or 1) - 1
         names = self.config.get("class_names")
         return list(names) if names else [str(k) for k in range(count)]
 
     @property
     def conditioning_channels(self) -> int:
-        """Input channels of the U-Net behind the latents'; 0 without conditioning image."""
+        """Input channels of the U-Net after the latents; 0 without conditioning image."""
         return self.unet.config.in_channels - self.unet.config.out_channels
 
     @property
@@ -273,13 +279,14 @@ class LatentDDPMPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of texts, and which of their tokens count.
+        """Embed texts.
 
         Returns:
-            float (B, T, cross_attention_dim), zero where there is no token, and bool (B, T), on the pipeline's device.
+            Embeddings, float (B, T, cross_attention_dim), zero at padding, and attention mask, bool (B, T), on the
+            pipeline's device.
 
         Raises:
-            ValueError: the pipeline has no text encoder and names none.
+            ValueError: the pipeline has neither a text encoder nor a text_encoder_id.
         """
         if self.text_encoder is None or self.tokenizer is None:
             name = self.config.get("text_encoder_id")
@@ -301,18 +308,18 @@ class LatentDDPMPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """A callback sets `pipe._interrupt = True` to skip the steps that remain; the images are still decoded."""
+        """A callback sets `pipe._interrupt = True` to skip the remaining steps; the images are still decoded."""
         return self._interrupt
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images to model-space latents; of an `AutoencoderKL`, the mode of the posterior.
+        """Encode images into model-space latents; for an `AutoencoderKL`, the mode of the posterior.
 
         Args:
             images: float (B, C, H, W) in [-1, 1], on any device, of any float dtype.
 
         Returns:
-            (B, latent_channels, h, w) in the dtype of the U-Net, about unit variance, before any quantization.
+            (B, latent_channels, h, w) in the dtype of the U-Net, of about unit variance, before quantization.
         """
         images = images.to(self._execution_device, self.vqvae.dtype)
         encoded = self.vqvae.encode(images)
@@ -321,7 +328,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Model-space latents to images; a `VQModel` quantizes them on the way.
+        """Decode model-space latents into images; a `VQModel` quantizes the latents first.
 
         Args:
             latents: (B, latent_channels, h, w), on any device, of any float dtype.
@@ -359,186 +366,196 @@ class LatentDDPMPipeline(DiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draws images; with `image`, variations of it (SDEdit, arXiv 2108.01073); with `mask_image`, fills holes.
+        """Draw images; `image` draws variations of an image (SDEdit, arXiv 2108.01073); `mask_image` inpaints.
 
-        Inpainting works on the unconditional U-Net: before each of its evaluations the latents outside of the mask
-        are replaced by the image's own at the same noise level (arXiv 2201.09865, equation 8, without resampling),
-        all with one noise, that of the start; after the last step by the clean ones. In the images returned, the
-        pixels outside of the mask are the input's own, not decoded ones.
+        Inpainting needs no special U-Net: before each evaluation, the latents outside of the mask are replaced by the
+        latents of `image` at the same noise level (arXiv 2201.09865, equation 8, without resampling), and after the
+        last step by the clean latents. The noise is the initial noise at every step. In the result, the pixels outside
+        of the mask are copied from `image`, not decoded.
 
         Args:
-            batch_size: how many images; 1 becomes the number of class labels or conditioning images.
+            batch_size: number of images; 1 is replaced by the number of class labels, conditioning images or prompts.
             num_inference_steps: denoising steps, at least 1.
-            eta: 0 is deterministic DDIM, 1 is as noisy as DDPM (arXiv 2010.02502, equation 16). Schedulers
-                without an `eta` ignore it.
-            generator: of the starting noise and, where the scheduler draws any, of the noise in between. A list
-                holds one per image; image i then depends on generator i alone, whatever the batch around it.
-            latents: standard normal starting noise (batch_size, out_channels, sample_size, sample_size) in place
-                of a draw; it is scaled here by the scheduler's `init_noise_sigma`, or added to `image`.
+            eta: 0 is deterministic DDIM, 1 has the noise of DDPM (arXiv 2010.02502, equation 16). Schedulers without
+                `eta` ignore it.
+            generator: random generator of the initial noise and of the noise that the scheduler draws. A list has one
+                per image; image i then depends on generator i alone, not on the other images of the batch.
+            latents: standard normal initial noise (batch_size, out_channels, sample_size, sample_size), by default
+                drawn. It is scaled here by the scheduler's `init_noise_sigma`, or added to `image`.
             output_type: "pil": list of PIL images, grayscale (mode L) for one channel; "np": float32
                 (B, H, W, C) in [0, 1]; "pt": float32 (B, C, H, W) in [0, 1] on the pipeline's device; "latent":
                 the final model-space latents, in the dtype of the U-Net.
             return_dict: False returns the tuple `(images,)`.
-            callback_on_step_end: called after each step as `callback(pipe, step, t, {"latents": latents})`; the
-                dict it returns may hold "latents" to go on with. A diffusers `PipelineCallback` also works.
-            callback_on_step_end_tensor_inputs: what the callback is given: "latents" as the scheduler holds them
-                after the step, "pred_original_sample", the clean latents that the U-Net saw in those before it, in
-                model space.
-            image: one image for all or one per image drawn: PIL images, or float (B, C, H, W) in [0, 1], or what
-                else `VaeImageProcessor` takes. Resized, without regard to its proportions, to the model's size.
-            strength: in (0, 1], the share of the steps that are made, at least one: `image` is noised to where
-                they begin. All steps begin with pure noise, as without `image`. By default 0.8, and 1 with
-                `mask_image`.
-            mask_image: one for all or one per image drawn, in the forms of `image` with one channel, resized
-                likewise; white (at least 0.5) is painted anew. A latent with any such pixel is.
-            class_labels: of a model with classes: a number or name for all, or one per image; int64 (B,). None, or -1,
-                is no class.
-            conditioning_image: of a model with conditioning images: one for all or one per image, resized to the
-                model's size. Semantic maps: integers (B, H, W), or PIL images of one channel that hold the classes'
-                numbers. Images: as `image`. Or what the U-Net sees, float (B, conditioning_channels, h, w). None is no
+            callback_on_step_end: called after each step as `callback(pipe, step, t, {"latents": latents})`. "latents"
+                in the dict that it returns replaces the latents. A diffusers `PipelineCallback` also works.
+            callback_on_step_end_tensor_inputs: tensors passed to the callback: "latents", the scheduler's latents after
+                the step, and "pred_original_sample", the clean latents in model space that the U-Net predicted in this
+                step.
+            image: one image for all or one per drawn image: PIL images, float (B, C, H, W) in [0, 1], or any other
+                input of `VaeImageProcessor`. Resized to the model's size without keeping the aspect ratio.
+            strength: in (0, 1], the share of the steps to run, at least one; `image` is noised to the level of the
+                first of them. 1 starts from pure noise, as without `image`. Default 0.8, or 1 with `mask_image`.
+            mask_image: one mask for all or one per drawn image, in the formats of `image` with one channel, resized
+                like it. White (at least 0.5) is repainted. A latent is repainted if any of its pixels is.
+            class_labels: for a model with classes: a number or name for all images, or one per image; int64 (B,). None
+                or -1 means no class.
+            conditioning_image: for a model with conditioning images: one for all or one per image, resized to the
+                model's size. Semantic maps: integers (B, H, W), or one-channel PIL images of class numbers. Images: see
+                `image`. Also the U-Net's input itself, float (B, conditioning_channels, h, w). None means no
                 conditioning image.
-            guidance_scale: how far beyond the prediction without conditions to go (arXiv 2207.12598): 1 is the
-                prediction with them, 0 that without. A dict has a scale for each of `class_labels`,
-                `conditioning_image` and `prompt`, 1 where it has none. Needs a model whose conditions were left out at
-                times.
-            guidance_interval: (lowest, highest) noise level sigma, of latents of unit variance, within which there is
-                guidance (arXiv 2404.07724); elsewhere its scale is 1.
-            guidance_unet: a weaker model of the same kind, in the place of the prediction without conditions
-                (autoguidance, arXiv 2406.02507); `guidance_scale` is then one number.
-            prompt: of a model with text: one for all or one per image. None is no text.
-            prompt_embeds: in its place, what `encode_prompt` returns first, (1 or B, T, W).
-            prompt_attention_mask: and second, bool (1 or B, T); None takes all tokens.
-            negative_prompt: what stands for no text; what the model has learned as such is the empty one.
-            negative_prompt_embeds: in its place, as prompt_embeds, (1, T, W).
-            negative_prompt_attention_mask: as prompt_attention_mask.
+            guidance_scale: classifier-free guidance (arXiv 2207.12598): 1 is the conditional prediction, 0 the
+                unconditional one, above 1 extrapolates. A dict has a scale for each of `class_labels`,
+                `conditioning_image` and `prompt`; missing ones are 1. Needs a model trained with dropped conditions.
+            guidance_interval: (lowest, highest) noise level sigma, for latents of unit variance, that is guided
+                (arXiv 2404.07724); outside, the scale is 1.
+            guidance_unet: a weaker model of the same kind, whose prediction replaces the unconditional one
+                (autoguidance, arXiv 2406.02507); `guidance_scale` must then be one number.
+            prompt: for a model with text: one text for all or one per image. None means no text.
+            prompt_embeds: instead of `prompt`, embeddings from `encode_prompt`, (1 or B, T, W).
+            prompt_attention_mask: attention mask of `prompt_embeds`, bool (1 or B, T); None uses all tokens.
+            negative_prompt: text for the unconditional prediction; training uses the empty text.
+            negative_prompt_embeds: instead of `negative_prompt`, embeddings, (1, T, W).
+            negative_prompt_attention_mask: attention mask of `negative_prompt_embeds`.
 
         Returns:
-            `ImagePipelineOutput` whose `images` is as `output_type` says, or a tuple.
+            `ImagePipelineOutput` with `images` as in `output_type`, or a tuple.
 
         Raises:
-            ValueError: a bad batch_size, num_inference_steps, output_type, shape of latents, number of
-                generators, images or masks, strength or callback input, a strength or mask without an image, a
-                scheduler that can not begin midway or does not tell its noise level; the message names it.
+            ValueError: an invalid batch_size, num_inference_steps, output_type, shape of latents, number of
+                generators, images or masks, strength or callback input; a strength or mask without an image; a
+                scheduler that cannot begin midway or has no known noise level. The message names the argument or class.
         """
-        # A diffusers PipelineCallback says itself which tensors it wants.
-        callback_on_step_end_tensor_inputs = getattr(
-            callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs
+        # A diffusers PipelineCallback names the tensors that it needs.
+        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        text = (prompt, prompt_embeds, prompt_attention_mask)
+        no_text = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
+        given, scales = self._read_conditions(
+            class_labels, conditioning_image, text, no_text, guidance_scale, guidance_unet
         )
-        labels = self._read_class_labels(class_labels)
-        given = {} if labels is None else {"class_labels": labels}
-        maps = self._read_conditioning_image(conditioning_image)
-        given |= {} if maps is None else {"conditioning_image": maps}
-        scales = self._read_guidance(guidance_scale, guidance_unet)
-        if self.takes_text:
-            text = self._pack_prompt(prompt, prompt_embeds, prompt_attention_mask)
-            given |= {} if text is None else {"prompt": text}
-            needed = text is None or (guidance_unet is None and any(scale != 1 for scale in scales.values()))
-            nothing = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
-            if negative_prompt_embeds is not None:
-                nothing = (None, *nothing[1:])
-            self._no_text = self._pack_prompt(*nothing) if needed else None
-        elif prompt is not None or prompt_embeds is not None:
-            raise ValueError("prompt: this model takes no text")
         batch_size = self._spread(given, batch_size)
         shape = self._latents_shape(batch_size)
-        self._check_inputs(
-            batch_size,
-            num_inference_steps,
-            generator,
-            latents,
-            shape,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        if image is None and (strength is not None or mask_image is not None):
-            raise ValueError("strength and mask_image need an image")
-        if strength is not None and not 0 < strength <= 1:
-            raise ValueError(f"strength must be in (0, 1], got {strength}")
-        if strength is None:
-            strength = 0.8 if mask_image is None else 1.0
-        original = repaint = None
-        if image is not None:
-            original = self._prepare_image(image, batch_size)  # (1 or B, C, H, W) in [0, 1]
-        if mask_image is not None:
-            repaint = self._prepare_mask(mask_image, batch_size)  # (1 or B, 1, H, W), bool
+        self._check_inputs(batch_size, num_inference_steps, generator, latents, shape, output_type, wanted)
+        original, repaint, strength = self._read_image(image, mask_image, strength, batch_size)
         self._interrupt = False
-        device, dtype = self._execution_device, self.unet.dtype
-        given = {name: value.to(device) for name, value in given.items()}
+        dtype = self.unet.dtype
+        given = {name: value.to(self._execution_device) for name, value in given.items()}
 
-        # ------------------------------------------------------------------------------ starting noise
-
-        # Some schedulers' init_noise_sigma depends on the timesteps, so those are set first.
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # ------------------------------------------------------------------------------ initial latents
+        # Some schedulers' init_noise_sigma depends on the timesteps, so these are set first.
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         steps = num_inference_steps if image is None else max(1, round(num_inference_steps * strength))
         timesteps = skip_steps(self.scheduler, num_inference_steps - steps)
-        noise = latents
-        if noise is None:
-            # In float32 as LDMPipeline draws it, so that a half-precision pipeline starts from the same noise.
-            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        noise = noise.to(device)
-        # Flow matching schedulers have no init_noise_sigma: they start from the noise as it is.
-        latents = (noise * getattr(self.scheduler, "init_noise_sigma", 1.0)).to(dtype)
-        if original is not None:
-            clean = self.encode(original * 2 - 1)
-            if steps < num_inference_steps:
-                latents = self._noised(clean, noise, timesteps[0])
-            if repaint is not None:
-                repaint_latents = torch.nn.functional.adaptive_max_pool2d(repaint.float(), shape[2:]).bool().to(device)
-                latents = torch.where(repaint_latents, latents, self._noised(clean, noise, timesteps[0]))
+        noise = self._initial_noise(latents, shape, generator)
+        latents, clean, inside = self._initial_latents(
+            noise, original, repaint, timesteps[0], midway=steps < num_inference_steps
+        )
 
         # ------------------------------------------------------------------------------ denoising
-
         step_arguments = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in step_arguments}
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, t: sample)
         order = getattr(self.scheduler, "order", 1)
-        warmup = len(timesteps) - steps * order
-        self._num_timesteps = len(timesteps)
+        warmup, self._num_timesteps = len(timesteps) - steps * order, len(timesteps)
         with self.progress_bar(total=steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                inputs = {}
-                inside = scales
-                if guidance_interval is not None:
-                    keep, spread = noise_level(self.scheduler, t)
-                    lowest, highest = guidance_interval
-                    inside = scales if lowest * keep <= spread <= highest * keep else dict.fromkeys(scales, 1.0)
-                prediction = self._predict(scale_model_input(latents, t), t, given, inside, guidance_unet)
-                if "pred_original_sample" in callback_on_step_end_tensor_inputs:
+                inputs, last = {}, i == len(timesteps) - 1
+                scales_now = self._scales_at(t, scales, guidance_interval)
+                prediction = self._predict(scale_model_input(latents, t), t, given, scales_now, guidance_unet)
+                if "pred_original_sample" in wanted:
                     inputs["pred_original_sample"] = predict_original(latents, prediction, self.scheduler, t).to(dtype)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False, **extra)[0].to(dtype)
                 if repaint is not None:
-                    last = i == len(timesteps) - 1
-                    known = clean if last else self._noised(clean, noise, timesteps[i + 1])
-                    latents = torch.where(repaint_latents, latents, known)
-
+                    outside = clean if last else self._noised(clean, noise, timesteps[i + 1])
+                    latents = torch.where(inside, latents, outside)
                 if callback_on_step_end is not None:
                     inputs["latents"] = latents
-                    outputs = callback_on_step_end(
-                        self, i, t, {name: inputs[name] for name in callback_on_step_end_tensor_inputs}
-                    )
+                    outputs = callback_on_step_end(self, i, t, {name: inputs[name] for name in wanted})
                     latents = outputs.pop("latents", latents)
-
-                if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % order == 0):
+                if last or (i + 1 > warmup and (i + 1) % order == 0):
                     progress_bar.update()
-
-        # ------------------------------------------------------------------------------ images
-
-        images = latents
-        if output_type != "latent":
-            images = (self.decode(latents) / 2 + 0.5).float()  # (B, C, H, W) in [0, 1]
-            if repaint is not None:
-                images = torch.where(repaint.to(images.device), images, original.to(images))
-            if output_type in ("np", "pil"):
-                images = images.cpu().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
-
+        images = self._to_images(latents, output_type, original, repaint)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ------------------------------------------------------------------------------ noise and images
+
+    def _initial_noise(
+        self,
+        latents: torch.Tensor | None,
+        shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """The `latents` of `__call__`, or standard normal noise of that shape; on the pipeline's device."""
+        device = self._execution_device
+        if latents is None:
+            # In float32, as in LDMPipeline, so that a half-precision pipeline starts from the same noise.
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device)
+
+    def _initial_latents(
+        self,
+        noise: torch.Tensor,
+        original: torch.Tensor | None,
+        repaint: torch.Tensor | None,
+        t: torch.Tensor,
+        midway: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The scheduler's latents before the first step.
+
+        Args:
+            noise: standard normal (B, C, h, w).
+            original: from `_read_image`.
+            repaint: from `_read_image`.
+            t: the first timestep.
+            midway: start from the noised image instead of from pure noise.
+
+        Returns:
+            (B, C, h, w) in the dtype of the U-Net; with an image, its model-space latents, otherwise None; with a mask,
+            bool (1 or B, 1, h, w), true for the latents to repaint, otherwise None.
+        """
+        # Flow matching schedulers have no init_noise_sigma: they start from the noise itself.
+        latents = (noise * getattr(self.scheduler, "init_noise_sigma", 1.0)).to(self.unet.dtype)
+        if original is None:
+            return latents, None, None
+        clean = self.encode(original * 2 - 1)
+        if midway:
+            latents = self._noised(clean, noise, t)
+        if repaint is None:
+            return latents, clean, None
+        inside = torch.nn.functional.adaptive_max_pool2d(repaint.float(), noise.shape[2:]).bool().to(noise.device)
+        return torch.where(inside, latents, self._noised(clean, noise, t)), clean, inside
+
+    def _noised(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w): the model-space latents `clean` at the noise level of the scheduler's next step, at `t`."""
+        keep, spread = noise_level(self.scheduler, t)
+        return (keep * clean.float() + spread * noise.float()).to(clean.dtype)
+
+    def _to_images(
+        self, latents: torch.Tensor, output_type: str, original: torch.Tensor | None, repaint: torch.Tensor | None
+    ) -> Any:
+        """Model-space latents -> images of `output_type`. Pixels outside of a mask are those of `original`."""
+        if output_type == "latent":
+            return latents
+        images = (self.decode(latents) / 2 + 0.5).float()  # (B, C, H, W) in [0, 1]
+        if repaint is not None:
+            images = torch.where(repaint.to(images.device), images, original.to(images))
+        if output_type in ("np", "pil"):
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images
+
+    # ------------------------------------------------------------------------------ prediction and guidance
+
+    def _scales_at(
+        self, t: torch.Tensor, scales: dict[str, float], interval: tuple[float, float] | None
+    ) -> dict[str, float]:
+        """The guidance scales at timestep `t`: `scales` within the interval of noise levels, 1 outside."""
+        if interval is None:
+            return scales
+        keep, spread = noise_level(self.scheduler, t)
+        lowest, highest = interval
+        return scales if lowest * keep <= spread <= highest * keep else dict.fromkeys(scales, 1.0)
 
     def _predict(
         self,
@@ -548,7 +565,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         scales: dict[str, float],
         guidance_unet: UNet2DModel | UNet2DConditionModel | None,
     ) -> torch.Tensor:
-        """The U-Net's prediction (B, C, h, w), guided; arguments as of `__call__`, with a scale for each condition."""
+        """The guided prediction (B, C, h, w); arguments as in `__call__`, with a scale for each condition."""
         if guidance_unet is not None:
             strong = self._ask(self.unet, latents, t, given)
             scale = next(iter(scales.values()))
@@ -561,7 +578,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         asked = [(k, weight) for k, weight in enumerate(weights) if weight != 0]
         if len(asked) == 1:
             return self._ask(self.unet, latents, t, {name: given[name] for name in named[: asked[0][0]]})
-        # all in one batch: the model with the first k conditions, for each k that counts
+        # one batch with the first k conditions for each k of non-zero weight
         merged = {
             name: self._join([given[name] if place < k else self._nothing(name, given[name]) for k, _ in asked])
             for place, name in enumerate(named)
@@ -571,18 +588,18 @@ class LatentDDPMPipeline(DiffusionPipeline):
 
     @staticmethod
     def _join(values: list[torch.Tensor]) -> torch.Tensor:
-        """One batch of several; texts, (B, T, W + 1), of different lengths are padded with tokens that do not count."""
+        """Concatenate batches; texts (B, T, W + 1) of different lengths are padded with masked tokens."""
         if values[0].ndim == 3:
             longest = max(value.shape[1] for value in values)
             values = [torch.nn.functional.pad(value, (0, 0, 0, longest - value.shape[1])) for value in values]
         return torch.cat(values)
 
     def _nothing(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """What stands for no condition of that name, in the shape and dtype of `like`."""
+        """The null condition of that name, in the shape and dtype of `like`."""
         if name == "class_labels":
             return torch.full_like(like, self.unet.config.num_class_embeds - 1)
         if name == "prompt":
-            empty = self._no_text.to(like)  # as long as it is; `_predict` brings all to one length
+            empty = self._no_text.to(like)  # of its own length; `_join` pads all to one length
             return empty.expand(len(like), -1, -1)
         return torch.zeros_like(like)
 
@@ -593,7 +610,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         t: torch.Tensor,
         given: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """A U-Net's prediction (B, C, h, w) with what is `given`, and nothing in the place of what is not."""
+        """A U-Net's prediction (B, C, h, w) with the `given` conditions, and null conditions for the others."""
         words = {}
         if unet.config.num_class_embeds is not None:
             nobody = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
@@ -607,13 +624,44 @@ class LatentDDPMPipeline(DiffusionPipeline):
             latents = torch.cat((latents, given.get("conditioning_image", empty).to(latents.dtype)), dim=1)
         return unet(latents, t, **words).sample
 
+    # ------------------------------------------------------------------------------ reading the arguments
+
+    def _read_conditions(
+        self,
+        class_labels: Any,
+        conditioning_image: Any,
+        text: tuple[Any, torch.Tensor | None, torch.Tensor | None],
+        no_text: tuple[Any, torch.Tensor | None, torch.Tensor | None],
+        guidance_scale: float | dict[str, float],
+        guidance_unet: Any,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The conditions that `__call__` got, by their name in `CONDITIONS`, and a guidance scale for each name.
+
+        `text` and `no_text` are (prompt, embeddings, attention mask). The null text is kept for `_nothing`.
+        """
+        labels = self._read_class_labels(class_labels)
+        given = {} if labels is None else {"class_labels": labels}
+        maps = self._read_conditioning_image(conditioning_image)
+        given |= {} if maps is None else {"conditioning_image": maps}
+        scales = self._read_guidance(guidance_scale, guidance_unet)
+        if self.takes_text:
+            packed = self._pack_prompt(*text)
+            given |= {} if packed is None else {"prompt": packed}
+            needed = packed is None or (guidance_unet is None and any(scale != 1 for scale in scales.values()))
+            if no_text[1] is not None:  # embeddings replace the default negative_prompt
+                no_text = (None, *no_text[1:])
+            self._no_text = self._pack_prompt(*no_text) if needed else None
+        elif text[0] is not None or text[1] is not None:
+            raise ValueError("prompt: this model is not conditioned on text")
+        return given, scales
+
     def _read_class_labels(self, labels: Any) -> torch.Tensor | None:
-        """Labels int64 (1 or B,) from numbers and names."""
+        """Labels int64 (1 or B,) from numbers or names."""
         if labels is None:
             return None
         names = self.class_names
         if not names:
-            raise ValueError("class_labels: this model knows no classes")
+            raise ValueError("class_labels: this model is not conditioned on classes")
         if isinstance(labels, torch.Tensor):
             labels = labels.flatten().tolist()
         numbers = []
@@ -631,11 +679,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
         return torch.tensor(numbers)
 
     def _read_conditioning_image(self, image: Any) -> torch.Tensor | None:
-        """Input channels (1 or B, K, h, w) from images or semantic maps."""
+        """The U-Net's input channels (1 or B, K, h, w) from images or semantic maps."""
         if image is None:
             return None
         if not self.conditioning_channels:
-            raise ValueError("conditioning_image: this model takes none")
+            raise ValueError("conditioning_image: this model is not conditioned on images")
         size = tuple(self._latents_shape(1)[2:])
         is_tensor = isinstance(image, torch.Tensor) and image.is_floating_point()
         if is_tensor and tuple(image.shape[1:]) == (self.conditioning_channels, *size):
@@ -660,7 +708,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
 
     @staticmethod
     def _read_maps(image: Any) -> torch.Tensor:
-        """Integers (1 or B, H, W)."""
+        """Semantic maps as integers (1 or B, H, W)."""
         if isinstance(image, torch.Tensor):
             maps = image[None] if image.ndim == 2 else image
         else:
@@ -668,7 +716,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 torch.from_numpy(np.array(one)) for one in (image if isinstance(image, (list, tuple)) else [image])
             ]
             if any(one.ndim != 2 for one in images):
-                raise ValueError("conditioning_image: a semantic map has one channel, which holds the classes' numbers")
+                raise ValueError("conditioning_image: a semantic map has one channel, with the class numbers")
             maps = torch.stack([one.long() for one in images])
         if maps.ndim != 3 or maps.is_floating_point():
             raise ValueError(
@@ -679,7 +727,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
     def _pack_prompt(
         self, prompt: str | Sequence[str] | None, embeds: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Embeddings and, as one channel more, their mask: (1 or B, T, W + 1); None without text."""
+        """Embeddings with their mask as an extra channel: (1 or B, T, W + 1); None without text."""
         width = self.unet.config.cross_attention_dim
         if prompt is not None and embeds is not None:
             raise ValueError("give prompt or prompt_embeds, not both")
@@ -695,12 +743,12 @@ class LatentDDPMPipeline(DiffusionPipeline):
         return torch.cat((embeds.float(), mask.to(embeds.device)[..., None].float()), dim=-1)
 
     def _spread(self, given: dict[str, torch.Tensor], batch_size: int) -> int:
-        """Repeats what is given once for all, in place; the batch size that results."""
+        """Repeat conditions given once to the batch size, in place; return that batch size."""
         for name, value in given.items():
             if batch_size == 1 and len(value) > 1:
                 batch_size = len(value)
             if len(value) not in (1, batch_size):
-                raise ValueError(f"{name}: got {len(value)} for {batch_size} images; one for all, or one each")
+                raise ValueError(f"{name}: got {len(value)} for {batch_size} images; one for all, or one per image")
         for name, value in given.items():
             given[name] = value.expand(batch_size, *value.shape[1:])
         return batch_size
@@ -714,20 +762,33 @@ class LatentDDPMPipeline(DiffusionPipeline):
             return {name: float(scale.get(name, 1.0)) for name in CONDITIONS}
         return dict.fromkeys(CONDITIONS, float(scale))
 
-    def _noised(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w): the model-space latents `clean` at the noise level of the scheduler's next step, at `t`."""
-        keep, spread = noise_level(self.scheduler, t)
-        return (keep * clean.float() + spread * noise.float()).to(clean.dtype)
+    def _read_image(
+        self,
+        image: PipelineImageInput | None,
+        mask_image: PipelineImageInput | None,
+        strength: float | None,
+        batch_size: int,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+        """Image (1 or B, C, H, W) in [0, 1] or None, mask bool (1 or B, 1, H, W) or None, and strength in (0, 1]."""
+        if image is None and (strength is not None or mask_image is not None):
+            raise ValueError("strength and mask_image need an image")
+        if strength is not None and not 0 < strength <= 1:
+            raise ValueError(f"strength must be in (0, 1], got {strength}")
+        if strength is None:
+            strength = 0.8 if mask_image is None else 1.0
+        original = None if image is None else self._prepare_image(image, batch_size)
+        repaint = None if mask_image is None else self._prepare_mask(mask_image, batch_size)
+        return original, repaint, strength
 
     def _prepare_image(self, image: PipelineImageInput, batch_size: int) -> torch.Tensor:
-        """Float32 (1 or B, C, H, W) in [0, 1], of the size and channels of the autoencoder's images."""
+        """Float32 (1 or B, C, H, W) in [0, 1], with the size and channels of the autoencoder's images."""
         channels = self.vqvae.config.in_channels
         return self._preprocess(
             "image", image, batch_size, channels, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1
         )
 
     def _prepare_mask(self, mask: PipelineImageInput, batch_size: int) -> torch.Tensor:
-        """Bool (1 or B, 1, H, W): which pixels to paint anew."""
+        """Bool (1 or B, 1, H, W), true for pixels to repaint."""
         return self._preprocess("mask_image", mask, batch_size, 1, do_convert_grayscale=True) >= 0.5
 
     def _preprocess(
@@ -735,7 +796,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
         height, width = (side * factor for side in self._latents_shape(1)[2:])
-        # Not normalized: a trip through [-1, 1] could round the pixels that inpainting keeps.
+        # Not normalized: a conversion to [-1, 1] and back could round the pixels that inpainting keeps.
         processor = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, **options)
         image = processor.preprocess(image, height=height, width=width).float().contiguous()
         many = batch_size is not None and len(image) not in (1, batch_size)
@@ -751,7 +812,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
     def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
         size = self.unet.config.sample_size
         if size is None:
-            raise ValueError("unet.config.sample_size is not set, so the size of the latents is unknown")
+            raise ValueError("unet.config.sample_size is not set, so the size of the latents is unknown: set it")
         height, width = (size, size) if isinstance(size, int) else size
         return (batch_size, self.unet.config.out_channels, height, width)
 
@@ -772,7 +833,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator is a list of {len(generator)} for batch_size {batch_size}: one per image")
+            raise ValueError(f"generator is a list of {len(generator)} for batch_size {batch_size}: give one per image")
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]

@@ -1,4 +1,4 @@
-"""LatentDDPMPipeline against stock LDMPipeline, against closed forms, and against its own promises."""
+"""LatentDDPMPipeline: against stock LDMPipeline and closed forms, and its documented behaviour."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline_latent_ddpm import LatentDDPMPipeline, noise_level, skip_steps
 
-# Not ours: diffusers' schedulers hand tensors to numpy in a way that numpy 2 frowns upon.
+# Not ours: diffusers' schedulers convert tensors to numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 PIPELINE_FILE = Path(__file__).parents[1] / "pipeline_latent_ddpm.py"
@@ -48,8 +48,8 @@ SCHEDULERS = {
     "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
 }
 STOCHASTIC = {"ddpm", "dpmsolver++-sde", "euler-a", "kdpm2-a"}
-MIDWAY = [name for name in SCHEDULERS if name != "pndm"]  # its Runge-Kutta steps stand at the beginning only
-WITHOUT_SAMPLE = {"pndm", "pndm-plms", "euler-a", "kdpm2", "kdpm2-a"}  # diffusers has no prediction_type "sample" there
+MIDWAY = [name for name in SCHEDULERS if name != "pndm"]  # pndm needs its Runge-Kutta steps at the start
+WITHOUT_SAMPLE = {"pndm", "pndm-plms", "euler-a", "kdpm2", "kdpm2-a"}  # without prediction_type "sample" in diffusers
 
 
 def make_scheduler(name, **changes):
@@ -86,7 +86,7 @@ def make_components(channels=3):
         num_vq_embeddings=64,
         scaling_factor=0.7,
     ).eval()
-    torch.nn.init.normal_(vqvae.quantize.embedding.weight)  # as spread as latents are, so that all codes are used
+    torch.nn.init.normal_(vqvae.quantize.embedding.weight)  # spread like latents, so that all codes are used
     return {"vqvae": vqvae, "unet": make_unet(), "scheduler": make_scheduler("ddim")}
 
 
@@ -106,7 +106,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What training exports: a stock LDMPipeline folder with pipeline.py beside it."""
+    """An export as training writes it: a stock LDMPipeline folder with pipeline.py."""
     folder = tmp_path_factory.mktemp("export") / "pipeline"
     LDMPipeline(**make_components()).save_pretrained(folder)
     shutil.copy(PIPELINE_FILE, folder / "pipeline.py")
@@ -173,12 +173,12 @@ def test_every_scheduler_runs(name):
     runs = [pipe(batch_size=2, num_inference_steps=5, generator=seeded(), output_type="pt").images for _ in range(2)]
     assert runs[0].shape == (2, 3, 16, 16)
     assert runs[0].isfinite().all() and runs[0].min() >= 0 and runs[0].max() <= 1
-    assert torch.equal(runs[0], runs[1])  # nothing of the first call is left in the scheduler
+    assert torch.equal(runs[0], runs[1])  # the first call leaves no state in the scheduler
     assert pipe.num_timesteps == len(pipe.scheduler.timesteps)
 
 
 def level(t, flow):
-    """What the U-Net's input at timestep t is made of: keep * x0 + spread * noise."""
+    """(keep, spread) of the U-Net's input keep * x0 + spread * noise at timestep t."""
     t = float(t)
     if flow:
         return 1 - t / 1000, t / 1000
@@ -190,7 +190,7 @@ def level(t, flow):
 
 
 class GaussianUNet(UNet2DModel):
-    """The exact predictor for data N(MEAN, STD**2): what a network would learn after infinite training."""
+    """The exact predictor for data N(MEAN, STD**2), the optimum of training."""
 
     MEAN, STD = 2.0, 0.5
 
@@ -213,8 +213,8 @@ def test_every_scheduler_finds_gaussian_data(name):
     if name in STOCHASTIC:
         assert found.mean().item() == pytest.approx(unet.MEAN, abs=0.02)
     else:
-        # The probability flow is a straight line. A trace of the mean is still in a true x_T, though not in the
-        # noise that sampling starts from; flow matching ends in pure noise.
+        # The probability flow is a straight line. A true x_T still contains a little of the mean, but the initial
+        # noise does not; flow matching ends in pure noise.
         keep = 0.0 if unet.flow else float(DDIMScheduler(**NOISE_TABLE).alphas_cumprod[-1]) ** 0.5
         scale = unet.STD / (keep**2 * unet.STD**2 + 1 - keep**2) ** 0.5
         assert torch.allclose(found, unet.MEAN + scale * (noise - keep * unet.MEAN), atol=0.15)
@@ -349,7 +349,7 @@ def test_progress_bar_counts_steps_not_evaluations(name):
 
 
 class OracleUNet(UNet2DModel):
-    """The exact predictor for data of one point, `self.point`, in any `self.kind` of prediction."""
+    """The exact predictor for data of one point, `self.point`, for any prediction type `self.kind`."""
 
     def forward(self, sample, timestep, return_dict=True):
         keep, spread = level(timestep, self.kind == "flow")
@@ -413,7 +413,7 @@ def test_predicted_original_is_the_schedulers_own(name, kind):
         assert torch.allclose(ours, theirs.pred_original_sample, rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------- an image to begin with
+# ---------------------------------------------------------------------------------- starting from an image
 
 
 def picture(count=1, seed=3, channels=3, side=16):
@@ -425,7 +425,7 @@ def to_pil(images):
 
 
 def hole(top=4, left=5, height=6, width=7, side=16):
-    """A mask whose edges are not those of latents, 2x2 pixels each."""
+    """A mask whose edges do not match the latents of 2x2 pixels."""
     mask = torch.zeros(1, 1, side, side)
     mask[..., top : top + height, left : left + width] = 1
     return mask
@@ -444,7 +444,7 @@ def test_noise_level_is_that_of_the_schedulers_own_noising(name, skipped):
     else:
         expected = scheduler.add_noise(clean, noise, timesteps[:1])
     assert torch.allclose(keep * clean + spread * noise, expected, atol=1e-4)
-    if name != "lms":  # whose schedule is cut
+    if name != "lms":  # lms has a truncated schedule
         begins_at = len(scheduler.timesteps) - len(timesteps)
         assert getattr(scheduler, "begin_index", begins_at) == begins_at
 
@@ -475,11 +475,11 @@ def test_every_scheduler_takes_gaussian_data_from_midway_back_to_it(name):
     if name in STOCHASTIC:
         assert found.mean().item() == pytest.approx(unet.MEAN, abs=0.03)
         assert found.std().item() == pytest.approx(unet.STD, rel=0.15)
-    else:  # the probability flow is a straight line, now from a true x_t
+    else:  # the probability flow is a straight line, here from a true x_t
         keep, spread = level(begins[0], unet.flow)
         scale = unet.STD / (keep**2 * unet.STD**2 + spread**2) ** 0.5
         expected = unet.MEAN + scale * (keep * clean + spread * noise - keep * unet.MEAN)
-        # The linear multistep's past of several steps must not be missed when it begins midway.
+        # The linear multistep method must not lack its history when it begins midway.
         assert torch.allclose(found, expected, atol=0.01 if name == "lms" else 0.1)
 
 
@@ -510,7 +510,7 @@ def test_little_strength_leaves_nearly_the_image(name):
 def test_image_and_mask_in_every_form():
     pipe = make_pipeline()
     arguments = {"batch_size": 2, "num_inference_steps": 3, "output_type": "pt", "strength": 0.7}
-    whole = torch.from_numpy((picture(2) * 255).round().numpy() / 255)  # torch divides otherwise in the last bit
+    whole = torch.from_numpy((picture(2) * 255).round().numpy() / 255)  # torch's division differs in the last bit
     draw = lambda image, mask: pipe(image=image, mask_image=mask, generator=seeded(), **arguments).images  # noqa: E731
     expected = draw(whole, hole())
     mask = to_pil(hole())[0]
@@ -545,7 +545,7 @@ def test_only_the_inside_of_the_mask_changes(name):
         assert (found - image)[~outside].abs().mean() > 0.05
         latents = pipe(mask_image=hole(), generator=seeded(), output_type="latent", **arguments).images
         kept = torch.ones(8, 8, dtype=bool)
-        kept[2:5, 2:6] = False  # every latent that a pixel of the hole touches
+        kept[2:5, 2:6] = False  # every latent with a pixel of the hole
         clean = pipe.encode(image * 2 - 1)
         assert torch.equal(latents[..., kept], clean[..., kept])
         assert not (latents == clean)[..., ~kept].any()
@@ -592,7 +592,7 @@ def test_each_image_has_its_own_mask():
     arguments = {"batch_size": 2, "num_inference_steps": 3, "output_type": "pt"}
     found = pipe(image=picture(2), mask_image=masks, generator=seeded(), **arguments).images
     assert torch.equal(found[0], picture(2)[0])
-    assert torch.equal(found[1], pipe(generator=seeded(), **arguments).images[1])  # all is new: no image at all
+    assert torch.equal(found[1], pipe(generator=seeded(), **arguments).images[1])  # fully masked: as without image
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -680,7 +680,7 @@ def test_half_precision(folder, dtype, name):
     assert array.dtype == np.float32 and np.isfinite(array).all()
     full = make_pipeline(scheduler=make_scheduler(name))
     close = full(num_inference_steps=3, generator=seeded(), output_type="latent").images
-    assert (close - latents.float()).abs().mean() < 0.05 * close.std()  # the same noise, hence the same image
+    assert (close - latents.float()).abs().mean() < 0.05 * close.std()  # the same noise gives the same image
 
 
 # ---------------------------------------------------------------------------------- errors
@@ -728,7 +728,7 @@ def test_errors_about_images_name_what_was_wrong(arguments, message):
 
 def test_schedulers_that_do_not_fit_are_refused_by_name():
     midway = {"num_inference_steps": 10, "image": picture(), "strength": 0.5}
-    with pytest.raises(ValueError, match="PNDMScheduler can not begin midway with skip_prk_steps=False"):
+    with pytest.raises(ValueError, match="PNDMScheduler cannot begin midway with skip_prk_steps=False"):
         make_pipeline(scheduler=make_scheduler("pndm"))(**midway)
     with pytest.raises(ValueError, match="EDMEulerScheduler does not say how noisy"):
         make_pipeline(scheduler=diffusers.EDMEulerScheduler())(**midway)

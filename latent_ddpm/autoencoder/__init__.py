@@ -1,1 +1,1 @@
-"""Stage 1: the VQ-VAE or KL-VAE, its quantizers, losses and discriminator, and its form in diffusers."""
+"""Stage 1: the VQ-VAE or KL-VAE, its quantizers, losses and discriminator, and its export to diffusers."""

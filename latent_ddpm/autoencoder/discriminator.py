@@ -1,7 +1,7 @@
 """PatchGAN discriminator (Isola et al., arXiv 1611.07004, appendix 6.1.2).
 
-No batch norm: the result must not depend on how many processes share a batch. In its place spectral norm
-(arXiv 1802.05957) or activation norm (arXiv 1807.03039, section 3.1; the choice of VQGAN's code).
+There is no batch norm, because the result must not depend on the number of processes that share a batch. Spectral norm
+(arXiv 1802.05957) or activation norm (arXiv 1807.03039, section 3.1; used by VQGAN's code) replaces it.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from latent_ddpm.training.distributed import all_reduce_sum, process_count
 
-LOGIT_MEAN_DECAY = 0.99  # per step, of the running means that LeCam regularization compares with
+LOGIT_MEAN_DECAY = 0.99  # per step, for the running means in LeCam regularization
 
 
 class ActNorm(nn.Module):
-    """One learned scale and shift per channel, started so that the first batch comes out with mean 0 and variance 1."""
+    """A learned scale and shift per channel, initialized so that the first batch has mean 0 and variance 1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: torch.Tensor) -> None:
-        """Start on (B, C, H, W), the share of this process in the joint batch."""
+        """Initialize from (B, C, H, W), the part of the joint batch on this process."""
         sums = torch.stack((x.double().mean((0, 2, 3)), x.double().pow(2).mean((0, 2, 3))))
         mean, square = (all_reduce_sum(sums) / process_count()).view(2, 1, -1, 1, 1)
         self.shift.copy_(-mean)
@@ -34,12 +34,12 @@ class ActNorm(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """A logit for each overlapping patch: images (B, C, R, R) in [-1, 1] -> (B, 1, H, W).
+    """One logit per overlapping patch: images (B, C, R, R) in [-1, 1] -> (B, 1, H, W).
 
     Args:
-        in_channels: of the images.
-        channels: of the first layer; doubled by each later one, up to 8 times.
-        layers: convolutions of stride 2.
+        in_channels: channels of the images.
+        channels: channels of the first layer; each later layer doubles them, up to a factor of 8.
+        layers: number of stride-2 convolutions.
         norm: "spectral", "actnorm" or "none".
     """
 
@@ -55,15 +55,15 @@ class PatchDiscriminator(nn.Module):
             blocks.append(nn.LeakyReLU(0.2))
         blocks.append(bounded(nn.Conv2d(widths[-1], 1, 4, padding=1)))
         self.blocks = nn.Sequential(*blocks)
-        self.register_buffer("logit_means", torch.zeros(2))  # of real and fake images
-        self.register_buffer("tracked", torch.zeros(()))  # steps that are in them
+        self.register_buffer("logit_means", torch.zeros(2))  # means for real and fake images
+        self.register_buffer("tracked", torch.zeros(()))  # number of steps averaged in logit_means
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.blocks(images)
 
     @torch.no_grad()
     def initialize(self, images: torch.Tensor) -> None:
-        """Start the activation norms on real images (B, C, R, R); call it in every process, with its share."""
+        """Initialize the activation norms from real images (B, C, R, R). Every process calls this with its part."""
         x = images
         for block in self.blocks:
             if isinstance(block, ActNorm):
@@ -72,9 +72,9 @@ class PatchDiscriminator(nn.Module):
 
     @torch.no_grad()
     def track(self, real_mean: torch.Tensor, fake_mean: torch.Tensor, kept: torch.Tensor) -> None:
-        """Take a step's mean logits into `logit_means`, unless `kept` (a bool scalar) is false; joint over processes.
+        """Update `logit_means` with the mean logits of a step, averaged over processes; no update if `kept` is false.
 
-        The first steps are averaged evenly, so that the means do not start from 0.
+        The first steps have equal weights, so that the means are not biased towards 0. `kept` is a bool scalar.
         """
         means = all_reduce_sum(torch.stack((real_mean, fake_mean)).to(self.logit_means)) / process_count()
         share = (1 / (self.tracked + 1)).clamp_min(1 - LOGIT_MEAN_DECAY)

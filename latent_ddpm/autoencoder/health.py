@@ -1,4 +1,4 @@
-"""Ailments of training: seen in the figures that are logged, and said in words with what helps."""
+"""Training problems of stage 1, detected in the logged metrics and reported with a remedy."""
 
 import math
 from collections import deque
@@ -9,16 +9,16 @@ import torch
 from latent_ddpm.autoencoder.losses import MAX_ADAPTIVE_WEIGHT
 from latent_ddpm.config import AutoencoderConfig
 
-PATIENCE = 10  # lines of metrics in a row that have to show the same thing
+PATIENCE = 10  # consecutive log entries that must show a problem before it is reported
 
 
 class Watch:
-    """Says what is wrong in stage 1, each thing once until it has been well again.
+    """Reports problems of stage 1. A problem is reported once, and again only if it returns after it disappeared.
 
     Args:
-        say: called with a sentence.
-        validation_positions: latent positions in the validation split.
-        config: the run's.
+        say: called with each message.
+        validation_positions: number of latent positions in the validation split.
+        config: config of the run.
     """
 
     def __init__(self, say: Callable[[str], None], validation_positions: int, config: AutoencoderConfig) -> None:
@@ -34,7 +34,7 @@ class Watch:
             self.say(sentence)
 
     def training(self, measured: dict[str, float]) -> None:
-        """Take in a line of training metrics, by the names that metrics.jsonl has."""
+        """Check the training metrics of a log entry, named as in metrics.jsonl."""
         loss = measured["loss"]
         if math.isfinite(loss):
             self._losses.append(loss)
@@ -44,7 +44,7 @@ class Watch:
             self._see(
                 "loss",
                 mean > 2 * self._lowest,
-                f"The loss has risen to {mean:.3g}; it was {self._lowest:.3g}. Lower learning_rate, or lengthen "
+                f"The loss has risen from {self._lowest:.3g} to {mean:.3g}. Lower learning_rate, or lengthen "
                 f"lr_warmup_steps.",
             )
         if "discriminator_loss" not in measured:
@@ -62,15 +62,14 @@ class Watch:
             "blind",
             gap < 0.03 * max(1.0, logit) and disc_loss > self.winning_loss,
             f"The discriminator cannot tell reconstructions from images (its mean logits differ by {gap:.2g}), so its "
-            f"gradient is noise, scaled up by the adaptive weight. Go back to a checkpoint before disc_start and lower "
-            f"disc_learning_rate.",
+            f"gradient is amplified noise. Lower disc_learning_rate, and resume from a checkpoint before disc_start.",
             patience=3 * PATIENCE,
         )
         self._see(
             "diverged",
             not logit < 100,
-            f"The discriminator's logits have grown to {logit:.3g}: it diverges. Lower disc_learning_rate, or bound it "
-            f"with disc_norm: spectral or disc_r1_weight.",
+            f"The discriminator's logits have grown to {logit:.3g}: it diverges. Lower disc_learning_rate, or use "
+            f"disc_norm: spectral or disc_r1_weight.",
         )
         self._see(
             "vanished",
@@ -80,38 +79,38 @@ class Watch:
         )
 
     def validation(self, measured: dict[str, float], progress: float) -> None:
-        """Take in what validation measured; `progress` is the share of the run that is done."""
-        explained = measured["explained_variance"]  # 0 as well where all images are the same
+        """Check the validation metrics; `progress` in 0..1 is the completed share of the run."""
+        explained = measured["explained_variance"]  # also 0 if all images are equal
         self._see(
             "grey",
             progress >= 0.2 and not explained > 0.3 and not measured["psnr"] > 30,
             f"Reconstructions are little better than one grey image ({max(explained, 0):.0%} of the variance). "
-            f"Train longer or with another learning_rate, and look at the pictures in samples/.",
+            f"Train longer or change learning_rate, and look at the images in samples/.",
             patience=1,
         )
         usage = measured.get("codebook_usage")
         codes = self.config.num_vq_embeddings
         if usage is not None and self.validation_positions >= 8 * codes:
-            help_ = "Raise codebook_revive_below, or make do with fewer codes (num_vq_embeddings)."
+            help_ = "Raise codebook_revive_below, or use fewer codes (num_vq_embeddings)."
             if self.config.quantizer == "fsq":
-                help_ = "Raise fsq_balance_weight, or make do with fewer codes (fsq_levels and num_vq_embeddings)."
+                help_ = "Raise fsq_balance_weight, or use fewer codes (fsq_levels and num_vq_embeddings)."
             asleep = progress >= 0.2 and usage < 0.5
             self._see("asleep", asleep, f"Only {usage:.0%} of the {codes} codes are in use. {help_}", patience=1)
 
 
 def check_images(images: torch.Tensor, training_images: int, say: Callable[[str], None]) -> None:
-    """Say what is odd about the data, seen on the first batch.
+    """Report problems of the data that the first batch shows.
 
     Args:
         images: (B, C, R, R) in [-1, 1].
-        training_images: how many there are.
-        say: called with a sentence.
+        training_images: number of training images.
+        say: called with each message.
     """
     if training_images < 100:
-        say(f"There are only {training_images} training images: expect them to be learned by heart.")
+        say(f"There are only {training_images} training images: expect the model to memorize them.")
     spatial = float(images.flatten(2).var(dim=2, correction=0).mean())
     between = float(images.var(dim=0, correction=0).mean())
     if spatial < 1e-4:
-        say("The images of the first batch are of one colour each: there is nothing in them to compress.")
+        say("The images of the first batch are of one colour each: check the column or folder.")
     elif between < 1e-4 and len(images) > 1:
-        say("The images of the first batch are all alike. Is the right column or folder read?")
+        say("The images of the first batch are all alike. Check the column or folder.")

@@ -1,4 +1,4 @@
-"""Stage 1's losses: reconstruction, perceptual, adversarial, and the weight that balances the last."""
+"""Stage 1's losses: reconstruction, perceptual, commitment, adversarial, and the adaptive weight of the last."""
 
 import pickle
 import warnings
@@ -14,13 +14,28 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.training.distributed import all_reduce_sum, process_count
 
 MAX_ADAPTIVE_WEIGHT = 1e4  # as in VQGAN
-NO_WEIGHTS = (LookupError, ValueError, TypeError, RuntimeError, EOFError)  # what reading a file of another kind raises
+NO_WEIGHTS = (LookupError, ValueError, TypeError, RuntimeError, EOFError)  # raised for files of another kind
 TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, images: torch.Tensor, kind: str) -> torch.Tensor:
     """Mean absolute ("l1") or squared ("l2") difference of images in [-1, 1]; scalar."""
     return {"l1": F.l1_loss, "l2": F.mse_loss}[kind](reconstruction, images)
+
+
+def commitment_loss(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Commitment loss (van den Oord et al., arXiv 1711.00937, eq. 3, third term, without its weight beta).
+
+    The mean squared difference of encoder outputs and their codes. Its gradient reaches the encoder only.
+
+    Args:
+        vectors: encoder outputs (N, D), float.
+        codes: the code of each, (N, D), float.
+
+    Returns:
+        scalar.
+    """
+    return (vectors - codes.detach()).pow(2).mean()
 
 
 def load_lpips(net: str, weights: str | None = None) -> nn.Module:
@@ -30,16 +45,16 @@ def load_lpips(net: str, weights: str | None = None) -> nn.Module:
 
     Args:
         net: the trunk: vgg, alex or squeeze.
-        weights: a file of torchvision's ImageNet weights of that trunk (.pth or .safetensors); unset takes torch's
+        weights: file of torchvision's ImageNet weights for the trunk (.pth or .safetensors); None uses torch's
             cache, or downloads them.
 
     Raises:
-        UserError: the trunk's weights are neither at hand nor to be downloaded, or `weights` is another network's.
+        UserError: the trunk's weights are not available and cannot be downloaded, or `weights` does not fit the trunk.
     """
     import lpips
 
     def untrained_or_cached(**words: bool) -> nn.Module:
-        with warnings.catch_warnings():  # lpips calls torchvision in a way that is deprecated
+        with warnings.catch_warnings():  # lpips uses a deprecated torchvision call
             warnings.filterwarnings("ignore", module="torchvision")
             return lpips.LPIPS(net=net, verbose=False, **words)
 
@@ -47,18 +62,18 @@ def load_lpips(net: str, weights: str | None = None) -> nn.Module:
         return _with_trunk(untrained_or_cached(pnet_rand=True), net, Path(weights))
     try:
         distance = untrained_or_cached()
-    except OSError as error:  # URLError is one
+    except OSError as error:  # includes URLError
         cache = Path(torch.hub.get_dir()) / "checkpoints" / TRUNKS[net]
         raise UserError(
             f"LPIPS ({net}) needs torchvision's ImageNet weights {TRUNKS[net]}, which could not be downloaded "
-            f"({getattr(error, 'reason', error)}). Put that file at {cache} (or name it: --lpips_weights FILE), "
-            f"or train without: --lpips_weight 0."
+            f"({getattr(error, 'reason', error)}). Put that file at {cache}, give its path with --lpips_weights FILE, "
+            f"or train without LPIPS: --lpips_weight 0."
         ) from error
     return distance.eval().requires_grad_(False)
 
 
 def _with_trunk(distance: nn.Module, net: str, path: Path) -> nn.Module:
-    """`lpips` cuts the trunk's torchvision layers `features.N` into slices, keeping the numbers N."""
+    """Load a trunk file. `lpips` splits torchvision's layers `features.N` into slices but keeps the numbers N."""
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
@@ -77,10 +92,10 @@ def _with_trunk(distance: nn.Module, net: str, path: Path) -> nn.Module:
 
 
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, kind: str) -> torch.Tensor:
-    """What the discriminator minimizes, halved as in VQGAN; scalar.
+    """The discriminator's loss, halved as in VQGAN; scalar.
 
     Args:
-        real_logits, fake_logits: of any equal shape.
+        real_logits, fake_logits: of the same, arbitrary shape.
         kind: "hinge" (Lim and Ye, arXiv 1705.02894, eq. 10 and 11) or "non_saturating", the cross-entropy of
             Goodfellow et al. (arXiv 1406.2661, eq. 1).
     """
@@ -90,18 +105,18 @@ def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor, kin
 
 
 def generator_loss(fake_logits: torch.Tensor, kind: str) -> torch.Tensor:
-    """What the decoder minimizes: -D under the hinge loss, -log sigmoid(D) under the non-saturating one; scalar."""
+    """The decoder's adversarial loss: -D for "hinge", -log sigmoid(D) for "non_saturating"; scalar."""
     return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
 
 
 def r1_penalty(real_logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Half the squared slope of the discriminator at real images (Mescheder et al., arXiv 1801.04406, eq. 9); scalar.
+    """R1 penalty: half the squared gradient at real images (Mescheder et al., arXiv 1801.04406, eq. 9); scalar.
 
-    The slope is that of an image's mean logit, so that the penalty does not depend on the number of patches.
+    The gradient is of an image's mean logit, so that the penalty does not depend on the number of patches.
 
     Args:
         real_logits: (B, 1, H, W), computed from `images`.
-        images: (B, C, R, R), a leaf that requires a gradient.
+        images: (B, C, R, R), a leaf tensor with requires_grad.
     """
     means = real_logits.flatten(1).mean(1)
     scale = float(images[0].numel())  # as in input_gradient
@@ -110,10 +125,10 @@ def r1_penalty(real_logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def lecam_penalty(real_logits: torch.Tensor, fake_logits: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """LeCam regularization, for little data (Tseng et al., arXiv 2104.03310, section 3.2); scalar.
+    """LeCam regularization, for small datasets (Tseng et al., arXiv 2104.03310, section 3.2); scalar.
 
-    Real logits are held near the running mean of fake ones and the other way round. As in the authors' code, and
-    other than in the paper's equation, only on the side where they part.
+    Keeps real logits near the running mean of fake logits, and fake logits near that of real ones. Only deviations that
+    increase the gap count, as in the authors' code and unlike the paper's equation.
 
     Args:
         real_logits, fake_logits: of any shape.
@@ -123,12 +138,12 @@ def lecam_penalty(real_logits: torch.Tensor, fake_logits: torch.Tensor, means: t
 
 
 def adversarial_ramp(step: int, start: int, ramp_steps: int) -> float:
-    """Share of the adversarial weight at a step: 0 before `start`, then rising to 1 over `ramp_steps` steps."""
+    """Factor on the adversarial weight at a step: 0 before `start`, then a linear rise to 1 over `ramp_steps` steps."""
     return 0.0 if step < start else min(1.0, (step - start + 1) / max(1, ramp_steps))
 
 
 def input_gradient(loss: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """d loss / d images, scaled up on the way so that fp16 networks do not flush a mean's gradient to zero."""
+    """d loss / d images. The loss is scaled up on the way: the gradient of a mean could underflow in fp16."""
     scale = float(images.numel())
     return torch.autograd.grad(loss * scale, images)[0] / scale
 
@@ -140,21 +155,21 @@ def adaptive_weight(
     adversarial_gradient: torch.Tensor,
     delta: float = 1e-6,
 ) -> torch.Tensor:
-    """VQGAN's lambda (arXiv 2012.09841, eq. 6 and 7): ratio of the two losses' gradients at the last layer.
+    """VQGAN's lambda (arXiv 2012.09841, eq. 6 and 7): ratio of the gradient norms of two losses at the last layer.
 
-    The paper differentiates both losses through the decoder's last layer and so keeps the whole graph for a
+    The paper differentiates both losses with respect to the decoder's last layer, which keeps the whole graph for a
     second pass. The layer is a convolution: its weight gradient follows from its input and the gradient at its
-    output, and no graph is needed.
+    output, so no graph is needed.
 
     Args:
         features: (B, F, R, R), the last layer's input.
         last_layer: the decoder's conv_out.
         reconstruction_gradient: d L_rec / d reconstruction (B, C, R, R).
         adversarial_gradient: d L_gan / d reconstruction (B, C, R, R).
-        delta: keeps the division finite.
+        delta: avoids a division by zero.
 
     Returns:
-        scalar in [0, MAX_ADAPTIVE_WEIGHT], the same in every process; 0 where the adversarial gradient is not finite.
+        scalar in [0, MAX_ADAPTIVE_WEIGHT], equal in every process; 0 if the adversarial gradient is not finite.
     """
     features = features.detach().float()
     with torch.autocast(features.device.type, enabled=False):
@@ -164,7 +179,7 @@ def adaptive_weight(
                 for gradient in (reconstruction_gradient, adversarial_gradient)
             ]
         )
-    # Each process has the gradient of its own batch's mean; their mean is that of the joint batch.
+    # Each process has the gradient of its own batch's mean. Their mean is the gradient of the joint batch's mean.
     all_reduce_sum(weight_gradients).div_(process_count())
     norms = weight_gradients.flatten(1).norm(dim=1)
     weight = (norms[0] / (norms[1] + delta)).clamp(0, MAX_ADAPTIVE_WEIGHT)
@@ -172,19 +187,20 @@ def adaptive_weight(
 
 
 class HeldWeight:
-    """The adaptive weight, measured while the discriminator learns alone, and then held.
+    """The adaptive weight: measured while the discriminator trains alone, then held constant.
 
-    Measured at every step of the game the weight feeds itself: the more the adversary costs, the larger is the other
-    losses' gradient, and with it the adversary's weight. Held, the sum of the losses is one objective.
+    A weight that is measured at every step amplifies itself: a larger adversarial loss increases the gradient of the
+    other losses, which increases the adversarial weight. A constant weight makes the sum of the losses one objective.
 
     Args:
-        steps: how many steps the discriminator learns alone; the weight is the mean over the later half of them. None:
-            it never does, and the weight is measured at every step (arXiv 2012.09841, eq. 7).
+        steps: number of steps in which the discriminator trains alone; the weight is the mean over their second half.
+            None: the discriminator never trains alone, and the weight is measured at every step (arXiv 2012.09841,
+            eq. 7).
         sums: float64 (2,), sum and number of the weights measured so far, from a checkpoint.
-        device: where they are kept.
+        device: device of `sums`.
 
     Attributes:
-        sums: part of the checkpoint.
+        sums: see above; saved in checkpoints.
     """
 
     def __init__(self, steps: int | None, sums: torch.Tensor | None, device: torch.device) -> None:
@@ -192,12 +208,12 @@ class HeldWeight:
         self.sums = (torch.zeros(2, dtype=torch.float64) if sums is None else sums).to(device)
 
     def held(self, steps_since_entry: int) -> torch.Tensor | None:
-        """The weight to use, a scalar; None while it is still to be measured."""
+        """The weight to use, a scalar; None while it is still measured."""
         if self.steps is None or steps_since_entry < self.steps:
             return None
         return (self.sums[0] / self.sums[1].clamp_min(1)).float()
 
     def add(self, steps_since_entry: int, weight: torch.Tensor) -> None:
-        """Take in a measured weight, a scalar. 0 comes from a gradient that was not finite and is left out."""
+        """Add a measured weight, a scalar. 0 marks a gradient that was not finite and is ignored."""
         if self.steps is not None and steps_since_entry >= self.steps // 2:
             self.sums += torch.stack((weight, (weight > 0).float())).double()

@@ -1,4 +1,4 @@
-"""The KL-VAE's bottleneck: a Gaussian posterior per latent, in the place of a quantizer."""
+"""The KL-VAE's bottleneck: a Gaussian posterior per latent instead of a quantizer, and its KL divergence."""
 
 from typing import NamedTuple
 
@@ -10,48 +10,48 @@ from latent_ddpm.random import Stream, normal
 
 
 def kl_to_standard_normal(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """Divergence of N(mean, exp(logvar)) from N(0, 1), elementwise, in nats (arXiv 1312.6114, appendix B)."""
+    """KL divergence of N(mean, exp(logvar)) from N(0, 1), elementwise, in nats (arXiv 1312.6114, appendix B)."""
     return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar)
 
 
 class Posterior(NamedTuple):
-    """What KLPosterior returns; the counterpart of Quantized.
+    """The output of KLPosterior; the counterpart of Quantized.
 
-    latents: (B, D, H, W) float32, a draw in training mode, else the mean.
+    latents: (B, D, H, W) float32; a sample in training mode, otherwise the mean.
     kl_loss: scalar, nats per image value; see KLPosterior.
-    std: scalar, the posterior's standard deviation, mean over all latents. 0 means that the latents carry no noise,
-        1 beside means near 0 that they carry nothing else.
+    std: scalar, the posterior's standard deviation, averaged over all latents. 0: the latents carry no noise. 1, with
+        means near 0: they carry only noise.
     """
 
     latents: torch.Tensor
     kl_loss: torch.Tensor
     std: torch.Tensor
-    indices = None  # no codes: not a field, and None of every instance
+    indices = None  # there are no codes; a class attribute, not a field
 
     def loss(self, config: AutoencoderConfig) -> torch.Tensor:
-        """What is minimized of it; scalar."""
+        """The weighted loss; scalar."""
         return config.kl_weight * self.kl_loss
 
     def figures(self) -> dict[str, torch.Tensor]:
-        """What the log shows of it; scalars."""
+        """The metrics to log; scalars."""
         return {"kl_loss": self.kl_loss, "posterior_std": self.std}
 
 
 class KLPosterior(nn.Module):
     """A diagonal Gaussian, sampled in training (Kingma and Welling, arXiv 1312.6114, eq. 10; LDM, arXiv 2112.10752, G).
 
-    It has the methods of a Quantizer, but nothing to fit, to move or to save. The noise of an example follows from
-    (seed, example number) alone.
+    It has the methods of a Quantizer, but no table and no state to save. The noise of an example follows from (seed,
+    example number) alone.
 
     LDM's code sums reconstruction loss and divergence over an image's elements and divides both by the batch size.
-    Here both are divided once more, by the number of values of an image (its channels times its pixels). That leaves
-    the mean that is our reconstruction loss, and makes kl_loss the divergence per image value, summed over the latents
-    behind it. As both terms shrink alike, kl_weight weighs what LDM's does beside reconstruction_loss l1 and
+    Here both are also divided by the number of values of an image (its channels times its pixels). The reconstruction
+    loss then is a mean, and kl_loss is the divergence per image value, summed over the latent channels. Both terms
+    shrink by the same factor, so kl_weight means the same as in LDM's code with reconstruction_loss l1 and
     lpips_weight 1.
 
     Args:
-        values_per_position: image values for each of the H x W latent positions: channels times downsampling squared.
-        seed: determines the noise.
+        values_per_position: image values per latent position: image channels times the downsampling factor squared.
+        seed: random seed of the noise.
     """
 
     num_embeddings = 0
@@ -64,9 +64,12 @@ class KLPosterior(nn.Module):
         """The posterior of a batch.
 
         Args:
-            moments: (B, 2 D, H, W), means and logarithms of variances; the latter are clamped to -30 .. 20, as in
+            moments: (B, 2 D, H, W), means and log variances; the log variances are clamped to [-30, 20], as in
                 diffusers.
-            numbers: int64 (B,), the example numbers; needed in training mode only.
+            numbers: int64 (B,), the example numbers; required in training mode.
+
+        Raises:
+            ValueError: training mode without numbers.
         """
         with torch.autocast(moments.device.type, enabled=False):
             mean, logvar = moments.float().chunk(2, dim=1)
@@ -76,12 +79,12 @@ class KLPosterior(nn.Module):
             latents = mean
             if self.training:
                 if numbers is None:
-                    raise ValueError("in training mode the noise needs the numbers of the examples")
+                    raise ValueError("KLPosterior draws noise in training mode: pass the numbers of the examples")
                 latents = mean + std * normal(self.seed, Stream.POSTERIOR, numbers, mean.shape[1:])
         return Posterior(latents, kl_loss, std.mean())
 
     def initialize(self, latents: torch.Tensor) -> None:
-        """Nothing to fit."""
+        """Does nothing: there is no table to fit."""
 
     def update(self, step: int, kept: torch.Tensor | None = None) -> None:
-        """Nothing to move, and no codes to count."""
+        """Does nothing: there is no table to update and there are no codes to count."""

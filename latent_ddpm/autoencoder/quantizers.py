@@ -1,10 +1,9 @@
-"""Vector quantization: latents -> quantized latents, indices, losses; and the counts of use at every update.
+"""Vector quantization: latents -> quantized latents, indices and losses; each update returns the code counts.
 
-Three ways to a table of codes, one interface (`Quantizer`). EMACodebook moves each code by averages of the encoder
-outputs that chose it, SimVQ learns one affine map of a frozen table, FSQ's table is a fixed grid. An output always
-goes to the nearest row of `table()`, which is all that the export to a stock VQModel needs. All statistics are summed
-over the processes, so that every process holds the same table, and the same as a single process with the joint
-batch would.
+Three quantizers share one interface (`Quantizer`). EMACodebook moves each code to a moving average of the encoder
+outputs assigned to it. SimVQ learns one affine map of a frozen table. FSQ's table is a fixed grid. An output is always
+assigned to the nearest row of `table()`, so the export to a stock VQModel only needs that table. All statistics are
+summed over the processes: every process holds the table that a single process with the joint batch would hold.
 """
 
 import math
@@ -16,23 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from latent_ddpm.autoencoder.losses import commitment_loss
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.random import Stream, integers, normal, uniform
 from latent_ddpm.training.distributed import all_gather_rows, all_reduce_sum, process_count, process_index
 
-VECTORS_PER_CODE = 16  # that k-means starts from when the codes enter a network that has learned
-_MAX_DISTANCES = 2**25  # elements of one block of the distance matrix: 128 MiB
+VECTORS_PER_CODE = 16  # for k-means, when the codebook enters a trained network
+_MAX_DISTANCES = 2**25  # elements per block of the distance matrix: 128 MiB
 
 
 class Quantized(NamedTuple):
-    """What a quantizer returns.
+    """The output of a quantizer.
 
     latents: (B, D, H, W) float32, the codes, with an estimated gradient to the encoder.
-    indices: (B, H, W) int64; None of `unquantized`.
-    commitment_loss: scalar, mean squared distance of encoder outputs to their codes, which pulls the outputs
-        (arXiv 1711.00937, eq. 3, third term).
-    codebook_loss: what else the table asks for: of SimVQ the same distance, but pulling the codes (second term); of
-        FSQ the pull towards codes that are used too little.
+    indices: (B, H, W) int64; None from `unquantized`.
+    commitment_loss: scalar, see losses.commitment_loss (arXiv 1711.00937, eq. 3, third term).
+    codebook_loss: scalar, the loss of the table. SimVQ: the same distance, with a gradient to the codes (eq. 3, second
+        term). FSQ: `balance_loss`, weighted. EMACodebook: 0.
     """
 
     latents: torch.Tensor
@@ -41,16 +40,16 @@ class Quantized(NamedTuple):
     codebook_loss: torch.Tensor
 
     def loss(self, config: AutoencoderConfig) -> torch.Tensor:
-        """What is minimized of it; scalar."""
+        """The weighted loss; scalar."""
         return config.commitment_weight * self.commitment_loss + self.codebook_loss
 
     def figures(self) -> dict[str, torch.Tensor]:
-        """What the log shows of it; scalars."""
+        """The metrics to log; scalars."""
         return {"commitment_loss": self.commitment_loss}
 
 
 def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest code, by Euclidean distance.
+    """Index of the nearest code in Euclidean distance.
 
     Args:
         vectors: (N, D) float.
@@ -65,12 +64,13 @@ def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def kmeans(vectors: torch.Tensor, clusters: int, seed: int, iterations: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lloyd's algorithm from random rows; an empty cluster restarts on a random row.
+    """Lloyd's algorithm, initialized from random rows; an empty cluster restarts at a random row.
 
     Args:
-        vectors: (N, D) float. Fewer rows than clusters are repeated with a little jitter.
+        vectors: (N, D) float. If N < K, the rows are repeated with a little jitter.
         clusters: K.
-        seed: determines the start.
+        seed: random seed of the initialization and the restarts.
+        iterations: number of Lloyd iterations.
 
     Returns:
         Centres (K, D) and counts (K,), both float.
@@ -96,8 +96,11 @@ def kmeans(vectors: torch.Tensor, clusters: int, seed: int, iterations: int = 10
 
 
 def joint_moments(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Mean (D,), Cholesky factor (D, D) of the covariance, both float64, and number of the vectors in latents
-    (B, D, H, W) of all processes."""
+    """Statistics of the vectors in latents (B, D, H, W) of all processes.
+
+    Returns:
+        Mean (D,) and Cholesky factor (D, D) of the covariance, both float64, and the number of vectors.
+    """
     vectors = all_gather_rows(latents.double().permute(0, 2, 3, 1).flatten(0, 2))
     mean = vectors.mean(0)
     covariance = (vectors - mean).T @ (vectors - mean) / len(vectors)
@@ -108,25 +111,25 @@ def joint_moments(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, in
 def decoder_metric(
     encode: Callable[[torch.Tensor], torch.Tensor], decode: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The affine map of latents after which a step of one length, in any direction, changes the image alike.
+    """The affine map of latents after which steps of equal length change the image equally, in every direction.
 
-    A step dz at one position changes the squared error of the image by dz^T G dz, where G is the mean of J^T J over
-    positions and J the decoder's Jacobian, taken by finite differences. The map is G^(1/2), scaled so that latents
-    have unit variance on average over the channels, around their mean.
+    A step dz at one position changes the squared error of the image by dz^T G dz. Here G is the mean of J^T J over
+    positions, and J is the decoder's Jacobian, computed by finite differences. The map is G^(1/2) around the mean,
+    scaled so that the latents have unit variance on average over the channels.
 
     Args:
         encode: images (B, C, R, R) -> latents (B, D, h, w).
-        decode: its inverse, or nearly.
-        images: of this process; the result is that of all processes' together.
+        decode: the (approximate) inverse of `encode`.
+        images: images of this process; the result covers the images of all processes.
 
     Returns:
-        A matrix (D, D) and, to be added after it, a vector (D,), float64.
+        A matrix (D, D) and a vector (D,), float64: latents map to matrix @ latents + vector.
     """
     latents = encode(images).float()
     width, side = latents.shape[1], latents.shape[2]
     mean, factor, _ = joint_moments(latents)
     step = 0.3 * float((factor @ factor.T).diagonal().mean().sqrt())
-    here = torch.zeros_like(latents[:1, :1])  # far enough apart that what they change hardly overlaps
+    here = torch.zeros_like(latents[:1, :1])  # every 4th position, so that their effects on the image hardly overlap
     here[..., min(1, side - 1) :: 4, min(1, side - 1) :: 4] = step
     gram, positions = latents.new_zeros(width, width, dtype=torch.float64), int((here > 0).sum()) * len(images)
     for part in latents.split(32):
@@ -145,29 +148,28 @@ def decoder_metric(
 
 
 def unquantized(latents: torch.Tensor, quantizer: nn.Module) -> Quantized:
-    """Encoder outputs (B, D, H, W) that go past a quantizer, whose parameters then have the gradient 0."""
+    """Encoder outputs (B, D, H, W) that bypass the quantizer. The quantizer's parameters get zero gradients."""
     nothing = sum((p.sum() * 0 for p in quantizer.parameters()), latents.new_zeros(()))
     return Quantized(latents.float(), None, nothing.detach(), nothing)
 
 
 def straight_through(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """The codes, whose gradient goes to the vectors unchanged (arXiv 1711.00937, section 3.2); (N, D) each."""
+    """The codes; their gradient is copied to the vectors (arXiv 1711.00937, section 3.2). All are (N, D)."""
     return vectors + (codes - vectors).detach()
 
 
 def rotation_trick(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """The codes as a rotation and scaling of the vectors, both held constant (arXiv 2410.06424, section 4.2).
+    """The codes as a rotation and scaling of the vectors, both constant in the backward pass (arXiv 2410.06424, 4.2).
 
-    The gradient turns with the code: directions that the loss wants of the code become the same directions as seen
-    from the vector. (N, D) each.
+    The gradient is rotated with the code: it keeps its direction relative to the vector. All are (N, D).
     """
     codes = codes.detach()
     with torch.no_grad():
         fixed = vectors.detach()
         length, code_length = (x.norm(dim=1, keepdim=True).clamp_min(1e-6) for x in (fixed, codes))
         unit, code_unit = fixed / length, codes / code_length
-        # The reflection is undefined where a code is opposite to its vector. Then, as near the origin, any direction
-        # will do: normalize leaves the sum small instead of dividing by zero.
+        # The reflection is undefined if a code is opposite to its vector. Any direction works there, as near the
+        # origin: normalize keeps the sum small instead of dividing by zero.
         middle = F.normalize(unit + code_unit, dim=1, eps=1e-6)
         scale = code_length / length
     rotated = (
@@ -176,21 +178,21 @@ def rotation_trick(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         + 2 * (vectors * unit).sum(1, keepdim=True) * code_unit
     )
     result = scale * rotated
-    return result + (codes - result).detach()  # exactly the code, also where floats round
+    return result + (codes - result).detach()  # exactly the code, despite rounding
 
 
 ESTIMATORS = {"straight_through": straight_through, "rotation": rotation_trick}
 
 
 class Quantizer(nn.Module, ABC):
-    """What the quantizers share: the nearest row of a table, gradients past it, and counts of use.
+    """Base class of the quantizers: nearest row of a table, gradient estimator, and code counts.
 
-    `forward` only assigns and collects statistics; `update`, called once per optimizer step, moves the table.
+    `forward` only assigns and collects statistics. `update`, called once per optimizer step, changes the table.
 
     Args:
-        num_embeddings: K, the number of codes.
-        embedding_dim: D, the width of a code.
-        estimator: how the gradient passes the choice of a code, a key of ESTIMATORS.
+        num_embeddings: K, number of codes.
+        embedding_dim: D, dimension of a code.
+        estimator: gradient estimator, a key of ESTIMATORS.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, estimator: str = "straight_through") -> None:
@@ -198,7 +200,7 @@ class Quantizer(nn.Module, ABC):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.estimator = ESTIMATORS[estimator]
         self.register_buffer("new_count", torch.zeros(num_embeddings), persistent=False)
-        self._recent: torch.Tensor | None = None  # (N, D), the last encoder outputs: candidates for revival
+        self._recent: torch.Tensor | None = None  # (N, D), the latest encoder outputs, candidates for revival
 
     @abstractmethod
     def table(self) -> torch.Tensor:
@@ -207,9 +209,9 @@ class Quantizer(nn.Module, ABC):
     def forward(self, latents: torch.Tensor, numbers: torch.Tensor | None = None) -> Quantized:
         """Quantize encoder outputs (B, D, H, W); in training mode also collect statistics for `update`.
 
-        The example numbers (B,) are for KLPosterior's noise; they change nothing here.
+        The example numbers (B,) are unused; KLPosterior, which shares the signature, needs them.
         """
-        with torch.autocast(latents.device.type, enabled=False):  # bf16 distances would pick wrong codes
+        with torch.autocast(latents.device.type, enabled=False):  # bf16 distances would select wrong codes
             batch, _, height, width = latents.shape
             vectors = latents.float().permute(0, 2, 3, 1).reshape(-1, self.embedding_dim)  # (N, D)
             table = self.table()
@@ -219,7 +221,7 @@ class Quantizer(nn.Module, ABC):
                 self.new_count += torch.bincount(nearest, minlength=self.num_embeddings)
                 self._recent = vectors.detach()
                 self._collect(self._recent, nearest)
-            commitment = (vectors - codes.detach()).pow(2).mean()
+            commitment = commitment_loss(vectors, codes)
             codebook = self._codebook_loss(vectors, codes)
             passed = self.estimator(vectors, codes.detach()).view(batch, height, width, -1).permute(0, 3, 1, 2)
         return Quantized(passed, nearest.view(batch, height, width), commitment, codebook)
@@ -229,20 +231,20 @@ class Quantizer(nn.Module, ABC):
         """Fit the table to encoder outputs (B, D, H, W) of all processes, before the first step.
 
         Returns:
-            Where the table cannot move, what the outputs have to go through instead: a matrix (D, D) and, to be added
-            after it, a vector (D,).
+            None, or for a fixed table the affine map to apply to the outputs instead: a matrix (D, D) and a vector (D,)
+            to add after it.
         """
 
     @torch.no_grad()
     def update(self, step: int, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Move the table by what `forward` collected since the last call, in all processes.
+        """Update the table with the statistics that `forward` collected since the last call, in all processes.
 
         Args:
-            step: counted from 0; with the seed it determines which encoder outputs revive codes.
-            kept: a bool scalar; where it is false, what was collected is dropped and nothing moves.
+            step: optimizer step, from 0; with the seed it determines which encoder outputs revive codes.
+            kept: a bool scalar; if false, the statistics are discarded and the table stays unchanged.
 
         Returns:
-            float (K,): how often each code was used since the last call, summed over the processes.
+            float (K,): uses of each code since the last call, summed over the processes.
         """
         counts = all_reduce_sum(self.new_count.clone())
         self.new_count.zero_()
@@ -263,13 +265,13 @@ class Quantizer(nn.Module, ABC):
 
 
 class RevivingQuantizer(Quantizer):
-    """A quantizer that sees which codes fell out of use and finds encoder outputs to put them on.
+    """A quantizer that detects unused codes and selects encoder outputs to replace them.
 
     Args:
         num_embeddings, embedding_dim, estimator: see Quantizer.
-        decay: of the moving averages, per step.
-        revive_below: a code whose use falls below this share of the mean use is put on an encoder output; 0 never.
-        seed: determines the start and which encoder outputs revive codes.
+        decay: decay of the moving averages, per step.
+        revive_below: a code whose use falls below this share of the mean use moves to an encoder output; 0 disables it.
+        seed: random seed of the initialization and of the outputs that revive codes.
     """
 
     def __init__(
@@ -286,9 +288,12 @@ class RevivingQuantizer(Quantizer):
         self.register_buffer("mean_count", torch.ones(num_embeddings))  # moving average of uses per step
 
     def _revived(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in a step's counts; dead codes (M,), from now on of mean use, and an encoder output (M, D) for each.
+        """Update the moving average with a step's counts and find the dead codes.
 
-        Rows are picked from the joint batch; each process fills in its own and the sum completes them.
+        The outputs come from the joint batch: each process fills in its own rows, and the sum completes them.
+
+        Returns:
+            The dead codes (M,), whose use is reset to the mean, and an encoder output (M, D) for each.
         """
         self.mean_count.lerp_(counts, (1 - self.decay) * kept)
         mean = self.mean_count.mean()
@@ -304,7 +309,7 @@ class RevivingQuantizer(Quantizer):
 
 
 class EMACodebook(RevivingQuantizer):
-    """A codebook learned by moving averages, with k-means start and revival of dead codes.
+    """A codebook learned by moving averages, with k-means initialization and revival of dead codes.
 
     van den Oord et al., arXiv 1711.00937, appendix A.1, and Razavi et al., arXiv 1906.00446.
 
@@ -322,10 +327,10 @@ class EMACodebook(RevivingQuantizer):
 
     @torch.no_grad()
     def initialize(self, latents: torch.Tensor) -> None:
-        """Start the codebook by k-means on encoder outputs (B, D, H, W) of all processes."""
+        """Initialize the codebook by k-means on encoder outputs (B, D, H, W) of all processes."""
         vectors = all_gather_rows(latents.float().permute(0, 2, 3, 1).reshape(-1, self.embedding_dim))
         centres, counts = kmeans(vectors, self.num_embeddings, self.seed)
-        # A code that holds few vectors of one batch is not dead yet: it starts at half the mean use or more.
+        # A code with few vectors in one batch is not dead yet: it starts with at least half the mean use.
         self.mean_count.copy_(counts.clamp_min(0.5 * len(vectors) / self.num_embeddings))
         self.codebook.copy_(centres)
         self.mean_sum.copy_(centres * self.mean_count[:, None])
@@ -345,10 +350,10 @@ class EMACodebook(RevivingQuantizer):
 class SimVQ(RevivingQuantizer):
     """One learned affine map of a frozen table: all codes move together (Zhu et al., arXiv 2411.02038).
 
-    The paper's map is linear. At the widths of image latents (3 or 4) an affine image of a
-    Gaussian table does not cover what the encoder puts out, and codes outside it stay unused. So the map is started
-    on the first batch's mean and covariance, and a dead code is put on an encoder output, as in EMACodebook, by
-    changing its row of the otherwise frozen table.
+    The paper's map is linear. With the 3 or 4 channels of image latents, an affine image of a Gaussian table does not
+    match the distribution of the encoder outputs, and codes outside it stay unused. So the map is initialized with the
+    first batch's mean and covariance. A dead code moves to an encoder output, as in EMACodebook, by a change of its row
+    in the otherwise frozen table.
 
     Arguments as for RevivingQuantizer.
     """
@@ -367,7 +372,7 @@ class SimVQ(RevivingQuantizer):
 
     @torch.no_grad()
     def initialize(self, latents: torch.Tensor) -> None:
-        """Give the table the mean and covariance of encoder outputs (B, D, H, W) of all processes."""
+        """Match the table's mean and covariance to encoder outputs (B, D, H, W) of all processes."""
         mean, factor, count = joint_moments(latents)
         self.map.weight.copy_(factor)
         self.map.bias.copy_(mean)
@@ -381,21 +386,20 @@ class SimVQ(RevivingQuantizer):
 
 
 class FSQ(Quantizer):
-    """Finite scalar quantization (Mentzer et al., arXiv 2309.15505): a fixed grid, the product of scalar ones.
+    """Finite scalar quantization (Mentzer et al., arXiv 2309.15505): a fixed grid, the product of scalar grids.
 
-    The paper squashes an encoder output with tanh and rounds it. The same choice is made here without the squashing,
-    by a grid whose values lie where the encoder's outputs lie and are spaced so that the midpoints between neighbours
-    are exactly the outputs at which the paper's rounding tips over. The grid then is a table like any other, its
-    nearest row is FSQ's choice, and a stock VQModel holds it. The index of a code is that of `levels` read as a
-    mixed-radix number, the first level fastest, as in the paper's code.
+    The paper squashes an encoder output with tanh and rounds it. This grid makes the same choice without tanh: the
+    midpoints between neighbouring values are exactly the outputs at which the paper's rounding changes. So the nearest
+    row of the grid is FSQ's code, and a stock VQModel can hold the grid as its table. The index of a code is a
+    mixed-radix number of its levels, the first level fastest, as in the paper's code.
 
-    A grid cannot be moved to where the outputs are, so a loss of our own moves outputs to where codes lie idle.
+    The grid cannot move to the outputs. A loss of our own, `balance_loss`, moves outputs to unused codes.
 
     Args:
-        levels: values per channel; their number is the width of a code, their product the number of codes.
+        levels: values per channel; their number is the dimension of a code, their product the number of codes.
         estimator: see Quantizer.
-        balance: weight of the loss that evens out the use of codes, see `balance_loss`.
-        decay: of the moving average of use, per step.
+        balance: weight of `balance_loss`.
+        decay: decay of the moving average of use, per step.
     """
 
     def __init__(
@@ -412,10 +416,10 @@ class FSQ(Quantizer):
 
     @torch.no_grad()
     def initialize(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring encoder outputs (B, D, H, W) of all processes to the mean and covariance of the grid.
+        """The affine map of encoder outputs (B, D, H, W) of all processes to the mean and covariance of the grid.
 
-        Not in the paper. At random weights the outputs are so small that they meet a few inner points of the grid
-        only, and the straight-through gradient has little that would spread them.
+        Not in the paper. With random weights, the outputs are so small that they only reach a few inner points of the
+        grid, and the straight-through gradient hardly spreads them.
         """
         mean, factor, count = joint_moments(latents)
         spread = self.grid.double().std(0, correction=0)
@@ -424,15 +428,16 @@ class FSQ(Quantizer):
         return matrix.to(self.grid), (self.grid.double().mean(0) - matrix @ mean).to(self.grid)
 
     def balance_loss(self, vectors: torch.Tensor) -> torch.Tensor:
-        """How much more than evenly used the codes around encoder outputs (N, D) are: mean of log(use / mean use).
+        """Mean of log(use / mean use) over the codes around encoder outputs (N, D); scalar.
 
-        Each output belongs to the codes around it by shares that fall off as a Gaussian, whose deviation is half the
-        channel's spacing. The logarithm is constant: the gradient moves outputs from codes in much use to codes in
-        little, as that of the averaged code distribution's entropy would. It is cut off at a hundredth of the mean.
+        Each output is shared among the codes around it by Gaussian weights, with a standard deviation of half the
+        channel's spacing. The logarithm is constant in the backward pass: the gradient moves outputs from frequently to
+        rarely used codes, like the gradient of the entropy of the average code distribution. use / mean use is clamped
+        to at least 0.01.
         """
         use = self.mean_count / self.mean_count.mean()
-        value = use.clamp_min(0.01).log()[None]  # (N or 1, codes of the channels that are left)
-        for channel, levels in enumerate(self.levels):  # the first is the fastest
+        value = use.clamp_min(0.01).log()[None]  # (N or 1, codes of the remaining channels)
+        for channel, levels in enumerate(self.levels):  # the first varies fastest
             values = fsq_values(levels).to(vectors)
             deviation = 0.5 * (values[-1] - values[0]) / (levels - 1)
             shares = (-0.5 * ((vectors[:, channel, None] - values) / deviation).pow(2)).softmax(1)  # (N, levels)
@@ -449,10 +454,10 @@ class FSQ(Quantizer):
 def fsq_values(levels: int) -> torch.Tensor:
     """The values of one channel of FSQ's table, ascending, float32 (levels,).
 
-    The paper's code rounds half * tanh(z + shift) - offset with half = 1.001 (levels - 1) / 2, and with offset 1/2 and
-    shift = atanh(offset / half) for even levels, 0 for odd ones. It tips over from one value to the next at
-    z_j = atanh((j - levels / 2 + 1) / half) - shift, j = 0 .. levels - 2. Here neighbours meet there halfway:
-    t_j + t_(j+1) = 2 z_j, symmetric about -shift, which leaves one choice, the innermost value of even levels.
+    The paper's code rounds half * tanh(z + shift) - offset, where half = 1.001 (levels - 1) / 2. For even levels,
+    offset is 1/2 and shift is atanh(offset / half); for odd levels both are 0. The rounded value changes at
+    z_j = atanh((j - levels / 2 + 1) / half) - shift, j = 0 .. levels - 2. Here these are the midpoints of neighbouring
+    values: t_j + t_(j+1) = 2 z_j, symmetric about -shift. One choice remains, the innermost value of even levels.
     """
     half = 1.001 * (levels - 1) / 2
     even = levels % 2 == 0
@@ -466,7 +471,7 @@ def fsq_values(levels: int) -> torch.Tensor:
 
 
 def images_for_codes(config: AutoencoderConfig) -> int:
-    """How many images have VECTORS_PER_CODE latents for each code."""
+    """Number of images that give VECTORS_PER_CODE latent vectors per code."""
     positions = (config.resolution // 2 ** (len(config.block_out_channels) - 1)) ** 2
     return -(-VECTORS_PER_CODE * config.num_vq_embeddings // positions)
 
@@ -487,10 +492,10 @@ def make_quantizer(config: AutoencoderConfig) -> Quantizer:
 
 
 def perplexity(counts: torch.Tensor) -> float:
-    """exp of the entropy of the code distribution: K when all codes are used alike, 1 when one is.
+    """exp of the entropy of the code distribution: K if all codes are used equally, 1 if only one is used.
 
     Args:
-        counts: (K,), how often each code was used.
+        counts: (K,), uses of each code.
     """
     share = counts.double() / counts.sum().clamp_min(1)
     return float(torch.special.entr(share).sum().exp())

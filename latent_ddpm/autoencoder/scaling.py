@@ -1,4 +1,4 @@
-"""The scaling factor: mean and standard deviation of the latents, and how they become part of a stock autoencoder."""
+"""The scaling factor: mean and standard deviation of the latents, folded into a stock autoencoder."""
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -8,7 +8,7 @@ from latent_ddpm.training.distributed import all_reduce_sum
 
 
 class Moments:
-    """Running per-channel mean and variance of latents (N, D, h, w), in float64, joint over processes."""
+    """Running per-channel mean and variance of latents (N, D, h, w), in float64, over all processes."""
 
     def __init__(self, channels: int) -> None:
         self.count = torch.zeros((), dtype=torch.float64)
@@ -16,15 +16,15 @@ class Moments:
         self.images = 0
 
     def add(self, latents: torch.Tensor) -> None:
-        """Take in a batch (N, D, h, w)."""
-        # double before squaring: float16 values of a badly scaled autoencoder would overflow
+        """Add a batch (N, D, h, w)."""
+        # double before squaring: float16 latents of a badly scaled autoencoder would overflow
         values = latents.detach().cpu().double().transpose(0, 1).flatten(1)
         self.count += values.shape[1]
         self.images += len(latents)
         self.sums += torch.stack((values.sum(1), values.pow(2).sum(1)))
 
     def result(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (D,) and variance (D,) over all processes, float64; `device` is where the processes can meet."""
+        """Mean (D,) and variance (D,) over all processes, float64; `device` is used for the all-reduce."""
         joint = torch.cat((self.count.view(1), self.sums.flatten())).to(device)
         joint = all_reduce_sum(joint).cpu()
         mean, square = (joint[1:] / joint[0]).view(2, -1)
@@ -32,12 +32,12 @@ class Moments:
 
 
 def overall_std(variance: torch.Tensor) -> float:
-    """One standard deviation for all channels: a scale that leaves the order of code distances as it is."""
+    """One standard deviation for all channels. A common scale preserves the order of code distances."""
     return float(variance.mean().sqrt())
 
 
 def _complete_convolutions(vae: AutoencoderKL) -> None:
-    """Put identities in the place of 1x1 convolutions that a VAE lacks (those of SD3 and FLUX have none)."""
+    """Add identity 1x1 convolutions to a VAE without quant_conv or post_quant_conv (as those of SD3 and FLUX)."""
     width = vae.config.latent_channels
     for name, channels in (("quant_conv", 2 * width), ("post_quant_conv", width)):
         if getattr(vae, name) is None:
@@ -50,24 +50,27 @@ def _complete_convolutions(vae: AutoencoderKL) -> None:
 
 @torch.no_grad()
 def fold_normalization(autoencoder: StockAutoencoder, mean: torch.Tensor, std: float) -> StockAutoencoder:
-    """Shift and scale a stock autoencoder's latent space, in place, without changing one image.
+    """Shift and scale the latent space of a stock autoencoder, in place. Its reconstructions stay the same.
 
-    Afterwards `latents_of(x) * config.scaling_factor` has zero mean per channel and unit variance over all.
-    The mean goes into the biases of the two 1x1 convolutions and a VQModel's table of codes; the standard deviation is
-    one number for all channels, so that nearest codes stay nearest, and becomes `scaling_factor`.
+    Afterwards `latents_of(x) * config.scaling_factor` has zero mean per channel and unit variance over all channels.
+    The mean is folded into the biases of the two 1x1 convolutions and into a VQModel's codes. The standard deviation
+    becomes `scaling_factor`; one number for all channels preserves which code is nearest.
 
     Args:
         autoencoder: a stock VQModel or AutoencoderKL.
-        mean: (D,) of `latents_of` over the training set.
-        std: its standard deviation over all channels, around the channels' means.
+        mean: (D,), mean of `latents_of` over the training set.
+        std: standard deviation of `latents_of` over all channels, around the channels' means.
+
+    Returns:
+        `autoencoder`.
     """
     if isinstance(autoencoder, VQModel):
         autoencoder.quantize.embedding.weight -= mean.to(autoencoder.quantize.embedding.weight)
     else:
         _complete_convolutions(autoencoder)
-        autoencoder.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)  # of other conventions
+        autoencoder.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)  # other conventions
     mean = mean.to(autoencoder.quant_conv.bias)
-    autoencoder.quant_conv.bias[: len(mean)] -= mean  # a KL-VAE's logarithms of variances follow after its means
+    autoencoder.quant_conv.bias[: len(mean)] -= mean  # a KL-VAE's log variances follow its means
     autoencoder.post_quant_conv.bias += autoencoder.post_quant_conv.weight[:, :, 0, 0] @ mean
     autoencoder.register_to_config(scaling_factor=1.0 / std)
     return autoencoder

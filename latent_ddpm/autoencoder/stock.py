@@ -1,4 +1,4 @@
-"""Our autoencoder as a stock diffusers VQModel or AutoencoderKL, and one interface to both classes."""
+"""Export to a stock diffusers VQModel or AutoencoderKL, and one interface to both classes."""
 
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ def _shape(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 def new_vqmodel(config: AutoencoderConfig, **options: Any) -> VQModel:
-    """A stock VQModel of the config's shape with random weights; `options` are VQModel's other arguments."""
+    """A stock VQModel with random weights and the config's architecture; `options` are further arguments of VQModel."""
     return VQModel(**_shape(config), num_vq_embeddings=config.num_vq_embeddings, **options)
 
 
 def to_stock(model: Autoencoder, config: AutoencoderConfig) -> StockAutoencoder:
-    """The stock VQModel, or for `quantizer: kl` AutoencoderKL, with the same weights: same latents, same images."""
+    """The stock VQModel (AutoencoderKL for `quantizer: kl`) with the same weights, latents and images."""
     options = {"mid_block_add_attention": config.mid_block_add_attention, "scaling_factor": 1.0}
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("quantizer.")}
     if config.quantizer == "kl":
@@ -48,15 +48,15 @@ def to_stock(model: Autoencoder, config: AutoencoderConfig) -> StockAutoencoder:
 
 
 def load_autoencoder(folder: Path) -> StockAutoencoder:
-    """Stage 1's result, or any stock VQModel or AutoencoderKL folder.
+    """The stage 1 result, or any other folder of a stock VQModel or AutoencoderKL.
 
     Raises:
-        UserError: the folder is missing or is neither.
+        UserError: the folder is missing or holds neither.
     """
     if not (folder / "config.json").exists():
         raise UserError(
             f"There is no autoencoder in {folder}. Run train_autoencoder.py with the same --output_dir first, "
-            f"or name the folder of another run's autoencoder with --autoencoder."
+            f"or give the autoencoder of another run with --autoencoder FOLDER."
         )
     classes = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
     try:
@@ -69,16 +69,16 @@ def load_autoencoder(folder: Path) -> StockAutoencoder:
 
 
 def check_autoencoder_fits(autoencoder: StockAutoencoder, config: UNetConfig) -> int:
-    """The side of the latents of images of `config.resolution`.
+    """The height and width of the latents for images of `config.resolution`.
 
     Raises:
-        UserError: the autoencoder is for other channels, or does not divide the resolution.
+        UserError: the autoencoder has other image channels, or its downsampling does not divide the resolution.
     """
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     if autoencoder.config.in_channels != config.image_channels:
         raise UserError(
             f"The autoencoder in {config.autoencoder_dir} is for images of {autoencoder.config.in_channels} channels, "
-            f"image_channels is {config.image_channels}."
+            f"image_channels is {config.image_channels}. Change image_channels or --autoencoder."
         )
     if config.resolution % factor:
         raise UserError(
@@ -89,20 +89,20 @@ def check_autoencoder_fits(autoencoder: StockAutoencoder, config: UNetConfig) ->
 
 
 def latents_of(autoencoder: StockAutoencoder, images: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, R, R) in [-1, 1] -> latents (B, D, h, w), not scaled.
+    """Images (B, C, R, R) in [-1, 1] -> latents (B, D, h, w), without `scaling_factor`.
 
-    Of a VQModel before quantization, of an AutoencoderKL the posterior's means.
+    A VQModel's latents before quantization, or the posterior means of an AutoencoderKL.
     """
     encoded = autoencoder.encode(images)
     return encoded.latents if isinstance(autoencoder, VQModel) else encoded.latent_dist.mode()
 
 
 def code_count(autoencoder: StockAutoencoder) -> int:
-    """Codes in a VQModel's table; 0 of an AutoencoderKL."""
+    """Number of codes of a VQModel; 0 for an AutoencoderKL."""
     return autoencoder.config.num_vq_embeddings if isinstance(autoencoder, VQModel) else 0
 
 
 def quantize_indices(vqvae: VQModel, latents: torch.Tensor) -> torch.Tensor:
-    """Indices of the codes of `encode(x).latents` (B, D, h, w): int64 (B, h, w)."""
+    """Code indices, int64 (B, h, w), of latents `encode(x).latents` (B, D, h, w)."""
     _, _, (_, _, indices) = vqvae.quantize(latents)
     return indices.view(latents.shape[0], *latents.shape[2:])

@@ -1,8 +1,8 @@
 """The autoencoder: convolutional encoder and decoder around a quantizer (VQ-VAE) or a posterior (KL-VAE).
 
-Parameter names are those of diffusers' VQModel and AutoencoderKL, so the export is a copy of tensors and not a
-translation (latent_ddpm/autoencoder/stock.py). The architecture is VQGAN's (arXiv 2012.09841, table 7) with attention
-off by default.
+The parameters have the names of diffusers' VQModel and AutoencoderKL, so the export copies tensors
+(latent_ddpm/autoencoder/stock.py). The architecture is VQGAN's (arXiv 2012.09841, table 7), without attention by
+default.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from latent_ddpm.autoencoder.posterior import KLPosterior, Posterior
 from latent_ddpm.autoencoder.quantizers import Quantized, decoder_metric, make_quantizer, unquantized
 from latent_ddpm.config import AutoencoderConfig
 
-_EPS = 1e-6  # of the group norms, as in VQModel
+_EPS = 1e-6  # epsilon of the group norms, as in VQModel
 
 
 class ResnetBlock(nn.Module):
-    """Two group-normed 3x3 convolutions around a skip: (B, C_in, H, W) -> (B, C_out, H, W).
+    """Two group-normed 3x3 convolutions with a skip connection: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    The second starts at zero, so the whole network starts as its skips (arXiv 1901.09321).
+    The second convolution starts at zero, so every block starts as its skip connection (arXiv 1901.09321).
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, since VQModel's is one
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list, as in VQModel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Two residual blocks at the lowest resolution, with attention between them if asked for."""
+    """Two residual blocks at the lowest resolution, with optional attention between them."""
 
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution: (B, C, H, W) -> (B, C, H/2, W/2). Pads right and below only, as VQModel does."""
+    """Stride-2 convolution: (B, C, H, W) -> (B, C, H/2, W/2). Pads only right and below, as VQModel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour doubling and a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W).
 
-    Computed as one transposed convolution of stride 2 (arXiv 1609.07009): a doubled pixel meets the same input twice,
-    so the taps that fall on it can be summed beforehand. 16 multiplications per input pixel and channels instead of 36.
+    Computed as one transposed convolution of stride 2 (arXiv 1609.07009). Doubled pixels have equal values, so the
+    kernel taps that multiply them are summed first: 16 instead of 36 multiplications per input pixel and channel pair.
     """
 
     def __init__(self, channels: int) -> None:
@@ -98,12 +98,12 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         padded = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))
-        taps = 4 * F.avg_pool2d(padded, 2, stride=1)  # (C_out, C_in, 4, 4), the sums of neighbours
+        taps = 4 * F.avg_pool2d(padded, 2, stride=1)  # (C_out, C_in, 4, 4), sums of neighbouring taps
         return F.conv_transpose2d(x, taps.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution and the step to the next. `samplers` names VQModel's attribute."""
+    """The residual blocks of one resolution and the sampler to the next. `samplers` is VQModel's name for its list."""
 
     def __init__(
         self, in_channels: int, out_channels: int, layers: int, groups: int, samplers: str, sampler: nn.Module | None
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """What conv_out sees: (B, channels[0], R, R)."""
+        """The input of conv_out: (B, channels[0], R, R)."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
@@ -189,7 +189,7 @@ class Autoencoder(nn.Module):
         config: see AutoencoderConfig for the keys that shape it.
 
     Attributes:
-        plain: while this is set, encoder outputs go to the decoder as they are, past the codes.
+        plain: if true, encoder outputs bypass the quantizer.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -197,7 +197,7 @@ class Autoencoder(nn.Module):
         widths, width = config.block_out_channels, config.latent_channels
         shape = (widths, config.layers_per_block, config.norm_num_groups, config.mid_block_add_attention)
         is_kl = config.quantizer == "kl"
-        outputs = 2 * width if is_kl else width  # a mean and the logarithm of a variance for each latent
+        outputs = 2 * width if is_kl else width  # mean and log variance of each latent
         self.latent_channels, self.seed, self.latent_noise = width, config.seed, config.latent_noise
         self.plain = False
         self.encoder = Encoder(config.image_channels, outputs, *shape)
@@ -209,11 +209,11 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, images: torch.Tensor, learned: bool = False) -> None:
-        """Bring quantizer and encoder together on images (B, C, R, R); call it in every process.
+        """Fit quantizer and encoder to each other on images (B, C, R, R); every process calls this.
 
-        With `learned`, encoder and decoder have been trained already. Their latents then are first brought to units of
-        what the decoder makes of them (`decoder_metric`), so that the nearest code is the one that costs least in
-        pixels; the decoder undoes this, and whatever the quantizer asks for.
+        `learned` means that encoder and decoder are already trained. Their latents are then first mapped to units of
+        their effect on the image (`decoder_metric`), so that the nearest code has the smallest error in pixels. The
+        decoder inverts this map and the quantizer's.
         """
         with torch.autocast(images.device.type, enabled=False):
             if learned:
@@ -223,7 +223,7 @@ class Autoencoder(nn.Module):
                 self._change_basis(*affine, undo=learned)
 
     def _change_basis(self, matrix: torch.Tensor, shift: torch.Tensor, undo: bool) -> None:
-        """Send latents through a matrix (D, D) and add a vector (D,); with `undo`, have the decoder take it back."""
+        """Multiply latents by a matrix (D, D) and add a vector (D,); with `undo`, the decoder inverts it."""
         weight, bias = self.quant_conv.weight, self.quant_conv.bias
         matrix, shift = matrix.to(weight), shift.to(weight)
         weight.copy_((matrix @ weight.flatten(1)).view_as(weight))
@@ -237,12 +237,12 @@ class Autoencoder(nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, R, R) in [-1, 1] -> latents (B, D, R/f, R/f).
 
-        These are the encoder's outputs before quantization; of a KL-VAE, the posterior's means.
+        These are the encoder outputs before quantization, or the posterior means of a KL-VAE.
         """
         return self.quant_conv(self.encoder(images))[:, : self.latent_channels]
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        """Codes, or a KL-VAE's latents, (B, D, R/f, R/f) -> images (B, C, R, R) in about [-1, 1]."""
+        """Codes, or the latents of a KL-VAE, (B, D, R/f, R/f) -> images (B, C, R, R) in about [-1, 1]."""
         return self.decoder(self.post_quant_conv(quantized))
 
     def forward(
@@ -250,9 +250,9 @@ class Autoencoder(nn.Module):
     ) -> AutoencoderOutput:
         """Images (B, C, R, R) in [-1, 1] through encoder, quantizer and decoder.
 
-        The example numbers, int64 (B,), determine a KL-VAE's noise and `latent_noise`, which need them in training
-        mode. The transform and the noise are done to the encoder's outputs, which are quantized afterwards, as decoding
-        does with what a U-Net drew; a KL-VAE's own noise comes before both.
+        The example numbers, int64 (B,), determine a KL-VAE's noise and `latent_noise`; both need them in training mode.
+        Transform and noise apply to the encoder outputs before quantization, because decoding also quantizes the
+        latents that a U-Net draws. In a KL-VAE they apply after its own noise.
         """
         noisy = self.training and self.latent_noise > 0
         encoded = self.quant_conv(self.encoder(images))

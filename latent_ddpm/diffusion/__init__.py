@@ -1,1 +1,1 @@
-"""Stage 2: the U-Net, the noise schedule and objective, conditioning, weight averages and sampling."""
+"""Stage 2: U-Net, noise schedule, objective, conditioning, weight averages and sampling."""

@@ -1,12 +1,12 @@
-"""What a U-Net may be told besides its noisy latents: a class, an image or semantic map, a text; any, or nothing.
+"""The conditioning of a U-Net: any of a class, an image or semantic map, and a text, or none.
 
-A condition knows how its values are read and cached, how they are left out at random (arXiv 2207.12598), what the U-Net
-needs to take them in, and what the pipeline has to be told. The training loop asks `Conditions` and has no branch per
-kind: without any, the U-Net is asked as it always was.
+A condition defines how its values are read and cached, how they are dropped at random (arXiv 2207.12598), which
+arguments the U-Net's constructor needs for them, and which the pipeline needs. The training loop uses `Conditions` and
+has no branch per kind. An unconditional model has an empty `Conditions`.
 
-    ClassCondition     labels of the dataset -> UNet2DModel's class embedding, one more for "no class"
-    ImageCondition     an image or map of classes per example, at the size of the latents -> more input channels
-    TextCondition      captions, embedded by a frozen encoder -> cross-attention, of a UNet2DConditionModel
+    ClassCondition     labels of the dataset -> UNet2DModel's class embedding, with an extra class for "no class"
+    ImageCondition     an image or semantic map per example, at the size of the latents -> extra input channels
+    TextCondition      captions, embedded by a frozen encoder -> cross-attention in a UNet2DConditionModel
 """
 
 import abc
@@ -28,12 +28,12 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.random import Stream, uniform
 from pipeline_latent_ddpm import class_shares, image_channels
 
-# what a batch is given: class_labels (B,), conditioning_image (B, K, h, w), encoder_hidden_states (B, T, W) with
+# the conditioning of a batch: class_labels (B,), conditioning_image (B, K, h, w), encoder_hidden_states (B, T, W) with
 # encoder_attention_mask (B, T)
 Given = dict[str, torch.Tensor]
 
 
-# as the U-Net and as the pipeline name them
+# the U-Net's names -> the pipeline's names
 TEXT_KEYS = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
 
 
@@ -41,8 +41,8 @@ class Condition(abc.ABC):
     """One kind of condition, for the examples of one split.
 
     Attributes:
-        dropout: share of the examples for which it is left out in training.
-        stream: of the draws that decide for which.
+        dropout: share of the examples whose condition is dropped in training.
+        stream: random stream that selects these examples.
     """
 
     dropout: float
@@ -50,38 +50,38 @@ class Condition(abc.ABC):
 
     @abc.abstractmethod
     def unet_arguments(self) -> dict[str, Any]:
-        """What the U-Net's constructor is given: `num_class_embeds`, or `conditioning_channels`."""
+        """Arguments of `make_unet`: `num_class_embeds`, `conditioning_channels` or `cross_attention_dim`."""
 
     @abc.abstractmethod
     def values(
         self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
     ) -> Given:
-        """The values of examples.
+        """The conditioning of examples.
 
         Args:
-            records: of the latent cache (B,).
-            flipped: bool (B,), which of the examples are mirrored, or None.
-            numbers: int64 (B,), the example numbers; None where there are none.
+            records: records of the latent cache (B,).
+            flipped: bool (B,), true for mirrored examples; None if none is mirrored.
+            numbers: int64 (B,), the example numbers; None outside of training.
         """
 
     @abc.abstractmethod
     def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
-        """The values with those of the examples `dropped` (B,), bool, replaced by what stands for none."""
+        """The values, where those of the examples `dropped`, bool (B,), are replaced by the null condition."""
 
     @abc.abstractmethod
     def pipeline_arguments(self) -> dict[str, Any]:
-        """What the pipeline's constructor is given."""
+        """Arguments of the pipeline's constructor."""
 
     @abc.abstractmethod
     def meaning(self) -> Any:
-        """JSON value of all that decides what the U-Net's inputs mean: with another one it would know nothing."""
+        """JSON value that identifies the meaning of the U-Net's inputs. A U-Net is only valid for an equal value."""
 
 
 class ClassCondition(Condition):
     """The class of each image.
 
     Args:
-        names: of the classes, by label.
+        names: class names, in the order of the labels.
         dropout: see `Condition`.
     """
 
@@ -112,12 +112,12 @@ class ClassCondition(Condition):
 class ImageCondition(Condition):
     """An image or semantic map for each image, at the size of the latents and concatenated to them (arXiv 2112.10752).
 
-    A map of K classes becomes K channels, each the share of a class in a latent's pixels; an image its channels in
-    [-1, 1], and one of ones. Nothing is zeros in all of them, which neither can be.
+    A map of K classes becomes K channels, the share of each class in the pixels of a latent. An image becomes its
+    channels in [-1, 1] and a channel of ones. The null condition is zero in all channels; no map or image is.
 
     Args:
-        cache: of `conditioning_images`, by the dataset's index.
-        classes: of a semantic map; None for an image.
+        cache: cache of the conditioning images, by the dataset's index.
+        classes: number of classes of a semantic map; None for an image.
         dropout: see `Condition`.
     """
 
@@ -146,13 +146,13 @@ class ImageCondition(Condition):
 
 
 class TextCondition(Condition):
-    """A caption for each image, chosen among its own by the example's number.
+    """A caption for each image. If an image has several, the example number selects one.
 
     Args:
-        cache: of `embed_captions`; its row 0 is the empty caption, which stands for none.
-        captions: of each image of the dataset; number k of the different ones is row k + 1 of the cache.
-        encoder: that made the embeddings.
-        config: of the run.
+        cache: from `embed_captions`; row 0 is the empty caption, which is the null condition.
+        captions: the captions of each image; distinct caption k is row k + 1 of the cache.
+        encoder: the encoder that made the embeddings.
+        config: config of the run.
     """
 
     stream = Stream.DROP_TEXT
@@ -165,7 +165,7 @@ class TextCondition(Condition):
         return {"cross_attention_dim": self.encoder.width}
 
     def rows(self, indices: np.ndarray, numbers: torch.Tensor | None) -> np.ndarray:
-        """The captions' rows in the cache: int64 (B,); 0 for an image without."""
+        """The captions' rows in the cache: int64 (B,); 0 for an image without caption."""
         first = self._starts[indices].astype(np.int64)
         count = self._starts[indices + 1] - first
         place = np.zeros(len(indices), dtype=np.int64)
@@ -183,7 +183,7 @@ class TextCondition(Condition):
         return self._embedded(self.rows(records["index"], numbers))
 
     def _embedded(self, rows: np.ndarray) -> Given:
-        different, where = np.unique(rows, return_inverse=True)  # a batch often has few
+        different, where = np.unique(rows, return_inverse=True)  # a batch often has few distinct captions
         found = self.cache.records(different)
         embeddings = torch.from_numpy(found["latents"][:, 0, 0].astype(np.float32))[where]  # (B, T, W)
         tokens = torch.from_numpy(found["label"].astype(np.int64))[where]
@@ -198,7 +198,7 @@ class TextCondition(Condition):
         }
 
     def nothing(self) -> Given:
-        """What stands for no caption, of one example."""
+        """The null condition of one example: the empty caption."""
         return self._embedded(np.zeros(1, dtype=np.int64))
 
     def pipeline_arguments(self) -> dict[str, Any]:
@@ -215,8 +215,8 @@ class Conditions:
     """All conditions of a run, for one split.
 
     Args:
-        all: of them; none for an unconditional model.
-        seed: of the run.
+        all: the conditions; empty for an unconditional model.
+        seed: random seed of the run.
     """
 
     def __init__(self, all: Sequence[Condition], seed: int) -> None:
@@ -240,12 +240,12 @@ class Conditions:
     def given(
         self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
     ) -> Given:
-        """What examples are given, on the CPU.
+        """The conditioning of examples, on the CPU.
 
         Args:
-            records: `LatentCache.records` (B,) of them.
-            flipped: bool (B,), which of them are mirrored.
-            numbers: int64 (B,), the example numbers, which decide what is left out; None leaves out nothing.
+            records: their `LatentCache.records` (B,).
+            flipped: bool (B,), true for mirrored examples; None if none is mirrored.
+            numbers: int64 (B,), the example numbers, which determine the dropout; None drops nothing.
         """
         values: Given = {}
         for condition in self.all:
@@ -256,37 +256,38 @@ class Conditions:
         return values
 
     def shown(self, latents: LatentCache, count: int, guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline is told for a grid of `count` samples.
+        """The pipeline's arguments for a grid of `count` samples.
 
-        With conditioning images or captions, the first examples' own conditions; else the classes in turn.
+        With conditioning images or captions, these are the conditions of the first examples, otherwise the classes in
+        turn.
         """
         if not self.all:
             return {}
         given = self.given(latents.records(np.arange(count) % len(latents)))
         for condition in self.all:
             if isinstance(condition, TextCondition):
-                nothing = condition.nothing()  # or the pipeline would ask the encoder, and keep it on the GPU
+                nothing = condition.nothing()  # otherwise the pipeline would load the encoder on the GPU
                 for of_unet, of_pipeline in TEXT_KEYS.items():
                     given[of_pipeline] = given.pop(of_unet)
                     given[f"negative_{of_pipeline}"] = nothing[of_unet]
             if isinstance(condition, ClassCondition):
                 classes, labels = len(condition.names), given["class_labels"]
-                own = labels.masked_fill(labels == classes, -1)  # no class has another number in the pipeline
+                own = labels.masked_fill(labels == classes, -1)  # the pipeline's number for no class
                 given["class_labels"] = own if len(self.all) > 1 else torch.arange(count) % classes
         return {**given, "guidance_scale": guidance_scale}
 
 
 def to_device(given: Given, device: torch.device) -> Given:
-    """What is given, on the device."""
+    """The conditioning, moved to the device."""
     return {name: value.to(device, non_blocking=True) for name, value in given.items()}
 
 
 def unet_inputs(noisy: torch.Tensor, given: Given) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What the U-Net is called with: its sample (B, D + K, h, w), and its keyword arguments.
+    """The U-Net's inputs: its sample (B, D + K, h, w) and its keyword arguments.
 
     Args:
-        noisy: latents (B, D, h, w).
-        given: on the same device.
+        noisy: noisy latents (B, D, h, w).
+        given: the conditioning, on the same device.
     """
     words = {key: value for key, value in given.items() if key != "conditioning_image"}
     if "conditioning_image" in given:
@@ -294,18 +295,18 @@ def unet_inputs(noisy: torch.Tensor, given: Given) -> tuple[torch.Tensor, dict[s
     return noisy, words
 
 
-# ------------------------------------------------------------------------------------------------ making them
+# ---------------------------------------------------------------------------------- reading and caching conditions
 
 
 class ConditioningImages(ImageDataset):
-    """The conditioning images of a dataset, square, at its resolution: uint8 (1, R, R) classes, or (C, R, R).
+    """The conditioning images of a dataset, square, at its resolution: uint8 classes (1, R, R) or images (C, R, R).
 
     Args:
-        images: the dataset, whose image i has conditioning image i.
-        config: of the run.
+        images: the dataset; its image i has conditioning image i.
+        config: config of the run.
 
     Raises:
-        UserError: one is missing or cannot be used, when it is asked for.
+        UserError: on access, if a conditioning image is missing or cannot be used.
     """
 
     def __init__(self, images: ImageDataset, config: UNetConfig) -> None:
@@ -313,7 +314,7 @@ class ConditioningImages(ImageDataset):
         super().__init__(self.of, config, images.bad_images, train=False, kept=images.kept)
 
     def _decode_from(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[np.ndarray, int]:
-        # nothing stands in for a damaged one, as among images: it would belong to another image
+        # unlike a damaged image, a damaged conditioning image has no replacement: it would belong to another image
         name = self.name(i)
         if self.classes is None:
             pixels = decode_square(self.of, self.source_index(i), self.resolution, self.channels, crop, flip)
@@ -322,7 +323,7 @@ class ConditioningImages(ImageDataset):
             return pixels, i
         try:
             pixels = nearest_square(self.of.load(self.source_index(i)), self.resolution)
-        except Exception as error:  # as for images: Pillow's plugins raise nearly every class there is
+        except Exception as error:  # as for images: Pillow's plugins raise almost any exception class
             raise UserError(f"The conditioning image of {name} cannot be used: {error}") from error
         if pixels.max() >= self.classes:
             raise UserError(
@@ -333,10 +334,10 @@ class ConditioningImages(ImageDataset):
 
 
 class ConditioningSource(ImageSource):
-    """The conditioning images of a source: of one of its columns, or in a folder beside its own.
+    """The conditioning images of a source, from one of its columns or from a separate folder.
 
     Raises:
-        UserError: there is no such column or folder.
+        UserError: the column or folder does not exist.
     """
 
     def __init__(self, source: ImageSource, config: UNetConfig) -> None:
@@ -390,20 +391,20 @@ def _image_condition(
     cache = build_cache(
         encode, dataset, folder, key, config.train_batch_size, device, wait, config.dataloader_num_workers, False
     )
-    cache.mean, cache.std = torch.zeros_like(cache.mean), 1.0  # as they are
+    cache.mean, cache.std = torch.zeros_like(cache.mean), 1.0  # no normalization
     return ImageCondition(cache, classes, config.conditioning_image_dropout)
 
 
 def load_encoder(config: UNetConfig) -> TextEncoder | None:
-    """The text encoder of a run, None without one; before the images are looked at, to find out whether it is there."""
+    """The text encoder of a run, or None. Load it before the images, to find out early if it is missing."""
     return TextEncoder(config.text_encoder, config.max_caption_tokens) if "text" in config.conditions else None
 
 
 def check_source(source: ImageSource, config: UNetConfig) -> None:
-    """Find out before images are decoded whether there are the classes and captions that a config asks for.
+    """Check, before images are decoded, that the source has the classes and captions that the config needs.
 
     Raises:
-        UserError: there are not.
+        UserError: they are missing.
     """
     if "class" in config.conditions:
         _class_names(source)
@@ -420,20 +421,20 @@ def make_conditions(
     wait: Callable[[], None],
     encoder: TextEncoder | None = None,
 ) -> tuple[Conditions, Conditions]:
-    """The conditions that a config asks for, of the training and of the held-out images; all processes call this.
+    """The conditions of the config for the training and the held-out images. Every process calls this.
 
     Args:
-        config: of the run.
-        images: of `images_for_run`.
-        latent_size: side of the latents.
-        flip: whether the training images are needed mirrored too.
-        device: where caches are made.
+        config: config of the run.
+        images: from `images_for_run`.
+        latent_size: height and width of the latents.
+        flip: whether training also needs the mirrored images.
+        device: device on which the caches are computed.
         wait: a barrier of the processes.
-        encoder: of `load_encoder`, where it has been loaded already.
+        encoder: from `load_encoder`; None loads it here.
 
     Raises:
-        UserError: the dataset has no classes, or labels beyond them, or no such column, or no captions; a conditioning
-            image is missing or cannot be used.
+        UserError: the dataset lacks classes, the column or captions, or has labels out of range; a conditioning image
+            is missing or cannot be used.
     """
     encoder = load_encoder(config) if encoder is None else encoder
     folder = latents_folder(config)
@@ -457,8 +458,8 @@ def _class_names(images: ImageDataset | ImageSource) -> list[str]:
     names = images.class_names
     if not names or len(names) < 2:
         raise UserError(
-            "conditions has class, but the dataset has no classes: it needs a column of labels, or images in two "
-            "or more folders, whose names are the classes."
+            "conditions has class, but the dataset has no classes. It needs a column of labels, or images in two or "
+            "more folders, whose names become the classes."
         )
     if images.labels.max(initial=-1) >= len(names):
         i = int(images.labels.argmax())

@@ -16,11 +16,11 @@ def _like(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """z = alpha x + sigma eps (arXiv 2006.11239, eq. 4; arXiv 2209.03003, eq. 1).
+    """Noisy latents z = alpha x + sigma eps (arXiv 2006.11239, eq. 4; arXiv 2209.03003, eq. 1).
 
     Args:
         clean: latents (B, D, H, W) of unit variance.
-        noise: standard normal, same shape.
+        noise: standard normal, of the same shape.
         alpha, sigma: (B,), from `noise_levels`.
     """
     return _like(alpha, clean) * clean + _like(sigma, clean) * noise
@@ -29,10 +29,13 @@ def add_noise(clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sig
 def target(
     clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:
-    """What the U-Net is to predict; arguments as for `add_noise`.
+    """The prediction target of the U-Net; arguments as in `add_noise`.
 
     epsilon: the noise. sample: the clean latents. v_prediction: alpha eps - sigma x (arXiv 2202.00512, app. D).
-    flow_prediction: the velocity eps - x (arXiv 2209.03003, eq. 1, in the direction of the noise).
+    flow_prediction: the velocity eps - x (arXiv 2209.03003, eq. 1, towards the noise).
+
+    Raises:
+        ValueError: another prediction_type.
     """
     if prediction_type == "epsilon":
         return noise
@@ -50,14 +53,15 @@ def loss_weight(
 ) -> torch.Tensor:
     """Weight (B,) of each example's squared error.
 
-    A weighting is defined on the error of the clean latents; what the U-Net predicts has a multiple of that error.
+    A weighting is defined on the error of the clean latents. The error of the prediction target is a multiple of it.
 
     Args:
         alpha, sigma: (B,), from `noise_levels`.
-        prediction_type: as for `target`.
-        weighting: "uniform": 1 on whatever is predicted. "min_snr": min(SNR, snr_gamma) on the clean latents (arXiv
-            2303.09556, section 3.4). "edm": SNR + 1 on the clean latents, which EDM's preconditioning makes 1 on its
-            network's output (arXiv 2206.00364, eq. 8, with data of unit variance).
+        prediction_type: as in `target`.
+        weighting: "uniform": 1 on the prediction target. "min_snr": min(SNR, snr_gamma) on the clean latents (arXiv
+            2303.09556, section 3.4). "edm": SNR + 1 on the clean latents, which is 1 on the output of EDM's
+            preconditioned network (arXiv 2206.00364, eq. 8, with data of unit variance).
+        snr_gamma: maximum SNR of "min_snr".
     """
     if weighting == "uniform":
         return torch.ones_like(alpha)
@@ -76,13 +80,12 @@ def loss_weight(
 
 
 def sample_times(seed: int, numbers: torch.Tensor, config: UNetConfig) -> torch.Tensor:
-    """A time for each example number: float64 (B,) in [0, 1), spread as timestep_sampling says.
+    """A time for each example number: float64 (B,) in [0, 1), distributed by timestep_sampling.
 
-    `uniform` draws each by itself. `stratified` is a Weyl sequence with the golden ratio's fraction: any stretch of
-    consecutive example numbers, so every batch of every process, covers (0, 1) evenly. (The aim of the
-    low-discrepancy sampler of arXiv 2107.00630, appendix I.1, without a draw that the batch shares.) `logit_normal`
-    takes that sequence through the quantile function of the logistic of a normal variable (arXiv 2403.03206, section
-    3.1).
+    `uniform` draws them independently. `stratified` is a Weyl sequence with the golden ratio's fraction: consecutive
+    example numbers, and so every batch of every process, cover (0, 1) evenly. It has the purpose of the low-discrepancy
+    sampler of arXiv 2107.00630, appendix I.1, but no draw shared by the batch. `logit_normal` applies to that sequence
+    the quantile function of the logistic of a normal variable (arXiv 2403.03206, section 3.1).
     """
     if config.timestep_sampling == "uniform":
         return uniform(seed, Stream.TIMESTEP, numbers).double()
@@ -99,13 +102,13 @@ def sample_times(seed: int, numbers: torch.Tensor, config: UNetConfig) -> torch.
 
 @dataclasses.dataclass
 class TrainingBatch:
-    """What a step of stage 2 needs.
+    """The inputs, targets and loss weights of a training step of stage 2.
 
     Attributes:
-        noisy: (B, D, H, W), what the U-Net sees.
-        timesteps: (B,), what it is told.
-        wanted: (B, D, H, W), what it is to predict.
-        weight: (B,), of the squared errors.
+        noisy: (B, D, H, W), noisy latents.
+        timesteps: (B,), timesteps of the U-Net.
+        wanted: (B, D, H, W), prediction targets.
+        weight: (B,), weights of the squared errors.
     """
 
     noisy: torch.Tensor
@@ -122,13 +125,13 @@ class TrainingBatch:
 def training_batch(
     clean: torch.Tensor, numbers: torch.Tensor, config: UNetConfig, alphas_cumprod: torch.Tensor | None
 ) -> TrainingBatch:
-    """Noise latents; time and noise of an example follow from the seed and its number.
+    """Add noise to latents. Time and noise of an example follow from the seed and its number.
 
     Args:
         clean: latents (B, D, H, W) of unit variance.
         numbers: int64 (B,), the example numbers, on the same device.
-        config: of the run.
-        alphas_cumprod: (T,), the diffusion's table; the flow has none.
+        config: config of the run.
+        alphas_cumprod: (T,), the diffusion's table; None for a flow.
     """
     noise = normal(config.seed, Stream.NOISE, numbers, clean.shape[1:])
     timesteps, alpha, sigma = noise_levels(sample_times(config.seed, numbers, config), config, alphas_cumprod)

@@ -1,16 +1,16 @@
-"""Drawing from a trained pipeline: which one, by which scheduler, from which noise, on how many processes.
+"""Sampling from a trained pipeline: loading, schedulers, initial noise, several processes.
 
     load_pipeline(name)             a folder or a Hub repository -> LatentDDPMPipeline
     with_scheduler(scheduler, name) another scheduler for the same model
     draw_images(...)                the images of given numbers
-    draw_film(...)                  and what the U-Net saw in each on the way
-    draw_shared(...)                images 0 .. count - 1, shared out between the processes
-    own_blocks(count, batch_size)   how they are shared out
-    guidance_of(args, pipe)         what guides beside guidance_scale, of the command line
-    slerp(a, b, fraction)           noise between two noises
+    draw_film(...)                  the same, with the predicted images after each step
+    draw_shared(...)                images 0 .. count - 1, distributed over the processes
+    own_blocks(count, batch_size)   the numbers that this process draws
+    guidance_of(args, pipe)         the guidance options of the command line, except guidance_scale
+    slerp(a, b, fraction)           interpolation of two noises
 
-Image number n follows from (seed, n) alone: its starting noise is `normal(seed, Stream.SAMPLE, n)`, and where the
-scheduler draws noise itself, that comes from a generator of this image.
+Image number n follows from (seed, n) alone: its initial noise is `normal(seed, Stream.SAMPLE, n)`, and a scheduler that
+draws noise itself uses a generator of this image.
 """
 
 import argparse
@@ -32,11 +32,14 @@ from latent_ddpm.random import Stream, normal, seed_for_step
 from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
-# name: (diffusers class, what to change in its config)
+# name: (diffusers class, changes to its config)
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),  # as latent diffusion did; else it needs 4 steps or more
+    "pndm": (
+        "PNDMScheduler",
+        {"skip_prk_steps": True},
+    ),  # as in latent diffusion; otherwise it needs 4 steps or more
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpmsolver++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
@@ -54,7 +57,7 @@ SCHEDULERS |= {class_name: (class_name, {}) for class_name, _ in list(SCHEDULERS
 SCHEDULERS["PNDMScheduler"] = SCHEDULERS["pndm"]
 
 
-# what diffusers' schedulers raise for a setting that they know of and do not support
+# raised by diffusers' schedulers for a known setting that they do not support
 UNSUPPORTED = (NotImplementedError, ValueError)
 
 
@@ -64,17 +67,17 @@ def one_line(error: Exception) -> str:
 
 
 def load_pipeline(name: str) -> LatentDDPMPipeline:
-    """The pipeline in a folder or a Hub repository, as `LatentDDPMPipeline`.
+    """Load a pipeline from a folder or a Hub repository as `LatentDDPMPipeline`.
 
     Raises:
-        UserError: there is no such folder or repository, or it holds something else.
+        UserError: the folder or repository does not exist or holds something else.
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         inside = folder / "pipeline"
         hint = f"; did you mean {inside}?" if (inside / "model_index.json").is_file() else ""
         raise UserError(f"{name} is not a pipeline folder: it has no model_index.json{hint}")
-    # A Hub id is one or two plain words; anything else can only have been meant as a folder.
+    # A Hub id is `name` or `user/name`; anything else must be a folder.
     if not folder.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"there is no folder {name}")
     try:
@@ -82,7 +85,7 @@ def load_pipeline(name: str) -> LatentDDPMPipeline:
         missing = {"vqvae", "unet", "scheduler"} - index.keys()
         if missing:
             raise UserError(
-                f"{name} holds a {index.get('_class_name')}, which is not a latent diffusion pipeline of ours: "
+                f"{name} holds a {index.get('_class_name')}, which is not a pipeline of latent-ddpm: "
                 f"it lacks {', '.join(sorted(missing))}"
             )
         return LatentDDPMPipeline.from_pretrained(name, use_safetensors=True)
@@ -98,22 +101,22 @@ def load_pipeline(name: str) -> LatentDDPMPipeline:
 def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `guidance_of` reads."""
     parser.add_argument("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                        help="guide only where the noise has a standard deviation between these")  # fmt: skip
+                        help="guide only while the noise level sigma is between LOW and HIGH")  # fmt: skip
     parser.add_argument("--guidance_pipeline", metavar="DIR",
-                        help="guide away from this weaker model, in place of that without conditions")  # fmt: skip
+                        help="guide away from this weaker model instead of the unconditional one")  # fmt: skip
 
 
 def guidance_of(args: argparse.Namespace, pipe: LatentDDPMPipeline) -> dict[str, Any]:
-    """What `pipe` is told of guidance beside its scale; the weaker U-Net has its device and dtype.
+    """Guidance arguments of `pipe` besides guidance_scale. The weaker U-Net gets the device and dtype of `pipe`.
 
     Raises:
-        UserError: there is no noise in the interval, or the weaker pipeline is not of the same kind.
+        UserError: the interval is empty, or the weaker pipeline does not fit `pipe`.
     """
     told: dict[str, Any] = {}
     if args.guidance_interval is not None:
         low, high = args.guidance_interval
         if not 0 <= low < high:
-            raise UserError(f"--guidance_interval {low:g} {high:g}: the first has to be the smaller one, from 0 on.")
+            raise UserError(f"--guidance_interval {low:g} {high:g}: 0 <= LOW < HIGH is required.")
         told["guidance_interval"] = (low, high)
     if args.guidance_pipeline is not None:
         weaker = load_pipeline(args.guidance_pipeline)
@@ -122,16 +125,16 @@ def guidance_of(args: argparse.Namespace, pipe: LatentDDPMPipeline) -> dict[str,
             if own != theirs:
                 raise UserError(
                     f"--guidance_pipeline {args.guidance_pipeline}: its U-Net has {what} {theirs}, the pipeline's "
-                    f"{own}. Take an earlier or smaller one, such as scripts/reconstruct_ema.py makes."
+                    f"{own}. Use an earlier or smaller model of the same kind, e.g. from scripts/reconstruct_ema.py."
                 )
         if pipe.scheduler.config.get("prediction_type") != weaker.scheduler.config.get("prediction_type"):
-            raise UserError(f"--guidance_pipeline {args.guidance_pipeline} predicts something else than the pipeline.")
+            raise UserError(f"--guidance_pipeline {args.guidance_pipeline} has another prediction_type.")
         told["guidance_unet"] = weaker.unet.to(pipe.unet.device, pipe.unet.dtype)
     return told
 
 
 def find_scheduler(name: str) -> tuple[str, dict]:
-    """The diffusers class and the changes to its config that `name`, in any case, stands for."""
+    """The diffusers class and config changes for a scheduler name, in upper or lower case."""
     by_lower = {known.lower(): known for known in SCHEDULERS}
     if name.lower() not in by_lower:
         nearest = by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
@@ -140,24 +143,24 @@ def find_scheduler(name: str) -> tuple[str, dict]:
 
 
 def with_scheduler(scheduler: diffusers.SchedulerMixin, name: str) -> diffusers.SchedulerMixin:
-    """The scheduler called `name`, with the noise table and prediction type of the pipeline's own.
+    """The scheduler `name`, with the noise table and prediction type of the pipeline's scheduler.
 
     Raises:
-        UserError: the name is unknown, or that scheduler can not sample what this model learned.
+        UserError: the name is unknown, or the scheduler does not support this model.
     """
     class_name, overrides = find_scheduler(name)
     scheduler_class = getattr(diffusers, class_name)
     own, config = type(scheduler).__name__, scheduler.config
     if own.startswith("FlowMatch") != class_name.startswith("FlowMatch"):
-        raise UserError(f"--scheduler {name}: the model was trained for {own}, and one is flow matching, the other not")
+        raise UserError(f"--scheduler {name}: the model is trained for {own}; only one of the two is flow matching")
     config = {key: value for key, value in config.items() if key != "_use_default_values"}
     parameters = inspect.signature(scheduler_class).parameters
-    # Its noise table would differ from the one the model was trained on, and the images be wrong without a word.
+    # Otherwise its noise table would silently differ from the one in training, and the images would be wrong.
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in parameters:
         raise UserError(
             f"--scheduler {name}: {class_name} lacks rescale_betas_zero_snr, which this model was trained with"
         )
-    if "clip_sample" in parameters:  # the default, True, is for pixels: latents are not bounded by 1
+    if "clip_sample" in parameters:  # the default, True, is for pixels; latents exceed [-1, 1]
         config.setdefault("clip_sample", False)
     try:
         return scheduler_class.from_config(config, **overrides)
@@ -166,13 +169,13 @@ def with_scheduler(scheduler: diffusers.SchedulerMixin, name: str) -> diffusers.
 
 
 def latent_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
-    """(D, h, w) of the latents that the pipeline's U-Net denoises."""
+    """(D, h, w), the shape of the pipeline's latents."""
     size = pipe.unet.config.sample_size
     return (pipe.unet.config.out_channels, *((size, size) if isinstance(size, int) else size))
 
 
 def image_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
-    """(C, H, W) of the pipeline's images."""
+    """(C, H, W), the shape of the pipeline's images."""
     factor = 2 ** (len(pipe.vqvae.config.block_out_channels) - 1)
     return (pipe.vqvae.config.out_channels, *(factor * side for side in latent_shape(pipe)[1:]))
 
@@ -180,14 +183,14 @@ def image_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
 def slerp(a: torch.Tensor, b: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
     """Spherical interpolation from `a` to `b` (Shoemake, "Animating Rotation with Quaternion Curves", 1985).
 
-    Between standard normal noises it stays standard normal: in many dimensions they are nearly orthogonal, so the
-    squares of the two weights sum to about 1. On the straight line the variance would sink to 1/2 at the middle, noise
-    that the model has never begun with.
+    The result of standard normal noises is standard normal: in many dimensions they are nearly orthogonal, so the
+    squares of the two weights sum to about 1. Linear interpolation would reduce the variance to 1/2 in the middle, and
+    the model has never started from such noise.
 
     Args:
         a: (B, ...), not zero.
-        b: likewise, and not on one line with `a`.
-        fraction: (B,), in [0, 1]; 0 gives `a` and 1 gives `b`, to the last bit.
+        b: (B, ...), not zero and not collinear with `a`.
+        fraction: (B,), in [0, 1]; 0 gives exactly `a`, 1 gives exactly `b`.
 
     Returns:
         (B, ...) in the dtype of `a`.
@@ -210,22 +213,23 @@ def draw_images(
     noise: torch.Tensor | None = None,
     **inputs: Any,
 ) -> torch.Tensor:
-    """The images of the given numbers.
+    """Draw the images of the given numbers.
 
     Args:
-        pipe: draws with its own scheduler, on its own device.
-        seed: any non-negative integer below 2**64.
-        numbers: int64 (B,).
+        pipe: the pipeline, with its scheduler and on its device.
+        seed: random seed, an integer from 0 to 2**64 - 1.
+        numbers: int64 (B,), image numbers.
         num_inference_steps: denoising steps.
         eta: noise of DDIM, see `LatentDDPMPipeline`.
-        noise: (B, D, h, w), to begin with in place of the numbers' own.
-        inputs: what else `LatentDDPMPipeline` takes: `image`, `strength`, `mask_image`, conditions, a callback.
+        noise: (B, D, h, w), initial noise instead of that of the numbers.
+        inputs: further arguments of `LatentDDPMPipeline`: `image`, `strength`, `mask_image`, conditions, a callback.
 
     Returns:
         float32 (B, C, H, W) in [0, 1] on the pipeline's device.
 
     Raises:
-        UserError: the scheduler can not work on what this model predicts, or not begin with an image.
+        UserError: the scheduler does not support this prediction type or an image as the start, or a condition is
+            invalid.
     """
     generators = [torch.Generator().manual_seed(seed_for_step(seed, int(n), 0)) for n in numbers]
     try:
@@ -249,14 +253,14 @@ def draw_images(
 def draw_film(
     pipe: LatentDDPMPipeline, rows: int, seed: int, numbers: torch.Tensor, num_inference_steps: int, **inputs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of the given numbers, and of the first `rows` of them the predicted x0 after each step, decoded.
+    """Draw the images of the given numbers, and decode the predicted x0 of the first `rows` after each step.
 
     Returns:
-        What `draw_images` returns, and float32 (rows, S, C, H, W) in [0, 1] on the CPU, where S counts the evaluations
-        of the U-Net.
+        The result of `draw_images`, and float32 (rows, S, C, H, W) in [0, 1] on the CPU, where S is the number of U-Net
+        evaluations.
 
     Raises:
-        UserError: as `draw_images`.
+        UserError: see `draw_images`.
     """
     film = []
 
@@ -277,10 +281,10 @@ def draw_film(
 
 
 def own_blocks(count: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """The blocks of numbers that this process draws: block k holds k * batch_size and following, below `count`.
+    """The blocks of numbers that this process draws. Block k starts at k * batch_size; numbers are below `count`.
 
-    Process k % P of P draws it. What stands together in a batch can change the last bits of an image; so it does not
-    depend on P.
+    Process k % P of P draws block k. The other images of a batch can change the last bits of an image, so the blocks do
+    not depend on P.
     """
     for start in range(process_index() * batch_size, count, process_count() * batch_size):
         yield torch.arange(start, min(start + batch_size, count))
@@ -288,7 +292,7 @@ def own_blocks(count: int, batch_size: int) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, arithmetic by one thread: the order of a sum must not depend on how the cores are shared out."""
+    """Use one thread on a CPU: the order of a sum must not depend on the number of threads."""
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -307,25 +311,25 @@ def draw_shared(
     given: dict[str, torch.Tensor] | None = None,
     **inputs: Any,
 ) -> torch.Tensor | None:
-    """Images number 0 .. count - 1, the same bits on any number of processes; call it in every process.
+    """Draw images 0 .. count - 1, bit for bit equal on any number of processes. Every process calls this.
 
-    Batch k holds the numbers k * batch_size and following, and process k % P of P draws it: what stands together in a
-    batch, which can change the last bits, does not depend on P. On a CPU each process draws with one thread.
+    Process k % P of P draws batch k, which starts at number k * batch_size. The other images of a batch can change the
+    last bits of an image, so the batches do not depend on P. On a CPU, each process uses one thread.
 
     Args:
-        pipe: the same in every process, on its device.
-        seed: as for `draw_images`.
-        count: how many images, at least 1.
-        batch_size: images at a time in one process.
+        pipe: the same pipeline in every process, on its device.
+        seed: see `draw_images`.
+        count: number of images, at least 1.
+        batch_size: images per batch in one process.
         num_inference_steps: denoising steps.
-        given: conditions of all images, (count, ...) each, by their name in `LatentDDPMPipeline`.
-        inputs: what else that takes, the same for all images.
+        given: conditions of all images, (count, ...) each, by their names in `LatentDDPMPipeline`.
+        inputs: further arguments of `LatentDDPMPipeline`, the same for all images.
 
     Returns:
-        uint8 (count, C, H, W) on the CPU, in order of number, in the first process; None in the others.
+        uint8 (count, C, H, W) on the CPU, ordered by number, in the first process; None in the others.
 
     Raises:
-        UserError: as `draw_images`.
+        UserError: see `draw_images`.
     """
     first, processes = process_index(), process_count()
     rounds = math.ceil(count / (batch_size * processes))
@@ -339,7 +343,7 @@ def draw_shared(
                 own = {name: values[numbers] for name, values in (given or {}).items()}
                 images = draw_images(pipe, seed, numbers, num_inference_steps, **own, **inputs)
                 part[: len(numbers)] = to_uint8(images * 2 - 1)
-            joint = all_gather_rows(part)  # (P * batch_size, C, H, W), by rank and so by number; padded at the very end
+            joint = all_gather_rows(part)  # (P * batch_size, C, H, W), ordered by rank, so by number; padded at the end
             if first == 0:
                 kept.append(joint.cpu())
     return torch.cat(kept)[:count] if first == 0 else None

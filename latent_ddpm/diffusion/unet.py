@@ -1,4 +1,4 @@
-"""Stage 2's network: a stock diffusers UNet2DModel, shaped by the config."""
+"""Stage 2's network: a stock diffusers UNet2DModel, or UNet2DConditionModel for text, built from the config."""
 
 from diffusers import Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
@@ -12,13 +12,13 @@ StockUNet = UNet2DModel | UNet2DConditionModel
 
 
 def check_latents_fit(config: UNetConfig, latent_size: int) -> None:
-    """Raises `UserError` when latents of that side are not divisible by the U-Net's downsampling."""
+    """Raise UserError if `latent_size` is not divisible by the U-Net's downsampling factor."""
     widths, levels = config.unet_block_out_channels, len(config.unet_block_out_channels)
     factor = 2 ** (levels - 1)
     if latent_size % factor:
         raise UserError(
             f"The autoencoder's latents of {latent_size}x{latent_size} do not fit the U-Net: its {levels} levels "
-            f"(unet_block_out_channels {widths}) need a multiple of {factor}."
+            f"(unet_block_out_channels {widths}) need a multiple of {factor}. Use fewer levels or another resolution."
         )
 
 
@@ -31,14 +31,15 @@ def make_unet(
     conditioning_channels: int = 0,
     cross_attention_dim: int | None = None,
 ) -> StockUNet:
-    """A UNet2DModel with initial weights for latents (B, latent_channels, latent_size, latent_size).
+    """A new U-Net for latents (B, latent_channels, latent_size, latent_size).
 
-    Random, but for the layers that `zero_residual_branches` clears unless `zero_branches` is false. With conditions
-    (latent_ddpm/diffusion/conditions.py) it has a class embedding of `num_class_embeds`, and input channels for
-    `conditioning_channels` behind the latents'. With text of `cross_attention_dim` it is a UNet2DConditionModel.
+    The weights are random, except the layers zeroed by `zero_residual_branches` (if `zero_branches`). Conditions
+    (latent_ddpm/diffusion/conditions.py) add a class embedding of `num_class_embeds` classes, or
+    `conditioning_channels` input channels after the latents. Text embeddings of width `cross_attention_dim` need a
+    UNet2DConditionModel; otherwise the result is a UNet2DModel.
 
     Raises:
-        UserError: the latents are not divisible by the U-Net's downsampling.
+        UserError: the size of the latents is not divisible by the U-Net's downsampling factor.
     """
     check_latents_fit(config, latent_size)
     widths, levels = config.unet_block_out_channels, len(config.unet_block_out_channels)
@@ -61,7 +62,7 @@ def make_unet(
             up_block_types=["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
             attention_head_dim=config.unet_attention_head_dim,
             add_attention=any(attention),
-            attn_norm_num_groups=config.unet_norm_num_groups,  # which the middle loses with scale_shift otherwise
+            attn_norm_num_groups=config.unet_norm_num_groups,  # otherwise scale_shift drops the middle block's norm
         )
     else:
         unet = UNet2DConditionModel(
@@ -69,7 +70,7 @@ def make_unet(
             down_block_types=["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention],
             up_block_types=["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
             cross_attention_dim=cross_attention_dim,
-            # by that name diffusers means the number of heads here (its issue 2011)
+            # here diffusers uses this name for the number of heads (its issue 2011)
             attention_head_dim=[max(1, width // config.unet_attention_head_dim) for width in widths],
         )
     if zero_branches:
@@ -80,15 +81,15 @@ def make_unet(
 def zero_residual_branches(unet: StockUNet) -> None:
     """Set the last layer of every residual branch and of the network to zero, in place.
 
-    Every block then starts as its skip and the U-Net as the prediction 0, the best constant for each
-    prediction_type on normalized latents. diffusers leaves these layers random; Ho et al. (arXiv 2006.11239) and
-    Dhariwal and Nichol (arXiv 2105.05233) start from zero in their code, after Goyal et al. (arXiv 1706.02677, 5.1).
+    Every block then starts as its skip connection, and the U-Net predicts 0, the best constant for each prediction_type
+    on normalized latents. diffusers initializes these layers randomly. The code of Ho et al. (arXiv 2006.11239) and of
+    Dhariwal and Nichol (arXiv 2105.05233) initializes them with zeros, after Goyal et al. (arXiv 1706.02677, 5.1).
     """
     last_layers, inside = [unet.conv_out], set()
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
             last_layers.append(module.conv2)
-        elif isinstance(module, Transformer2DModel):  # its attention layers are branches inside of a branch
+        elif isinstance(module, Transformer2DModel):  # its attention layers are branches inside a branch
             last_layers.append(module.proj_out)
             inside.update(module.modules())
         elif isinstance(module, Attention) and module not in inside:

@@ -1,4 +1,4 @@
-"""Equivariance: transforms commute with what they should, and are a function of (seed, step)."""
+"""Equivariance: transforms commute with the encoder and decoder, and follow from (seed, step)."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ALL = [Transform(turns, halved) for turns in range(4) for halved in (False, True
 
 @pytest.mark.parametrize("transform", ALL)
 def test_it_commutes_with_averaging_over_patches(transform):
-    """What makes it a fair demand on an encoder: the mean colours of patches, the simplest latents, obey it."""
+    """The mean colours of patches, the simplest latents, are equivariant, so an encoder can be."""
     images = torch.randn(2, 3, 16, 16)
     encode = torch.nn.AvgPool2d(4)
     assert torch.allclose(transform.apply(encode(images)), encode(transform.apply(images)), atol=1e-6)
@@ -47,7 +47,7 @@ def test_the_model_decodes_transformed_latents():
     latents = torch.rot90(torch.nn.functional.avg_pool2d(model.encode(images), 2), 1, (2, 3))
     assert output.reconstruction.shape == (2, 3, 8, 8)
     assert torch.allclose(output.reconstruction, model.decode(model.quantizer(latents).latents), atol=1e-6)
-    # and that is what the export makes of them
+    # and the export decodes them equally
     assert torch.allclose(to_stock(model, config).decode(latents).sample, output.reconstruction, atol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_odd_latents_are_refused():
         ({"disc_weight": 0.5, "equivariance_share": 1.0}, "equivariance_share .* below 1 with a discriminator"),
         ({"lpips_weight": 1.0, "equivariance_share": 0.5, "lpips_net": "alex"}, "lpips_net alex needs images of 31"),
         ({"lpips_weight": 1.0, "resolution": 16, "lpips_net": "squeeze"}, "lpips_net squeeze needs images of 17"),
-        ({"disc_learning_rate": 0.0}, "disc_learning_rate is 0.0; it has to be greater than 0"),
+        ({"disc_learning_rate": 0.0}, "disc_learning_rate is 0.0; it must be greater than 0"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(options, words):
@@ -94,7 +94,7 @@ def test_training_with_it_learns_and_resumes_bit_for_bit(photos, tmp_path):
     curve = list(losses(tmp_path / "whole", "autoencoder").values())
     assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
     adversarial = losses(tmp_path / "whole", "autoencoder", "discriminator_loss")
-    assert 5 < len(adversarial) < 25 and min(adversarial) > 10  # only where nothing is transformed
+    assert 5 < len(adversarial) < 25 and min(adversarial) > 10  # only in steps without transform
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "kl"])

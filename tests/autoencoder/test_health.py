@@ -1,4 +1,4 @@
-"""What can go wrong in stage 1 is seen, said, and survived."""
+"""Problems of stage 1 are detected, reported and survived."""
 
 import numpy as np
 import pytest
@@ -81,7 +81,7 @@ def test_images_that_do_not_differ_are_mentioned():
     assert said == []
     check_images(noise[:1].expand(4, -1, -1, -1), 1000, said.append)
     check_images(noise[:, :, :1, :1].expand(-1, -1, 8, 8), 12, said.append)
-    check_images(noise[:1], 1000, said.append)  # a batch of one says nothing about the others
+    check_images(noise[:1], 1000, said.append)  # a batch of one image shows nothing about the others
     assert [s.split(":")[0].split(".")[0] for s in said] == [
         "The images of the first batch are all alike",
         "There are only 12 training images",

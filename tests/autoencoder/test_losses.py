@@ -12,6 +12,7 @@ from latent_ddpm.autoencoder.losses import (
     HeldWeight,
     adaptive_weight,
     adversarial_ramp,
+    commitment_loss,
     discriminator_loss,
     generator_loss,
     input_gradient,
@@ -29,6 +30,14 @@ def test_reconstruction_losses():
     assert reconstruction_loss(a, b, "l2") == 0.25
 
 
+def test_commitment_loss_pulls_only_the_encoder_outputs():
+    vectors, codes = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
+    loss = commitment_loss(vectors, codes)
+    assert torch.allclose(loss, torch.nn.functional.mse_loss(vectors, codes))
+    loss.backward()
+    assert torch.allclose(vectors.grad, 2 * (vectors - codes).detach() / 18) and codes.grad is None
+
+
 def test_hinge_losses():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 0.5])
     assert discriminator_loss(real, fake, "hinge") == pytest.approx(0.5 * (0.5 + 0.75))
@@ -44,7 +53,7 @@ def test_non_saturating_losses_are_binary_cross_entropies():
 
 
 def test_r1_penalty_of_a_linear_discriminator():
-    """D(x) = w.x at every patch: the slope is w, whatever the number of patches."""
+    """D(x) = w.x at every patch: the gradient is w for any number of patches."""
     weight = torch.randn(1, 3 * 64)
     weight.requires_grad_()
     images = torch.randn(5, 3, 8, 8, requires_grad=True)
@@ -152,7 +161,7 @@ def test_logit_means_follow_only_kept_steps():
     discriminator.track(nan, nan, no)
     for value in (2.0, 4.0):
         discriminator.track(torch.tensor(value), torch.tensor(-1.0), yes)
-    assert discriminator.logit_means.tolist() == pytest.approx([3.0, -1.0])  # no pull to 0 at the start
+    assert discriminator.logit_means.tolist() == pytest.approx([3.0, -1.0])  # not biased towards 0 at the start
     discriminator.track(nan, torch.tensor(0.0), no)
     assert discriminator.logit_means.tolist() == pytest.approx([3.0, -1.0])
     for _ in range(1000):
@@ -230,7 +239,7 @@ def test_lpips_weights_that_do_not_fit_are_refused_by_name(tmp_path):
 
 
 def test_the_adaptive_weight_is_measured_then_held_at_its_mean_also_after_a_resume():
-    weights = [torch.tensor(w) for w in (100.0, 100.0, 1.0, 0.0, 3.0)]  # 0: a gradient that was not finite
+    weights = [torch.tensor(w) for w in (100.0, 100.0, 1.0, 0.0, 3.0)]  # 0 marks a gradient that was not finite
     held = HeldWeight(5, None, torch.device("cpu"))
     for step, weight in enumerate(weights):
         if step == 4:
@@ -238,7 +247,7 @@ def test_the_adaptive_weight_is_measured_then_held_at_its_mean_also_after_a_resu
         assert held.held(step) is None
         held.add(step, weight)
     assert held.held(5) == held.held(1000) == 2.0
-    assert HeldWeight(5, None, torch.device("cpu")).held(5) == 0  # it entered, but no step was adversarial
+    assert HeldWeight(5, None, torch.device("cpu")).held(5) == 0  # no adversarial step yet
     never = HeldWeight(None, None, torch.device("cpu"))
     never.add(0, weights[0])
     assert never.held(10**6) is None and not never.sums.any()

@@ -1,4 +1,4 @@
-"""latent_ddpm.autoencoder.posterior: against diffusers' Gaussian and LDM's loss, and where its noise comes from."""
+"""latent_ddpm.autoencoder.posterior: against diffusers' Gaussian and LDM's loss; reproducible noise."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_divergence_is_torchs(spread, seed):
 @settings(max_examples=25, deadline=None)
 @given(width=st.integers(1, 4), channels=st.sampled_from([1, 3]), spread=st.floats(0.1, 40), seed=st.integers(0, 99))
 def test_loss_and_gradient_are_ldms_over_the_values_of_an_image(width, channels, spread, seed):
-    """Up to that one factor, which the mean of the reconstruction loss has as well; also with logvars to be clamped."""
+    """Up to the common factor of the mean reconstruction loss; includes clamped log variances."""
     torch.manual_seed(seed)
     config = AutoencoderConfig(quantizer="kl", kl_weight=1e-6)
     images, decoded = torch.rand(2, 3, channels, 8, 12) * 2 - 1  # downsampled by 4
@@ -57,14 +57,14 @@ def test_noise_follows_from_seed_and_example_number_alone():
     mean, logvar = moments.chunk(2, dim=1)
     noise = (drawn - mean) / (0.5 * logvar).exp()
     assert torch.allclose(noise, normal(3, Stream.POSTERIOR, numbers, (3, 4, 4)), atol=1e-4)
-    # in another batch, in another place, with other companions, at another time
+    # the same in another batch, at another position, in a later call
     order = torch.tensor([3, 1])
     assert torch.equal(posterior(moments[order], numbers[order]).latents, drawn[order])
     assert torch.equal(posterior(moments, numbers).latents, drawn)
-    # and another number or seed, other noise
+    # another number or seed gives other noise
     assert (posterior(moments, numbers + 1).latents - drawn).abs().flatten(1).min(1).values.min() > 0
     assert not torch.isclose(KLPosterior(16, seed=4)(moments, numbers).latents, drawn).any(0).all()
-    # reparameterized: the loss on a draw reaches mean and logvar
+    # reparameterized: the gradient of a sample reaches mean and logvar
     (gradient,) = torch.autograd.grad(drawn.sum(), moments)
     assert torch.equal(gradient[:, :3], torch.ones(5, 3, 4, 4))
     assert torch.allclose(gradient[:, 3:], 0.5 * (drawn - mean), atol=1e-5)

@@ -1,4 +1,4 @@
-"""latent_ddpm.autoencoder.quantizers: against brute force, an oracle package, and the death of codes."""
+"""latent_ddpm.autoencoder.quantizers: against brute force and an oracle package; revival of dead codes."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_kmeans_finds_separate_clusters():
     truth = torch.randn(8, 3) * 20
     vectors = truth[torch.arange(4000) % 8] + 0.1 * torch.randn(4000, 3)
     centres, counts = kmeans(vectors, 32, seed=0)
-    # with more clusters than lumps every lump has one, and each cluster sits in a lump
+    # with more centres than clusters of data, every cluster has a centre and every centre is in a cluster
     assert torch.cdist(truth, centres).min(1).values.max() < 0.2
     assert torch.cdist(centres, truth).min(1).values.max() < 0.5
     assert counts.sum() == 4000
@@ -105,7 +105,7 @@ def test_every_quantizer_gives_the_nearest_row_of_its_table(name, estimator):
 
 @every_quantizer
 def test_every_quantizer_survives_constant_zero_latents(name):
-    """A dead encoder: all outputs alike, and at the origin, where a rotation has no angle."""
+    """A dead encoder: all outputs are equal and at the origin, where a rotation has no angle."""
     quantizer = QUANTIZERS[name](estimator="rotation")
     latents = torch.zeros(2, 3, 2, 2, requires_grad=True)
     quantizer.initialize(latents.detach())
@@ -122,12 +122,14 @@ def test_rotation_trick_is_the_oracles(n, d, seed):
     torch.manual_seed(seed)
     vectors, codes, weight = torch.randn(n, d, requires_grad=True), torch.randn(n, d), torch.randn(n, d)
     if d == 1:
-        codes = codes.abs() * vectors.detach().sign()  # on a line, opposite sides cannot be rotated into each other
+        codes = (
+            codes.abs() * vectors.detach().sign()
+        )  # in one dimension, opposite signs cannot be rotated into each other
     mine, theirs = rotation_trick(vectors, codes), rotate_to(vectors, codes)
     assert torch.equal(mine, codes)
     assert torch.allclose(theirs, codes, rtol=1e-3, atol=1e-3)
     gradients = [torch.autograd.grad((x * weight).sum(), vectors)[0] for x in (mine, theirs)]
-    # a rotation (and scaling by the lengths' ratio) of the gradient: nothing is lost, nothing added
+    # the gradient is only rotated and scaled by the ratio of the lengths
     lengths = codes.norm(dim=1) / vectors.detach().norm(dim=1)
     assert torch.allclose(gradients[0].norm(dim=1), weight.norm(dim=1) * lengths, rtol=1e-2, atol=1e-3)
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-2, atol=1e-2 * float(lengths.max()))
@@ -163,7 +165,7 @@ def test_simvq_training_is_the_oracles(estimator):
         assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-4)
         if (
             estimator == "rotation"
-        ):  # the oracle lets the loss after the decoder reach the table here, the paper does not
+        ):  # here the oracle's table gets a gradient from the decoder's loss; in the paper it does not
             oracle.code_transform.weight.grad.copy_(ours.map.weight.grad)
             oracle.code_transform.bias.grad.copy_(ours.map.bias.grad)
         for optimizer in optimizers:
@@ -189,7 +191,7 @@ def test_fsq_values_meet_halfway_where_the_papers_rounding_tips_over(levels):
     # the oracle's rounding on both sides of every midpoint
     middles = (values[1:] + values[:-1]) / 2
     if levels == 2:
-        return  # not offered by the oracle's default rounding
+        return  # not supported by the oracle's default rounding
     oracle = OracleFSQ([levels])
     below, above = (oracle.bound((middles + shift)[:, None]) * (levels // 2) for shift in (-1e-4, 1e-4))
     first = -((levels - 1) / 2) if levels % 2 else -levels / 2
@@ -206,7 +208,7 @@ def test_fsq_chooses_what_the_oracle_chooses(levels, seed):
     _, indices = oracle(latents)
     mine = ours(latents).indices
     differ = mine != indices
-    # only where float rounding can decide: at equal distance of two codes
+    # only where float rounding decides, at equal distances to two codes
     distances = torch.cdist(latents.permute(0, 2, 3, 1)[differ].view(-1, len(levels)), ours.grid).sort(1).values
     assert (distances[:, 1] - distances[:, 0] < 1e-4).all()
     assert differ.float().mean() < 0.05
@@ -244,7 +246,7 @@ def test_simvq_that_starts_dead_fills():
         torch.manual_seed(0)
         quantizer = SimVQ(64, 3, decay=0.9, revive_below=revive_below)
         with torch.no_grad():
-            quantizer.map.weight.copy_(torch.eye(3) * 50)  # codes far apart around one small lump
+            quantizer.map.weight.copy_(torch.eye(3) * 50)  # codes far apart, around one small cluster
         for step in range(60):
             quantizer(torch.randn(8, 3, 8, 8))
             quantizer.update(step)
@@ -255,7 +257,7 @@ def test_simvq_that_starts_dead_fills():
 
 
 def test_a_codebook_that_starts_dead_fills():
-    """All codes but one out of reach: plain EMA never uses them, revival brings them back."""
+    """All codes except one are out of reach: plain EMA never uses them, revival does."""
 
     def usage(revive_below: float) -> float:
         torch.manual_seed(0)
@@ -310,7 +312,7 @@ def test_fsqs_balance_loss_is_the_expected_log_use_of_gaussian_shares():
 
 
 def test_fsqs_balance_wakes_idle_codes():
-    """Outputs in a few clumps: a map that may move them spreads them over the grid when told to, and only then."""
+    """A learned map spreads a few clusters of outputs over the grid only with the balance loss."""
 
     def usage(balance):
         torch.manual_seed(0)
@@ -412,7 +414,7 @@ def test_two_processes_hold_the_table_of_one_with_the_joint_batch(tmp_path):
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone["affine"], joint["affine"], strict=True))
 
 
-# ------------------------------------------------------------------------- codes that enter after a while
+# ------------------------------------------------------------------------- codebook_start: codes that enter late
 
 
 def make_autoencoder(**changes):
@@ -423,7 +425,7 @@ def make_autoencoder(**changes):
 
 def test_decoder_metric_of_a_linear_decoder_is_its_gram_matrix():
     generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(12, 3, generator=generator)  # of one position's latents into its own 2x2 pixels of 3 channels
+    mixing = torch.randn(12, 3, generator=generator)  # from the latents of a position to its 2x2 pixels of 3 channels
     scales = torch.tensor([3.0, 1.0, 0.1]).view(1, 3, 1, 1)
     latents = torch.randn(64, 3, 8, 8, generator=generator) * scales + 2
 
@@ -452,7 +454,7 @@ def test_codes_that_enter_late_leave_the_plain_autoencoder_as_it_was(quantizer):
     assert before.quantized.indices is None and before.quantized.loss(AutoencoderConfig(dataset_name="x")) == 0
     model.initialize(images, learned=True)
     torch.testing.assert_close(model(images).reconstruction, before.reconstruction, rtol=1e-3, atol=1e-3)
-    if quantizer == "ema":  # which takes latents as they come, and those are now in the decoder's own units
+    if quantizer == "ema":  # which does not transform latents; they are now in the decoder's units
         matrix, _ = decoder_metric(model.encode, model.decode, images)
         torch.testing.assert_close(matrix / matrix[0, 0], torch.eye(4).double(), rtol=0, atol=0.02)
     model.plain = False
@@ -463,7 +465,7 @@ def test_codes_that_enter_late_leave_the_plain_autoencoder_as_it_was(quantizer):
 
 
 def test_a_plain_autoencoder_gives_the_quantizers_parameters_a_gradient_of_0():
-    """Or DistributedDataParallel would wait for them."""
+    """Otherwise DistributedDataParallel would wait for them."""
     model = make_autoencoder(quantizer="simvq", codebook_start=5)
     model.plain = True
     output = model(torch.rand(2, 3, 16, 16))

@@ -1,4 +1,4 @@
-"""Conditions: what the U-Net is told, what is left out, how guidance composes; runs and exports keep it all."""
+"""Conditioning: U-Net inputs, dropout, guidance; runs resume and exports load with it."""
 
 import itertools
 import json
@@ -75,7 +75,7 @@ def a_map(value=1, side=16):
 
 
 def asked(pipe, **words):
-    """What the U-Net was asked while two images were drawn: batch, labels and conditioning channels of each call."""
+    """The U-Net's inputs while two images are drawn: batch and labels of each call."""
     calls = []
 
     def note(module, arguments, keywords):
@@ -139,7 +139,7 @@ def test_guidance_within_an_interval_of_noise(pipe):
     assert torch.equal(draw(pipe, guidance_interval=(0.0, 1e9), **words), guided)
     assert torch.equal(draw(pipe, guidance_interval=(1e8, 1e9), **words), plain)
     sizes = [len(call[0]) for call in asked(pipe, steps=8, guidance_interval=(0.3, 3.0), **words)]
-    assert set(sizes) == {2, 4} and sizes == sorted(sizes[:4]) + sorted(sizes[4:], reverse=True)  # in the middle only
+    assert set(sizes) == {2, 4} and sizes == sorted(sizes[:4]) + sorted(sizes[4:], reverse=True)  # only in the middle
 
 
 def test_autoguidance(pipe):
@@ -150,12 +150,12 @@ def test_autoguidance(pipe):
     other = tiny_pipeline()
     other.unet = weak
     torch.testing.assert_close(draw(pipe, guidance_unet=weak, guidance_scale=0.0, **labels), draw(other, **labels))
-    unconditional = tiny_pipeline(classes=0, channels=0)  # for which there is no other guidance
+    unconditional = tiny_pipeline(classes=0, channels=0)  # autoguidance is its only guidance
     stronger = draw(unconditional, guidance_unet=tiny_unet(0, 0, seed=9), guidance_scale=2.0)
     assert not torch.allclose(stronger, draw(unconditional), atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------- what the call takes
+# ---------------------------------------------------------------------------------------- arguments of __call__
 
 
 def test_class_labels_in_every_form(pipe):
@@ -187,7 +187,7 @@ def test_conditioning_images_that_are_images():
     wanted = draw(pipe, conditioning_image=image)
     torch.testing.assert_close(draw(pipe, conditioning_image=image_channels(image * 2 - 1, (8, 8))), wanted)
     black = draw(pipe, conditioning_image=torch.zeros(2, 3, 16, 16))
-    assert not torch.allclose(black, draw(pipe), atol=1e-3)  # black is not the same as none
+    assert not torch.allclose(black, draw(pipe), atol=1e-3)  # black is not the null condition
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_an_unconditional_model_takes_no_conditions(name):
         draw(tiny_pipeline(classes=0, channels=0), **{name: [0, 1]})
 
 
-# ------------------------------------------------------------------------------------------ training's side
+# ------------------------------------------------------------------------------------------ conditions in training
 
 
 def test_classes_are_left_out_as_often_as_asked_and_by_number_alone():
@@ -276,7 +276,7 @@ def test_maps_keep_their_values_at_any_size(mode):
         ({"conditions": ["image"]}, "set one of conditioning_image_column and conditioning_image_dir"),
         ({"conditioning_image_column": "x"}, "conditioning_image_column is for conditions that have image"),
         ({"conditioning_image_classes": 3}, "conditioning_image_classes is for conditions that have image"),
-        ({"conditions": ["image"], "conditioning_image_dir": "x"}, "lies beside a train_data_dir"),
+        ({"conditions": ["image"], "conditioning_image_dir": "x"}, "conditioning_image_dir needs a train_data_dir"),
         ({"conditions": ["image"], "conditioning_image_column": "x", "conditioning_image_classes": 1}, "from 2 to 256"),
         ({"conditions": ["class"], "class_dropout": 1.0}, "class_dropout"),
         ({"conditions": ["image"], "conditioning_image_column": "x", "streaming": True}, "streamed keeps labels"),
@@ -292,7 +292,7 @@ def test_impossible_configs(values, message):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """40 images in two folders, something in the upper or lower half and maybe at the right; maps, twice as large."""
+    """40 images in two folders, bright in the upper or lower half and some at the right; maps, twice as large."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -355,7 +355,7 @@ def test_mirrored_images_have_mirrored_maps(trained):
     )
     assert torch.equal(mirrored, plain.flip(-1)) and not torch.equal(mirrored, plain)
     assert plain.shape == (len(images), 2, 8, 8)
-    for i in range(len(images)):  # and belong to the image: what is bright there is of class 1
+    for i in range(len(images)):  # and they belong to the image: bright pixels are of class 1
         bright = images.get(i).float().mean(0) > 115
         assert torch.equal(plain[i, 1] > 0.5, bright.view(8, 2, 8, 2).float().mean((1, 3)) > 0.5)
 
@@ -439,7 +439,7 @@ def test_classes_need_a_dataset_that_has_them(trained, data, tmp_path):
     flags = {**flags, "train_data_dir": data / "images" / "bird", "conditioning_image_dir": data / "maps" / "bird"}
     text = launch("train_unet.py", tmp_path / "out", expect=2, **flags)
     assert "conditions has class, but the dataset has no classes" in text
-    assert "decod" not in text  # it was found out before
+    assert "decod" not in text  # it is found before images are decoded
 
 
 def test_everything_can_be_cached_before_training(trained, tmp_path):
@@ -447,11 +447,11 @@ def test_everything_can_be_cached_before_training(trained, tmp_path):
     run_script("cache_latents.py", "--config", str(output_dir / "train_unet.yaml"), "--latents_dir", str(tmp_path))
     made, trained_on = ({f.relative_to(root) for f in root.rglob("*") if f.is_dir()}
                         for root in (tmp_path, output_dir / "latents"))  # fmt: skip
-    assert made == trained_on and len(made) == 5  # latents and maps of both splits, and the folder of one of them
+    assert made == trained_on and len(made) == 5  # latents and maps of both splits, and the folder of a split
 
 
 def test_evaluation_draws_with_the_training_images_conditions(trained, tmp_path):
-    """And says how often samples are of the class that was asked for."""
+    """It also reports how often samples are of the requested class."""
     output_dir, flags = trained
     keys = ("train_data_dir", "resolution", "conditions", "conditioning_image_dir", "conditioning_image_classes")
     words = [str(word) for key in keys for word in (f"--{key}", flags[key])]
@@ -478,7 +478,7 @@ def test_evaluation_draws_with_the_training_images_conditions(trained, tmp_path)
 
 
 def test_the_sampling_script_guides_as_it_is_told(trained, data, tmp_path):
-    """A scale of each condition; within an interval of noise; away from a weaker pipeline."""
+    """A scale per condition, an interval of noise levels, a weaker pipeline."""
     pipeline, drawn = trained[0] / "pipeline", {}
     weaker = LatentDDPMPipeline.from_pretrained(pipeline)
     for parameter in weaker.unet.parameters():
@@ -540,7 +540,7 @@ def test_the_sampling_script_takes_conditions_in_turn(trained, data, tmp_path):
         ([*one, "--guidance_scale", "2", "class_labels=2"], "one number, or NAME=NUMBER of each condition"),
         ([*one, "--guidance_scale", "much"], "much is not a number"),
         ([*one, "--guidance_interval", "0", "1"], "need a --guidance_scale above 1"),
-        ([*one, "--guidance_scale", "2", "--guidance_interval", "2", "1"], "the first has to be the smaller one"),
+        ([*one, "--guidance_scale", "2", "--guidance_interval", "2", "1"], "0 <= LOW < HIGH is required"),
         ([*one, "--guidance_scale", "class_labels=2", "--guidance_pipeline", pipeline], "one number for all"),
         ([*one, "--guidance_scale", "2", "--guidance_pipeline", str(tmp_path)], "is not a pipeline folder"),
         (["--class_labels", "fisch"], "there is no class fisch; did you mean fish"),

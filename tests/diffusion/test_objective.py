@@ -42,14 +42,14 @@ def test_noising_targets_and_weights_are_diffusers(schedule, prediction_type):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "flow_prediction"])
 @pytest.mark.parametrize("weighting", ["min_snr", "edm"])
 def test_a_weighting_weighs_the_error_of_the_clean_latents(prediction_type, weighting):
-    """The same wrong guess of the clean latents costs the same, whatever the network predicts."""
+    """The same error of the clean latents has the same loss for every prediction type."""
     alpha, sigma = {True: (torch.tensor([0.8, 0.3]), torch.tensor([0.2, 0.7]))}.get(
         prediction_type == "flow_prediction", (torch.tensor([0.96, 0.28]), torch.tensor([0.28, 0.96]))
     )
     clean, noise = torch.randn(2, 2, 3, 4, 4)
     guess = clean + 0.1 * torch.randn_like(clean)
     a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
-    guessed_noise = (add_noise(clean, noise, alpha, sigma) - a * guess) / s  # the noise that goes with that guess
+    guessed_noise = (add_noise(clean, noise, alpha, sigma) - a * guess) / s  # the noise that matches that guess
     truth, said = (target(x, n, alpha, sigma, prediction_type) for x, n in ((clean, noise), (guess, guessed_noise)))
     weight = loss_weight(alpha, sigma, prediction_type, weighting, 5.0)
     cost = weight * (said - truth).square().flatten(1).mean(1)
@@ -59,8 +59,8 @@ def test_a_weighting_weighs_the_error_of_the_clean_latents(prediction_type, weig
 
 
 def test_edm_is_its_own_weighting_of_its_own_network():
-    """EDM's lambda(sigma) c_out^2 is 1 (arXiv 2206.00364, table 1), and its network's output is v but for the sign."""
-    sigma = torch.tensor([0.01, 0.5, 1.0, 20.0])  # EDM's own: noise added to unchanged data
+    """EDM's lambda(sigma) c_out^2 is 1 (arXiv 2206.00364, table 1), and its network's output is -v."""
+    sigma = torch.tensor([0.01, 0.5, 1.0, 20.0])  # EDM's sigma: noise is added to unscaled data
     alpha = (1 + sigma**2).rsqrt()
     assert torch.allclose(loss_weight(alpha, sigma * alpha, "v_prediction", "edm"), torch.ones(4), rtol=1e-4)
     clean, noise = torch.randn(2, 4, 1, 2, 2).double()
@@ -75,9 +75,9 @@ def test_edm_is_its_own_weighting_of_its_own_network():
 @pytest.mark.parametrize("shift", [1.0, 2.5])
 @pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++", "unipc"])
 def test_the_exported_scheduler_samples_what_was_trained(kind, shift, scheduler):
-    """With a network that is right about a set of one image, every scheduler of the export draws that image."""
+    """With a perfect predictor for a dataset of one image, every exported scheduler draws that image."""
     if kind == "flow_prediction" and scheduler == "ddim":
-        pytest.skip("refused by the config")
+        pytest.skip("rejected by the config")
     config = UNetConfig(dataset_name="x", prediction_type=kind, noise_shift=shift, inference_scheduler=scheduler)
     config.validate()
     table = None if kind == "flow_prediction" else make_noise_scheduler(config).alphas_cumprod
@@ -104,7 +104,7 @@ def test_the_flow_is_that_of_diffusers():
     config = UNetConfig(
         dataset_name="x", prediction_type="flow_prediction", noise_shift=3.0, inference_scheduler="dpmsolver++"
     )
-    oracle = FlowMatchEulerDiscreteScheduler(shift=3.0)  # its sigmas are those of times 1, 0.999, ...
+    oracle = FlowMatchEulerDiscreteScheduler(shift=3.0)  # its sigmas are for the times 1, 0.999, ...
     timesteps, alpha, sigma = noise_levels(1 - torch.arange(1000).double() / 1000, config, None)
     assert torch.allclose(sigma, oracle.sigmas, atol=1e-6) and torch.allclose(alpha + sigma, torch.ones(1000))
     assert torch.allclose(timesteps, oracle.timesteps, atol=1e-3)

@@ -1,5 +1,5 @@
-"""latent_ddpm.diffusion.sampling: what an image depends on. (Schedulers and loading: test_sample_script.py; several
-processes: test_evaluate_pipeline.py.)"""
+"""latent_ddpm.diffusion.sampling: an image depends on seed and number only. (Schedulers and loading:
+test_sample_script.py; several processes: test_evaluate_pipeline.py.)"""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 def pipe(folder):
     pipe = load_pipeline(str(folder))
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = with_scheduler(pipe.scheduler, "euler-a")  # draws noise of its own
+    pipe.scheduler = with_scheduler(pipe.scheduler, "euler-a")  # draws its own noise
     return pipe
 
 
@@ -35,7 +35,7 @@ def test_shared_drawing_is_drawing_the_blocks_in_order(pipe):
 
 
 def test_a_cpu_draws_with_one_thread(pipe, monkeypatch):
-    """The order of a sum over several threads is that of their number."""
+    """The number of threads changes the order of a sum."""
     seen, before = [], torch.get_num_threads()
     draw = sampling.draw_images
 

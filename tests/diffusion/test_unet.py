@@ -1,4 +1,4 @@
-"""A new U-Net is its skips, and learns in every layer."""
+"""A new U-Net starts as its skip connections, and every layer learns."""
 
 import pytest
 import torch
@@ -50,11 +50,11 @@ def test_a_new_unet_learns_in_every_layer(kind):
     unet = make_unet(config, 3, 4)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     optimizer = torch.optim.Adam(unet.parameters(), lr=1e-2)
-    for _ in range(4):  # what was zero lets gradients pass only after a step
+    for _ in range(4):  # zeroed layers pass gradients only after a step
         loss = (unet(torch.randn(4, 3, 4, 4), torch.randint(1000, (4,))).sample - torch.randn(4, 3, 4, 4)).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     still = [name for name, value in unet.state_dict().items() if torch.equal(value, before[name])]
-    # a key's bias shifts all logits of a query alike, so softmax is blind to it
+    # a key's bias shifts all logits of a query equally, which softmax ignores
     assert all(name.endswith("to_k.bias") for name in still), still

@@ -58,7 +58,7 @@ def test_products_of_profiles_are_their_integrals(a, b):
 
 
 def _walk(steps, seed=0):
-    """A model whose weights wander, and what they were after each step."""
+    """A model whose weights do a random walk, and the weights after each step."""
     torch.manual_seed(seed)
     model = torch.nn.Linear(40, 40)
     passed = []
@@ -75,7 +75,7 @@ def test_power_averages_weigh_as_the_power_function(steps):
         if step == 0:
             ema = PowerEMA(model, [0.1, 0.05])
         ema.update(model, step)
-    seen = [t for t in range(1, steps + 1) if t <= 256 or t % 4 == 0]  # every fourth step, once there are many
+    seen = [t for t in range(1, steps + 1) if t <= 256 or t % 4 == 0]  # every fourth step, later in training
     assert seen[-1] == steps
     for gamma, averaged in zip(ema.gammas, ema.models, strict=True):
         edges = (torch.tensor([0, *seen]) / steps) ** (gamma + 1)
@@ -95,11 +95,11 @@ def test_an_average_made_afterwards_is_the_one_tracked(tmp_path, wanted):
     made, at = reconstruct(tmp_path, wanted)
     weight = direct.model.weight
     assert at == 2000 and set(made) == {"weight", "bias"}
-    # beyond what was tracked is extrapolation
+    # widths outside of the tracked range are extrapolated
     assert float((made["weight"] - weight).norm() / weight.norm()) < (0.01 if wanted in (0.07, 0.15) else 0.025)
-    # the average itself is further away: otherwise this would show nothing
+    # the tracked average is further away; otherwise the test would show nothing
     assert float((ema.model.weight - weight).norm() / weight.norm()) > 0.02
-    # and one that was taken earlier, between two snapshots
+    # and an earlier average, between two snapshots
     for step, model, _ in _walk(1060):
         if step == 0:
             direct = PowerEMA(model, [wanted])
