@@ -4,8 +4,8 @@
 
 Leaves <output_dir>/autoencoder/, a stock diffusers VQModel (AutoencoderKL for quantizer kl) whose latents have zero
 mean and unit variance; checkpoints, metrics.jsonl and grids of originals over reconstructions lie beside it. Any key
-of the config can be overridden (--learning_rate 2e-4). The same command starts a run, goes on where it was stopped, or
-says that it is finished.
+of the config can be overridden (--learning_rate 2e-4). The same command starts a run, resumes it, or says that it is
+finished.
 """
 
 import itertools

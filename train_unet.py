@@ -4,8 +4,8 @@
 
 Takes the autoencoder from <output_dir>/autoencoder/ (or --autoencoder DIR), encodes the training set once, and
 leaves <output_dir>/pipeline/, which DiffusionPipeline.from_pretrained of an untouched diffusers loads. Any key of
-the config can be overridden (--learning_rate 2e-4). The same command starts a run, goes on where it was stopped, or
-says that it is finished.
+the config can be overridden (--learning_rate 2e-4). The same command starts a run, resumes it, or says that it is
+finished.
 """
 
 import logging

@@ -1,7 +1,8 @@
 """latent_ddpm: train latent diffusion models from scratch, on anybody's images.
 
-Data flows one way: config -> data -> models -> losses -> loop -> checkpoint -> export.
-The loops themselves are the two scripts beside this package, train_autoencoder.py and train_unet.py.
+Packages, from the bottom up: training (what both loops share), autoencoder (stage 1), data (images, captions, latents),
+diffusion (stage 2), evaluation, publishing. Imports go only downwards. The training loops are the two scripts beside
+this package, train_autoencoder.py and train_unet.py.
 """
 
 __version__ = "0.1.0"

@@ -2,8 +2,8 @@
 
     make quickstart          (installs first), or: python scripts/quickstart.py
 
-Runs the commands that it prints, the same that anyone would type. Interrupted, it goes on where it was; finished, it
-draws again. Remove outputs/mnist to start afresh.
+It prints the commands that it runs; you can type them too. Run it again after an interruption and it resumes; when all
+is done, it draws again. Remove outputs/mnist to start from scratch.
 """
 
 import shlex
@@ -19,23 +19,25 @@ CONFIG = "configs/mnist.yaml"
 
 
 def run(*words: object) -> None:
-    """Print a command and run it; leave with its status if it fails."""
+    """Print a command and run it; exit with its status if it fails."""
     print(f"\n$ {shlex.join(map(str, words))}", flush=True)
     words = (str(Path(sys.executable).parent / "accelerate"), *words[1:]) if words[0] == "accelerate" else words
     words = (sys.executable, *words[1:]) if words[0] == "python" else words
     process = subprocess.Popen(list(map(str, words)))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the script itself, which saves and leaves
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the script gets the Ctrl-C too, saves and ends
     status = process.wait()
     signal.signal(signal.SIGINT, before)
     if status:
-        print("\nStopped. `make quickstart` goes on from the newest checkpoint.", file=sys.stderr)
+        print("\nStopped. `make quickstart` again resumes from the newest checkpoint.", file=sys.stderr)
         raise SystemExit(status)
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        raise SystemExit(__doc__ + "\nIt takes no arguments.")
     begun = time.monotonic()
-    print("Two stages, about a quarter of an hour on two CPU cores. The bars show how long each takes.", flush=True)
-    # One process with all cores: alternately timed on two cores, two processes of one thread each were no faster.
+    print("Two stages: about 15 minutes on two fast CPU cores, longer on slow or busy ones.", flush=True)
+    # One process with all cores: on two cores, two processes with one thread each are no faster.
     topology = [
         "--quiet",
         "--num_processes",
@@ -56,9 +58,9 @@ def main() -> None:
         f"""
 Done in {(time.monotonic() - begun) / 60:.1f} minutes.
 
-New digits:     {final}/grid.png, and one file each beside it
-As it learned:  {folder}/samples/*.png and {folder}/metrics.jsonl
-The pipeline:   {folder}/pipeline; three lines use it, with nothing but diffusers installed:
+New digits:     {final}/grid.png, and one file for each beside it
+During training: {folder}/samples/*.png and {folder}/metrics.jsonl
+The pipeline:   {folder}/pipeline. It needs only diffusers:
 
     from diffusers import DiffusionPipeline
     pipeline = DiffusionPipeline.from_pretrained("{folder}/pipeline")

@@ -1,4 +1,4 @@
-"""One command that starts, goes on or is finished; any number of processes; processes that die or hang."""
+"""One command that starts, resumes or is finished; any number of processes; processes that die or hang."""
 
 import hashlib
 import json

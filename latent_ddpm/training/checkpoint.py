@@ -1,9 +1,9 @@
-"""Checkpoints that exist whole or not at all, in safetensors and JSON only.
+"""Checkpoints: written atomically, verified when read, in safetensors and JSON only.
 
 A checkpoint is a folder `<output_dir>/checkpoints/<stage>-<step>/` with `state.safetensors` (weights, averaged
 weights, optimizer moments), `state.json` (everything that is not a tensor) and `manifest.json` (the format, and size
-and SHA-256 of the other two). It is written beside its place, fsynced and renamed; whatever a crash leaves has
-another name, and a damaged one fails its manifest.
+and SHA-256 of the other two). It is written under another name, fsynced and renamed. A crash leaves only that other
+name. A damaged checkpoint does not match its manifest.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from latent_ddpm.files import aside_name, fsync_path
 logger = logging.getLogger(__name__)
 
 _FILES = ("state.safetensors", "state.json")
-FORMAT = 1  # raise it when older code could not go on from what is written; 0 stands in no manifest
+FORMAT = 1  # raise it when older code cannot resume from what is written; 0 is in no manifest
 
 
 class DamagedCheckpoint(Exception):
@@ -35,10 +35,10 @@ class DamagedCheckpoint(Exception):
 
 @contextlib.contextmanager
 def must_fit(wanted: str | None) -> Iterator[None]:
-    """What torch says of a state that does not fit, in words; `wanted` is the run's resume_from_checkpoint.
+    """Turns torch's error about a state that does not fit into a sentence; `wanted` is resume_from_checkpoint.
 
     Raises:
-        UserError: the state loaded within is of other networks, another optimizer or the other stage.
+        UserError: the state that is loaded within belongs to other networks, another optimizer or the other stage.
     """
     try:
         yield
@@ -46,7 +46,7 @@ def must_fit(wanted: str | None) -> Iterator[None]:
         reason = str(error).splitlines()
         raise UserError(
             f"resume_from_checkpoint {wanted} is of another network or optimizer than this config's "
-            f"({reason[min(1, len(reason) - 1)].strip()}). Go on with the config it was trained with, the "
+            f"({reason[min(1, len(reason) - 1)].strip()}). Resume with the config that it was trained with, the "
             f"train_*.yaml of its run."
         ) from error
 
@@ -57,7 +57,7 @@ def _sha256(path: Path) -> str:
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
-    """Part a nested state into tensors by path ("optimizer/state/0/exp_avg") and a JSON skeleton of the rest."""
+    """Split a nested state into tensors by path ("optimizer/state/0/exp_avg") and a JSON skeleton of the rest."""
     tensors: dict[str, torch.Tensor] = {}
 
     def walk(value: Any, path: str) -> Any:
@@ -94,14 +94,14 @@ class CheckpointFolder:
     Args:
         folder: `<output_dir>/checkpoints`.
         stage: the prefix of the checkpoints' names.
-        total_limit: how many of the newest are kept.
+        total_limit: number of the newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, stage: str, total_limit: int) -> None:
         self.folder, self.stage, self.total_limit = Path(folder), stage, total_limit
 
     def all(self) -> list[Path]:
-        """Checkpoints that have their final name, oldest first."""
+        """The complete checkpoints, oldest first."""
         pattern = re.compile(rf"{re.escape(self.stage)}-(\d+)")
         found = [path for path in self.folder.glob(f"{self.stage}-*") if pattern.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
@@ -110,7 +110,7 @@ class CheckpointFolder:
         """Write the state after `step` steps; call it in one process.
 
         Raises:
-            UserError: the disk is full or not writable; nothing half-written keeps a checkpoint's name.
+            UserError: the disk is full or not writable; no half-written checkpoint remains.
         """
         final = self.folder / f"{self.stage}-{step:08d}"
         aside = aside_name(final)
@@ -133,8 +133,8 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
-                f"Could not write the checkpoint {final}: {error}. Earlier checkpoints are untouched; make room and "
-                f"start again with the same command."
+                f"Could not write the checkpoint {final}: {error}. Earlier checkpoints are untouched; free some "
+                f"space and run the same command again."
             ) from error
         for old in self.all()[: -self.total_limit]:
             shutil.rmtree(old)
@@ -149,39 +149,39 @@ class CheckpointFolder:
 
         Raises:
             DamagedCheckpoint: a file is missing, cut short or changed.
-            UserError: a later version of this library wrote it.
+            UserError: a later version of latent-ddpm wrote it.
         """
         try:
             manifest = json.loads((path / "manifest.json").read_text())
             if manifest.get("format", 0) > FORMAT:
                 raise UserError(
-                    f"The checkpoint {path} has format {manifest['format']}, of a later version of latent-ddpm; this "
-                    f"one reads up to {FORMAT}. Update latent-ddpm, or give another --output_dir."
+                    f"The checkpoint {path} has format {manifest['format']}, of a later latent-ddpm; "
+                    f"this one reads up to {FORMAT}. Update latent-ddpm, or give another --output_dir."
                 )
             for name in _FILES:
                 if (path / name).stat().st_size != manifest[name]["bytes"]:
                     raise DamagedCheckpoint(f"{name} has {(path / name).stat().st_size} bytes instead of "
                                             f"{manifest[name]['bytes']}")  # fmt: skip
                 if _sha256(path / name) != manifest[name]["sha256"]:
-                    raise DamagedCheckpoint(f"{name} is not what was written")
+                    raise DamagedCheckpoint(f"{name} does not match its SHA-256")
             return join_state(load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text()))
         except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise DamagedCheckpoint(str(error)) from error
 
     def resume(self, wanted: str | None) -> dict[str, Any] | None:
-        """The state to go on from: of `latest` (the newest undamaged one), of a folder, or None to start afresh.
+        """The state to resume from: `latest` (the newest undamaged one), a folder, or None to start from scratch.
 
-        A run that began from another run's checkpoint and has one of its own goes on from that.
+        A run that started from another run's checkpoint and has its own checkpoints resumes from its own.
 
         Raises:
-            UserError: checkpoints are there but resuming was not asked for; the named one is damaged or missing;
-                all are damaged.
+            UserError: there are checkpoints and `wanted` is None; the wanted one is damaged or missing; or all are
+                damaged.
         """
         present = self.all()
         if wanted is None:
             if present:
                 raise UserError(
-                    f"{self.folder.parent} already holds {present[-1].name}. Go on from there with "
+                    f"{self.folder.parent} already holds {present[-1].name}. Resume from it with "
                     f"--resume_from_checkpoint latest, or give another --output_dir."
                 )
             return None
@@ -202,6 +202,6 @@ class CheckpointFolder:
                 logger.warning("The checkpoint %s is damaged (%s); trying the one before it.", path, error)
         if present:
             raise UserError(
-                f"All {len(present)} checkpoints in {self.folder} are damaged; remove them to start afresh."
+                f"All {len(present)} checkpoints in {self.folder} are damaged; remove them to start from scratch."
             )
         return None

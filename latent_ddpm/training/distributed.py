@@ -1,4 +1,4 @@
-"""What processes that train together need of each other; all of it is a no-op in a single process."""
+"""Collectives, a stop that all processes agree on, and a heartbeat; all are no-ops in a single process."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from latent_ddpm.errors import UserError
 
-JOIN_SECONDS = 600  # for which the processes of a launch wait for each other, as torchrun's agents do
-NOTICE_SECONDS = 20  # after which one that waits says so
+JOIN_SECONDS = 600  # the processes of a launch wait this long for each other, as torchrun's agents do
+NOTICE_SECONDS = 20  # a waiting process says so after this time
 
 
 def process_count() -> int:
@@ -46,10 +46,10 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 (pre-emption) into a wish to stop that all processes learn at the same step.
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 (pre-emption) into a stop of all processes at the same step.
 
-    The first signal asks for a clean stop, a second one is obeyed at once. The agreement travels over a CPU
-    group and is read one step after it was sent, so a GPU never waits for it.
+    The first signal asks for a clean stop; a second Ctrl-C stops at once. The flag is reduced over a CPU group and read
+    one step later, so a GPU never waits for it.
     """
 
     def __init__(self) -> None:
@@ -81,20 +81,20 @@ class StopSignal:
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process that a signal ended."""
+        """The exit status of a process that a signal ended, as a shell reports it."""
         return 128 + (self.signum or signal.SIGTERM)
 
 
 def meet() -> tuple[dist.Store, int, int]:
-    """Wait until all processes of a launch are there, which torchrun's variables describe.
+    """Wait until all processes of a launch have started; torchrun's environment variables say how many.
 
-    Making the process group would wait as well, but for as long as encoding a dataset may take.
+    Creating the process group waits too, but with the long timeout that encoding a dataset needs.
 
     Returns:
-        A store with "life/<rank>" of each, the rank of this process, and how many there are.
+        A store with "life/<rank>" for each process, the rank of this process, and the number of processes.
 
     Raises:
-        UserError: one has not come within JOIN_SECONDS.
+        UserError: one did not start within JOIN_SECONDS.
     """
     address = ":".join(os.environ.get(key, "?") for key in ("MASTER_ADDR", "MASTER_PORT"))
     patience, missing = timedelta(seconds=JOIN_SECONDS), "not known"
@@ -114,10 +114,11 @@ def meet() -> tuple[dist.Store, int, int]:
         except RuntimeError:
             missing = ", ".join(str(other) for other in range(count) if not store.check([signs[other]]))
             raise
-    except RuntimeError as error:  # of the store: one has not come, or the address is wrong, or taken
+    except RuntimeError as error:  # a process is missing, or the address is wrong or in use
         raise UserError(
             f"The {os.environ['WORLD_SIZE']} processes have not met at {address} within {JOIN_SECONDS} seconds "
-            f"(missing: {missing}): one died as it started, or cannot reach that address. {str(error).splitlines()[0]}"
+            f"(missing: {missing}): a process died at its start, or cannot reach that address. "
+            f"{str(error).splitlines()[0]}"
         ) from error
     finally:
         notice.cancel()
@@ -126,10 +127,10 @@ def meet() -> tuple[dist.Store, int, int]:
 
 @contextlib.contextmanager
 def joining() -> Iterator[None]:
-    """Around the making of the process group, which may find the first process gone before the heartbeat does.
+    """Wraps the creation of the process group, which may notice the death of rank 0 before the heartbeat does.
 
     Raises:
-        UserError: it is, and this is another one.
+        UserError: rank 0 died, and this is another rank.
     """
     try:
         yield
@@ -137,21 +138,21 @@ def joining() -> Iterator[None]:
         reason, rank = str(error).splitlines()[0], os.environ.get("RANK", "0")
         if rank == "0":
             raise
-        raise UserError(f"The first process, or its machine, is gone ({reason}). Process {rank} ends too.") from error
+        raise UserError(f"Process 0, or its machine, is gone ({reason}). Process {rank} ends too.") from error
 
 
 class Heartbeat:
-    """Ends this process when another of the run is dead, hangs as a whole, or lost its machine.
+    """Ends this process when another one of the run dies, hangs or loses its machine.
 
-    Collective operations wait for their peers for as long as encoding a dataset may take; this thread notices sooner.
-    Every process leaves a sign of life in the store that they met at. The first one watches all of them and leaves its
-    verdict there; the others watch the first.
+    Collectives have a long timeout, because encoding a dataset takes long; this thread notices sooner. Every process
+    writes a sign of life to a shared store. Rank 0 watches all others and writes its verdict there; the others watch
+    rank 0.
 
     Args:
         store: shared by the processes.
         rank: of this process.
         count: of processes.
-        timeout: seconds without a sign of life that count as death.
+        timeout: a process counts as dead after this many seconds without a sign of life.
     """
 
     running: ClassVar["Heartbeat | None"] = None
@@ -167,19 +168,19 @@ class Heartbeat:
 
     @classmethod
     def start(cls, timeout: float) -> None:
-        """Begin, once all processes of this launch are there; call it in each, before the process group is made.
+        """Start the heartbeat when all processes have started; call it in each, before the process group is created.
 
-        Does nothing in a process that has begun, or was launched alone.
+        Does nothing in a process that has started it already, or is alone.
 
         Raises:
-            UserError: one has not come.
+            UserError: a process did not start.
         """
         if cls.running is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             cls.running = cls(*meet(), timeout)
 
     @classmethod
     def end(cls, failed: bool = False) -> None:
-        """Tell the others why this process falls silent: it is done, or it failed."""
+        """Tell the other processes that this one is done, or has failed."""
         if cls.running is not None:
             cls.running._last_word = "failed" if failed else "ended"
             cls.running._ended.set()
@@ -194,9 +195,9 @@ class Heartbeat:
                 self.store.set(f"life/{self.rank}", str(number))
                 verdict = self.store.get("verdict").decode() or self._look()
                 self._answered = time.monotonic()
-            except (RuntimeError, ValueError):  # the store is gone, and with it the process or machine that held it
+            except (RuntimeError, ValueError):  # the store is gone, and so is the process that hosts it
                 silent = time.monotonic() - self._answered > self.timeout
-                verdict = "The first process, or its machine, is gone." if silent else ""
+                verdict = "Process 0, or its machine, is gone." if silent else ""
             if verdict and not self._ended.is_set():
                 print(f"\nerror: {verdict} Process {self.rank} ends too.", file=sys.stderr, flush=True)
                 os._exit(1)
@@ -208,7 +209,7 @@ class Heartbeat:
             return
 
     def _look(self) -> str:
-        """A sentence on a process that is dead, or nothing; the first process leaves it in the store."""
+        """A sentence about a dead process, or ""; rank 0 writes it to the store."""
         for rank in range(1, self.count) if self.rank == 0 else (0,):
             now, sign = time.monotonic(), self.store.get(f"life/{rank}")
             last, since = self._seen.get(rank, (b"", now))
@@ -225,7 +226,7 @@ class Heartbeat:
 
 
 def all_reduce_max(value: torch.Tensor) -> torch.Tensor:
-    """The largest of the processes' values."""
+    """The maximum of `value` over the processes, in place."""
     if process_count() > 1:
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return value

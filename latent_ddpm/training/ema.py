@@ -175,7 +175,7 @@ class PowerEMA:
                     aside.unlink()
                 raise UserError(
                     f"Could not write the average {path}: {error}. Checkpoints are untouched; free disk space or "
-                    f"lower ema_snapshots, and start again with the same command."
+                    f"lower ema_snapshots, and run the same command again."
                 ) from error
 
 

@@ -1,4 +1,4 @@
-"""What both training scripts do before their story begins and when it ends badly."""
+"""Start and end of a script: config checks, accelerator, CPU processes, and one sentence for an error."""
 
 import argparse
 import contextlib
@@ -31,20 +31,20 @@ from latent_ddpm.training.distributed import Heartbeat, joining
 from latent_ddpm.training.sharding import Sharding
 from latent_ddpm.training.tracking import check_tracker
 
-# What a disk says when it cannot take more, or is not ours to write to.
+# Errors of a disk that is full, broken or not writable.
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 logger = logging.getLogger(__name__)
 
-_claims: list[IO] = []  # open until the process ends, however it ends: the system lets go of the locks then
+_claims: list[IO] = []  # lock files; the system releases them when the process ends, however it ends
 
 
 def claim(output_dir: Path, stage: str) -> None:
-    """Keep other runs of the same stage out of a run's folder until this process ends; for the main process.
+    """Lock a run's folder against other runs of the same stage until this process ends; call it in the main process.
 
-    What a killed run left half-written there is removed.
+    Removes half-written files that a killed run left.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     try:
         import fcntl
@@ -53,13 +53,13 @@ def claim(output_dir: Path, stage: str) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     file = (output_dir / f".{stage}.lock").open("a+")
     try:
-        # not flock: workers that decode images would inherit it, and outlive a killed run by seconds
+        # not flock: DataLoader workers would inherit the lock, and they outlive a killed run by seconds
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         raise UserError(
-            f"{output_dir} is in use: {file.read().strip() or 'another process'} trains the {stage} there. Wait for "
-            f"its end, or give another --output_dir."
+            f"{output_dir} is in use: {file.read().strip() or 'another process'} trains the {stage} there. Wait until "
+            f"it ends, or give another --output_dir."
         ) from error
     except OSError:  # a file system without locks
         file.close()
@@ -73,10 +73,14 @@ def claim(output_dir: Path, stage: str) -> None:
 
 
 def check_before_loading(config: RunConfig, stage: str) -> Path:
-    """Refuse what can be refused without touching data or models; returns the path of the run's saved config."""
+    """Check what needs neither data nor models; returns the path of the run's saved config.
+
+    Raises:
+        UserError: the run cannot work.
+    """
     if config.hub_token:
-        os.environ["HF_TOKEN"] = config.hub_token  # where the Hub's client looks, and nothing is saved from
-        sys.argv = [word.replace(config.hub_token, "***") for word in sys.argv]  # which trackers record
+        os.environ["HF_TOKEN"] = config.hub_token  # where the Hub's client looks; it is never saved
+        sys.argv = [word.replace(config.hub_token, "***") for word in sys.argv]  # trackers record the command line
         config.hub_token = None
     check_tracker(config.report_to)
     saved = Path(config.output_dir) / f"train_{stage}.yaml"
@@ -91,18 +95,20 @@ def check_before_loading(config: RunConfig, stage: str) -> Path:
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """The accelerator of a run, with arithmetic that gives the same bits each time."""
+    """The accelerator of a run, with deterministic arithmetic."""
     for noise in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view"):
-        warnings.filterwarnings("ignore", message=noise)  # of DDP: nothing that the user could mend
+        warnings.filterwarnings("ignore", message=noise)  # DDP's warnings, which a user cannot act on
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False  # it would choose other algorithms after a resume
+    torch.backends.cudnn.benchmark = False  # it may choose other algorithms after a resume
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or it takes each of torchrun's processes for a run
+        os.environ.setdefault(
+            "ACCELERATE_USE_CPU", "true"
+        )  # else it treats each of torchrun's processes as a run of its own
     if config.heartbeat_timeout and "RANK" in os.environ:
         Heartbeat.start(config.heartbeat_timeout)
-    whole = Sharding.take_request() is not None  # stage 2 has asked already
+    whole = Sharding.take_request() is not None  # stage 2 takes the request before
     with joining():
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -110,32 +116,32 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=str(Path(config.output_dir) / "logs"),
             kwargs_handlers=[
-                # encoding a large dataset can keep processes apart for longer than the default half hour
+                # encoding a large dataset can take longer than the default of half an hour
                 InitProcessGroupKwargs(timeout=timedelta(hours=12)),
-                # the codebook is equal in all processes by construction
+                # the codebook is the same in all processes by construction
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
     _use_all_cores(accelerator)
     if config.heartbeat_timeout:
-        Heartbeat.start(config.heartbeat_timeout)  # where only accelerate knew of other processes, as with MPI
+        Heartbeat.start(config.heartbeat_timeout)  # where only accelerate knows of the other processes, as with MPI
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         level=logging.INFO if accelerator.is_main_process else logging.ERROR,
     )
     if whole:
-        logger.info("the autoencoder's weights stay whole in every process: FSDP is for stage 2")
+        logger.info("FSDP shards the U-Net of stage 2 only; the autoencoder stays whole in every process")
     for noisy in ("httpx", "httpx2", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return accelerator
 
 
 def fit_to_processes(config: Config, state: dict | None, accelerator: Accelerator) -> Config:
-    """The config for the processes there are: everything in steps, and the steps those of the checkpoint's `state`.
+    """The config for this number of processes: lengths in steps, and as many images per step as the checkpoint has.
 
     Raises:
-        UserError: these processes cannot make steps of as many images.
+        UserError: these processes cannot make steps of that many images.
     """
     config = same_batch(config, (state or {}).get("images_per_step"), accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
@@ -143,7 +149,7 @@ def fit_to_processes(config: Config, state: dict | None, accelerator: Accelerato
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
-    """Share the cores out among this machine's processes: `accelerate launch` gives a CPU process one thread."""
+    """Divide the cores among this machine's processes: `accelerate launch` gives a CPU process one thread."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if accelerator.device.type == "cpu" and launched:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -151,7 +157,7 @@ def _use_all_cores(accelerator: Accelerator) -> None:
 
 
 TOPOLOGY = {"num_processes": 1, "num_machines": 1, "machine_rank": 0}
-TOPOLOGY |= {"main_process_ip": "127.0.0.1", "main_process_port": 29500}  # as accelerate has them by default
+TOPOLOGY |= {"main_process_ip": "127.0.0.1", "main_process_port": 29500}  # accelerate's defaults
 
 
 def _topology_asked_for(launcher: list[str]) -> dict:
@@ -168,17 +174,17 @@ def _topology_asked_for(launcher: list[str]) -> dict:
 
 
 def _hear_the_launcher_end() -> None:
-    """Have a SIGTERM that ends `accelerate launch` reach this process, which its launcher does not pass on."""
+    """Get a SIGTERM when `accelerate launch` ends: the launcher does not pass it on."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _start_cpu_processes() -> None:
-    """Become this machine's share of the processes that `accelerate launch --cpu --num_processes N` was asked for.
+    """Start this machine's share of the processes of `accelerate launch --cpu --num_processes N`.
 
-    Without an MPI host file accelerate starts a single process there, and says nothing (its simple_launcher).
-    torchrun, which it uses for GPUs, runs N on the CPU as well, so this process is replaced by it.
+    Without an MPI host file, accelerate silently starts a single process (its simple_launcher). torchrun, which it
+    uses for GPUs, can start N processes on the CPU, so it replaces this process.
     """
     alone = not any(key in os.environ for key in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true" or not alone:
@@ -186,7 +192,7 @@ def _start_cpu_processes() -> None:
     try:
         launcher = psutil.Process().parent().cmdline()
         asked = _topology_asked_for(launcher[: launcher.index(sys.argv[0])])
-    except (psutil.Error, AttributeError, ValueError):  # no parent, or not to be seen, or not a launcher
+    except (psutil.Error, AttributeError, ValueError):  # no parent, a hidden one, or not a launcher
         return
     here = asked["num_processes"] // asked["num_machines"]
     if asked["num_processes"] > 1:
@@ -224,7 +230,7 @@ def _launcher_note() -> str:
 
 def _say_last(sentence: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    if rank:  # the launcher ends all processes when one fails: where all have the same to say, the first one speaks
+    if rank:  # the launcher ends all processes when one fails: rank 0 reports first what all would report
         time.sleep(2)
     with contextlib.suppress(OSError):
         of_process = f" (process {rank})" if rank else ""
@@ -232,7 +238,7 @@ def _say_last(sentence: str) -> None:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Run a script's main with the command line; a UserError, or a full disk, becomes one line and exit status 2."""
+    """Run a script's main with the command line; a UserError or a full disk becomes one sentence and exit status 2."""
     _hear_the_launcher_end()
     _start_cpu_processes()
     status: int | None = 0
@@ -248,7 +254,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         if not _is_of_storage(error):
             raise
         status = 2
-        _say_last(f"{error}. What was written before is whole: mend this and start again with the same command.")
+        _say_last(f"{error}. Files written before are intact: fix this and run the same command again.")
     finally:
         Heartbeat.end(failed=status in (1, 2, 130) or sys.exc_info()[0] is not None)
         if torch.distributed.is_available() and torch.distributed.is_initialized() and not status:

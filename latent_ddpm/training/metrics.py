@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that is being written is left out."""
+    """The records of a metrics.jsonl; a line that is still being written is left out."""
     records = []
     for line in path.read_text().splitlines():
         try:
@@ -18,14 +18,14 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-# what hub_strategy "best" goes by, and whether more of it is better
+# the figure that hub_strategy "best" compares, and 1 if higher is better
 BEST_BY = {"autoencoder": ("validation_psnr", 1), "unet": ("validation_loss", -1)}
 
 
 def is_best(output_dir: Path, stage: str, step: int, after: int = 0) -> bool:
-    """Whether the validation at `step`, in metrics.jsonl, was finite and better than all before it.
+    """Whether the validation at `step` in metrics.jsonl is finite and better than all earlier ones.
 
-    Those up to the step `after` do not count, as before the codes of an autoencoder enter.
+    Validations up to step `after` do not count, such as those before the codes of an autoencoder enter.
     """
     key, sign = BEST_BY[stage]
     records = [r for r in read_metrics(output_dir / "metrics.jsonl") if r["stage"] == stage and key in r]

@@ -1,4 +1,4 @@
-"""Optimizers and learning rate."""
+"""Optimizers (AdamW, Muon), gradient clipping and the learning rate schedule."""
 
 import math
 from collections import defaultdict
@@ -10,16 +10,16 @@ from latent_ddpm.config import RunConfig
 from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
 from latent_ddpm.training.sharding import part_of, whole_tensor
 
-WSD_DECAY_SHARE = 0.3  # of a run, unless lr_decay_steps says otherwise
+WSD_DECAY_SHARE = 0.3  # share of a run, unless lr_decay_steps is set
 _MUON_MOMENTUM = 0.95
-_MUON_SMALLEST = 16  # a matrix with fewer rows or columns than this is left to AdamW
+_MUON_SMALLEST = 16  # AdamW updates matrices with fewer rows or columns
 
 
 def orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """About the nearest matrices with orthonormal rows or columns, whichever are fewer.
+    """Approximately the nearest matrices with orthonormal rows or columns, whichever are fewer.
 
-    The quintic Newton-Schulz iteration of Muon: all singular values come to between 0.7 and 1.2, except those below
-    a thousandth or so of the largest.
+    The quintic Newton-Schulz iteration of Muon: it brings all singular values between 0.7 and 1.2, except those
+    below about a thousandth of the largest.
 
     Args:
         matrices: (N, R, C) float.
@@ -27,14 +27,14 @@ def orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    # On a GPU TF32 rounds the Gram matrix so that the iteration on it diverges.
+    # On a GPU, TF32 rounds the Gram matrix so much that the iteration on it diverges.
     long = wide.shape[2] > 2 * wide.shape[1] and wide.device.type == "cpu"
     wide = _iterate_on_gram(wide, iterations) if long else _iterate(wide, iterations)
     return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
 
 
 def _polynomial(gram: torch.Tensor) -> torch.Tensor:
-    """What an iteration multiplies by, less a multiple of the identity."""
+    """The factor of an iteration, without its multiple of the identity."""
     return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
 
 
@@ -45,9 +45,9 @@ def _iterate(wide: torch.Tensor, iterations: int) -> torch.Tensor:
 
 
 def _iterate_on_gram(wide: torch.Tensor, iterations: int) -> torch.Tensor:
-    """The same: each iteration multiplies by a polynomial in the Gram matrix, and so do all together.
+    """The same result: every iteration multiplies by a polynomial in the Gram matrix, so all of them together do too.
 
-    The products then are of R x R, and C, which of a convolution is 9 times as much, is met twice in all.
+    The products are then R x R. Only two involve C, which is 9 times as large for a 3x3 convolution.
     """
     gram = wide @ wide.mT
     identity = torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
@@ -61,7 +61,7 @@ def _iterate_on_gram(wide: torch.Tensor, iterations: int) -> torch.Tensor:
 
 
 def orthogonalize_all(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`orthogonalize` of each (R, C). The processes, which all hold the same matrices, share the work."""
+    """`orthogonalize` for each matrix (R, C). All processes hold the same matrices and share the work."""
     count, mine = process_count(), process_index()
     owners = _owners([tuple(matrix.shape) for matrix in matrices], count)
     by_shape = defaultdict(list)
@@ -86,7 +86,7 @@ def orthogonalize_all(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _owners(shapes: list[tuple[int, int]], count: int) -> list[int]:
-    """Which of `count` processes works at each matrix: the costliest first, each to who has least to do."""
+    """The process, of `count`, for each matrix: greedily, the costliest matrix goes to the least loaded process."""
     costs = [min(shape) ** 2 * (max(shape) + 8 * min(shape)) for shape in shapes]
     owners, loads = [0] * len(shapes), [0] * count
     for number in sorted(range(len(shapes)), key=lambda number: -costs[number]):
@@ -99,12 +99,12 @@ class Muon(torch.optim.AdamW):
     """Orthogonalized momentum for matrices and convolutions, AdamW for all other parameters.
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with the update scaled to the size of AdamW's (arXiv
-    2502.16982, eq. 4), so that one learning rate serves both. A convolution (C_out, C_in, k, k) is a matrix of C_out
-    rows. Processes that train together share the orthogonalization.
+    2502.16982, eq. 4), so that both use one learning rate. A convolution (C_out, C_in, k, k) is a matrix of C_out rows.
+    The processes share the orthogonalization.
 
     Args:
         parameters: of the network.
-        adamw: torch's arguments; learning rate and weight decay hold for the matrices too.
+        adamw: arguments of torch.optim.AdamW; learning rate and weight decay apply to the matrices too.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], **adamw: object) -> None:
@@ -116,7 +116,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step; none where `found_inf` is set (see clip_gradients)."""
+        """One step; it changes nothing where `found_inf` is set (see clip_gradients)."""
         matrices, others = self.param_groups
         found_inf = getattr(self, "found_inf", None)
         device = matrices["params"][0].device if matrices["params"] else None
@@ -127,10 +127,10 @@ class Muon(torch.optim.AdamW):
         for p in matrices["params"]:
             if p.grad is None or (on_cpu and broken):
                 continue
-            if not self.state[p]:  # AdamW looks for a "step" in whatever state it loads
+            if not self.state[p]:  # AdamW expects a "step" in every state that it loads
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
             momentum = self.state[p]["momentum"]
-            # elsewhere looking at the flag would have the host wait
+            # on a GPU, reading the flag would synchronize
             gradient = p.grad if on_cpu else torch.where(broken > 0, momentum, p.grad)
             momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
             changed.append(p)
@@ -154,7 +154,7 @@ def make_optimizer(
     name: str = "adamw",
     betas: tuple[float, float] | None = None,
 ) -> torch.optim.AdamW:
-    """Fused AdamW (arXiv 1711.05101), or `muon`, with the config's decay of weights and, unless given, of moments."""
+    """Fused AdamW (arXiv 1711.05101), or `muon`, with the config's weight decay and, unless given, betas."""
     return {"adamw": torch.optim.AdamW, "muon": Muon}[name](
         parameters,
         lr=learning_rate,
@@ -166,16 +166,16 @@ def make_optimizer(
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clip an optimizer's gradients to a joint norm; have its next step do nothing if that norm is not finite.
+    """Clip an optimizer's gradients to a global norm; its next step does nothing if that norm is not finite.
 
-    A fused AdamW reads the flag on its own device, so that no GPU waits for the answer.
+    Fused AdamW reads the flag on its device, so nothing synchronizes.
 
     Returns:
         The norm before clipping, and whether the step counts (bool), both scalars.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-    if norm.device.type != "cpu" or norm > max_norm:  # elsewhere looking at it would cost more than multiplying by 1
+    if norm.device.type != "cpu" or norm > max_norm:  # on a GPU, reading the norm costs more than multiplying by 1
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     kept = norm.isfinite()
     optimizer.found_inf = (~kept).float()
@@ -183,9 +183,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[t
 
 
 def learning_rate_factor(step: int, config: RunConfig) -> float:
-    """The share of the peak learning rate at a step: a rise over lr_warmup_steps, then what lr_scheduler says.
+    """The learning rate at a step as a share of its peak: a linear warm-up over lr_warmup_steps, then lr_scheduler.
 
-    A function of the step alone, so there is no scheduler state to save. All but `constant` reach 0 at
+    It depends on the step alone, so there is no scheduler state to save. All schedules but `constant` reach 0 at
     max_train_steps.
     """
     if step < config.lr_warmup_steps:

@@ -1,8 +1,9 @@
-"""Weights, gradients, moments and averages cut over the processes: FSDP2 (arXiv 2304.11277), ZeRO (arXiv 1910.02054).
+"""Sharding: weights, gradients, moments and averages are split over the processes (FSDP2, arXiv 2304.11277; ZeRO,
+arXiv 1910.02054).
 
-`accelerate launch` says whether (configs/accelerate/fsdp2.yaml and zero2.yaml). The cutting is done here and not by
-accelerate's prepare, which would lose the moments of a run that is resumed and leave the averages whole. What leaves
-the processes (checkpoints, snapshots, exports) is whole, so that a run can go on with or without sharding.
+`accelerate launch` asks for it (configs/accelerate/fsdp2.yaml and zero2.yaml). The sharding is done here and not by
+accelerate's prepare, which loses the moments of a resumed run and does not shard the averages. Checkpoints, snapshots
+and exports hold whole tensors, so a run can be resumed with or without sharding.
 """
 
 import os
@@ -29,28 +30,28 @@ def _is_set(variable: str) -> bool:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a network is cut.
+    """How a network is sharded.
 
     Attributes:
-        reshard_after_forward: whether a block's weights are cut again after its forward pass and gathered once more for
-            the backward pass (ZeRO-3); else they stay whole between the two (ZeRO-2).
+        reshard_after_forward: whether a block's weights are sharded again after its forward pass and gathered once more
+            for the backward pass (ZeRO-3); else they stay whole between the two (ZeRO-2).
     """
 
     reshard_after_forward: bool
 
     @classmethod
     def take_request(cls) -> "Sharding | None":
-        """What `accelerate launch` was asked for; None where weights stay whole, or it has been taken already.
+        """The sharding that `accelerate launch` asks for; None without sharding, and at the second call.
 
-        The request is removed from the environment: accelerate would cut the network too.
+        The request is removed from the environment, because accelerate would shard the network too.
 
         Raises:
-            UserError: it was FSDP's first version, its offloading, or DeepSpeed.
+            UserError: the launcher asks for FSDP version 1, offloading or DeepSpeed.
         """
         if _is_set("ACCELERATE_USE_DEEPSPEED"):
             raise UserError(
-                "DeepSpeed keeps its state in pickles, so it is not used here. configs/accelerate/zero2.yaml cuts the "
-                "same things over the processes as its stage 2, fsdp2.yaml as its stage 3."
+                "DeepSpeed is not supported: it keeps its state in pickles. configs/accelerate/zero2.yaml shards what "
+                "ZeRO stage 2 does, fsdp2.yaml what stage 3 does."
             )
         if not _is_set("ACCELERATE_USE_FSDP"):
             return None
@@ -62,7 +63,7 @@ class Sharding:
         return cls(os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
 
     def cut(self, unet: "StockUNet") -> None:
-        """Cut the U-Net's weights over all processes, in place, a block at a time; it is on its device."""
+        """Shard the U-Net's weights over all processes, in place and block by block; it must be on its device."""
         from torch.distributed.fsdp import fully_shard
 
         for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
@@ -73,10 +74,10 @@ class Sharding:
 def prepare(
     accelerator: Accelerator, unet: "StockUNet", optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """`accelerator.prepare`; without DistributedDataParallel where the weights are cut."""
+    """`accelerator.prepare`; without DistributedDataParallel where the weights are sharded."""
     if not _is_cut(unet):
         return accelerator.prepare(unet, optimizer)
-    # as for evaluation: mixed precision and torch.compile, but nothing that would meet the other processes
+    # evaluation_mode: mixed precision and torch.compile, but no collectives of accelerate's own
     return accelerator.prepare_model(unet, evaluation_mode=True), accelerator.prepare(optimizer)
 
 
@@ -85,22 +86,22 @@ def _is_cut(network: nn.Module) -> bool:
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which every process has a part, or all; all processes call this."""
+    """The whole of a tensor that may be sharded; call it in all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, cut as `like` of the same shape is; the tensor itself if that is whole."""
+    """This process's shard of a whole tensor, split like `like` of the same shape; the tensor if `like` is whole."""
     if not isinstance(like, DTensor):
         return tensor
     mesh, rank = like.device_mesh, like.device_mesh.get_local_rank()
-    pieces = tensor.to(like.device).chunk(mesh.size())  # as fully_shard cuts; the last processes may go empty
+    pieces = tensor.to(like.device).chunk(mesh.size())  # as fully_shard splits; the last processes may get nothing
     piece = pieces[rank] if rank < len(pieces) else tensor[:0].to(like.device)
     return DTensor.from_local(piece, mesh, like.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def gather(state: Any, keep: bool) -> Any:
-    """A nested state with whole tensors; all processes call this, and those that do not `keep` it get None for each."""
+    """A nested state with whole tensors; call it in all processes. Without `keep`, sharded tensors become None."""
     if isinstance(state, dict):
         return {key: gather(value, keep) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
@@ -112,10 +113,10 @@ def gather(state: Any, keep: bool) -> Any:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load the whole state of an optimizer whose parameters may be cut.
+    """Load the whole state of an optimizer whose parameters may be sharded.
 
     Raises:
-        ValueError, KeyError: it is another optimizer's.
+        ValueError, KeyError: the state belongs to another optimizer.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order = [number for group in state["param_groups"] for number in group["params"]]
@@ -133,10 +134,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def whole_unet(unet: "StockUNet", keep: bool) -> "StockUNet | None":
-    """The U-Net itself where it is whole, else a whole copy in evaluation mode; all processes call this.
+    """The U-Net itself where it is not sharded, else a whole copy in evaluation mode; call it in all processes.
 
     Returns:
-        None where it is cut and this process does not `keep` it.
+        None where it is sharded and this process does not `keep` it.
     """
     if not _is_cut(unet):
         return unet

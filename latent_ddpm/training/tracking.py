@@ -1,4 +1,4 @@
-"""How a run shows itself: progress bar, metrics.jsonl, pictures, and the tracker of choice."""
+"""What a run shows: progress bar, metrics.jsonl, picture grids, and TensorBoard, Weights & Biases or Trackio."""
 
 import dataclasses
 import importlib.util
@@ -28,22 +28,22 @@ def check_tracker(name: str) -> None:
 
 
 def is_finished(config: RunConfig, stage: str, first_step: int, product: str) -> bool:
-    """Whether a stage has nothing left to do: all its steps are done, its product was exported, and stays at home.
+    """Whether a stage has nothing left to do: all steps are done, the result is exported and need not be published.
 
     Args:
         config: the run's.
         stage: "autoencoder" or "unet".
-        first_step: of the checkpoint that the run would go on from.
-        product: what the stage leaves in output_dir: a file in the folder that is exported whole or not at all.
+        first_step: step of the checkpoint that the run would resume from.
+        product: file of the result in output_dir; its folder is exported atomically.
 
     Raises:
-        UserError: more steps are done than the run is to have.
+        UserError: more steps are done than max_train_steps.
     """
     folder = Path(config.output_dir)
     if first_step > config.max_train_steps:
         raise UserError(
-            f"{first_step} steps are done, and max_train_steps is {config.max_train_steps}. Ask for more, or give "
-            f"--resume_from_checkpoint an earlier checkpoint, or another --output_dir."
+            f"{first_step} steps are done, and max_train_steps is {config.max_train_steps}. Raise it, or "
+            f"resume from an earlier checkpoint (--resume_from_checkpoint), or give another --output_dir."
         )
     if first_step != config.max_train_steps or config.push_to_hub or not (folder / product).exists():
         return False
@@ -55,15 +55,15 @@ def is_finished(config: RunConfig, stage: str, first_step: int, product: str) ->
 
 
 class Tracker:
-    """Writes what the main process measures; in the other processes its methods do nothing.
+    """Writes the metrics and pictures of the main process; in other processes its methods do nothing.
 
     Args:
         accelerator: the run's accelerator, made with log_with.
         output_dir: the run's folder; metrics.jsonl and samples/ are written there.
-        stage: "autoencoder" or "unet"; stands in every line and picture name.
+        stage: "autoencoder" or "unet"; part of every line and picture name.
         config: the resolved config.
-        first_step: lines at or after this step are from an attempt that was cut off and are removed.
-        last_step: where the progress bar ends.
+        first_step: later lines are removed; they come from an attempt that was interrupted.
+        last_step: end of the progress bar.
         images_per_step: of all processes together.
         training_images: in the training set.
         validation_images: held out.
@@ -85,7 +85,7 @@ class Tracker:
         self.path, self.samples = output_dir / "metrics.jsonl", output_dir / "samples"
         self.main = accelerator.is_main_process
         self.step, self._mark = first_step, (first_step, time.monotonic())
-        self._rate: float | None = None  # images per second, as measured last
+        self._rate: float | None = None  # last measured images per second
         if self.main:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._cut(first_step)
@@ -107,14 +107,14 @@ class Tracker:
         for line in self.path.read_text().splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # the last line of a killed run
+            except json.JSONDecodeError:  # the incomplete last line of a killed run
                 continue
             if record["stage"] != self.stage or record["step"] <= first_step:
                 keep.append(line + "\n")
         write_whole(self.path, "".join(keep))
 
     def _note_machine(self, path: Path, training_images: int, validation_images: int) -> None:
-        """Write what the stage runs on to run.json, for the model card."""
+        """Write hardware, versions and numbers of images to run.json, for the model card."""
         noted = json.loads(path.read_text()) if path.exists() else {}
         device = self.accelerator.device
         noted[self.stage] = {key: value for key, value in noted.get(self.stage, {}).items() if key == "tracker_run"} | {
@@ -130,7 +130,7 @@ class Tracker:
         write_json(path, noted)
 
     def _start_trackers(self, config: RunConfig, first_step: int) -> None:
-        """Start the tracker of choice, or go on with its run where the stage goes on."""
+        """Start the tracker, or continue its run when the stage is resumed."""
         path = self.path.parent / "run.json"
         noted = json.loads(path.read_text())
         mine = noted[self.stage]
@@ -139,12 +139,12 @@ class Tracker:
         write_json(path, noted)
         name = f"{self.path.parent.resolve().name}-{self.stage}"
         settings = {
-            # what was logged after the checkpoint that the run goes on from is hidden, and logged anew
+            # hides what was logged after the checkpoint; it is logged again
             "tensorboard": {"purge_step": first_step + 1},
             "wandb": {"name": name, "id": mine["tracker_run"], "resume": "allow", "dir": str(self.path.parent)},
             "trackio": {"name": f"{name}-{mine['tracker_run']}", "resume": "allow"},
         }
-        # TensorBoard's hyper-parameters are numbers and strings
+        # TensorBoard's hyperparameters must be numbers or strings
         plain = {
             key: value if isinstance(value, (int, float, str)) else str(value)
             for key, value in dataclasses.asdict(config).items()
@@ -153,12 +153,12 @@ class Tracker:
         self.accelerator.init_trackers(project, config=plain, init_kwargs=settings)
 
     def histogram(self, **values: torch.Tensor) -> None:
-        """Record how values (any shape) are spread: 64 bins in metrics.jsonl, and the tracker's own histogram."""
+        """Record histograms of values of any shape: 64 bins in metrics.jsonl, and the tracker's own histogram."""
         if not self.main:
             return
         spread = {}
         for name, tensor in values.items():
-            # double: 64 bins have to fit between values that hardly differ
+            # double: nearly equal values still need 64 different bin edges
             flat = tensor.detach().flatten().cpu().double().numpy()
             flat = flat[np.isfinite(flat)]
             if not len(flat):
@@ -181,14 +181,14 @@ class Tracker:
             file.write(json.dumps(record | metrics) + "\n")
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """Count one optimizer step."""
         self.step += 1
         self.bar.update(1)
 
     def log(self, **metrics: float) -> None:
-        """Record metrics at the current step, with the images seen per second since the last call with a loss.
+        """Record metrics at the current step, with images per second since the last call with a loss.
 
-        A value that is not finite is left out: JSON has no word for it.
+        Values that are not finite are left out, because JSON cannot represent them.
         """
         if not self.main:
             return
@@ -206,12 +206,12 @@ class Tracker:
         self.accelerator.log({f"{self.stage}/{key}": value for key, value in metrics.items()}, step=self.step)
 
     def say(self, sentence: str) -> None:
-        """A line above the bar, from the main process."""
+        """Print a line above the bar, from the main process."""
         if self.main:
             self.bar.write(f"{self.stage} step {self.step}: {sentence}")
 
     def pause(self) -> None:
-        """Restart the clock of images per second: what went before was not training."""
+        """Restart the measurement of images per second, after time that was not spent on training."""
         self._mark = (self.step, time.monotonic())
 
     def image(self, picture: Image.Image) -> Path:
@@ -225,14 +225,14 @@ class Tracker:
 
                 tracker.log({self.stage: trackio.Image(picture)}, step=self.step)
             else:
-                # TensorBoard wants a stack of arrays, Weights & Biases a list of pictures
+                # TensorBoard takes a stack of arrays, Weights & Biases a list of pictures
                 value = pixels[None] if tracker.name == "tensorboard" else [picture]
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({self.stage: value}, step=self.step, **options)
         return path
 
     def finish(self) -> None:
-        """Note that the stage is done, its exports included."""
+        """Note in run.json that the stage is done and exported."""
         if self.main:
             path = self.path.parent / "run.json"
             noted = json.loads(path.read_text())
@@ -240,8 +240,8 @@ class Tracker:
             write_json(path, noted)
 
     def close(self) -> None:
-        """Finish bar and tracker."""
+        """Close the bar and the trackers."""
         self.bar.close()
         if self.main:
-            for tracker in self.accelerator.trackers:  # not end_training, which also ends the process group
+            for tracker in self.accelerator.trackers:  # not end_training, which also destroys the process group
                 tracker.finish()

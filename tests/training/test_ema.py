@@ -144,7 +144,7 @@ def test_a_snapshot_knows_when_its_average_was_last_updated(tmp_path):
 def test_snapshots_that_cannot_be_written_or_read_get_a_sentence(tmp_path):
     ema = PowerEMA(torch.nn.Linear(40, 40), [0.1, 0.05])
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Could not write the average .*start again with the same command"):
+    with pytest.raises(UserError, match="Could not write the average .*run the same command again"):
         ema.save_snapshots(tmp_path / "file", 4)
     ema.save_snapshots(tmp_path, 4)
     path = tmp_path / "ema-00000004-0.05.safetensors"

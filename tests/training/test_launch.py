@@ -63,7 +63,7 @@ def test_errors_of_storage_become_a_sentence_and_others_do_not(error, storage, c
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit if storage else type(error)):
         launch.run(fail)
-    assert ("start again with the same command" in capsys.readouterr().err) is storage
+    assert ("run the same command again" in capsys.readouterr().err) is storage
 
 
 def test_ctrl_c_ends_a_script_with_a_sentence(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""latent_ddpm.training.sharding: runs whose weights are cut over processes are the runs that they are without."""
+"""Sharding: a run with sharded weights gives the same result as one without."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Trackers: the same names for the same curves, and a resumed run goes on in the one it began."""
+"""Trackers: the same names for the same curves, and a resumed run continues its tracker's run."""
 
 import json
 import os
