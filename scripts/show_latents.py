@@ -6,9 +6,9 @@
 Takes <output_dir>/autoencoder, or --autoencoder DIR (any stock VQModel or AutoencoderKL), and held-out images of the
 run's dataset. Draws three rows: the images, their reconstructions, and their latents as colours. A latent position has
 `latent_channels` numbers, a pixel three: red, green and blue are the first three principal components of the latents,
-each from -2 to 2 standard deviations. A component that does not vary stays grey. Latents are enlarged to the size of
-the image, so a square of one colour is one latent position. The values are those before quantization, as stage 2 sees
-them.
+from -2 to 2 standard deviations of the first. A component that hardly varies changes no colour. Latents are enlarged to
+the size of the image, so a square of one colour is one latent position. The values are those before quantization, as
+stage 2 sees them.
 
 Prints the shapes and the share of the latents' variance that each component has, and the picture's name (--output FILE;
 by default <output_dir>/latents.png). Takes the keys of train_unet.py.
@@ -42,8 +42,9 @@ def latents_as_rgb(latents: torch.Tensor, shown: int) -> tuple[torch.Tensor, tor
         shown: how many, from the first on, are returned as colours.
 
     Returns:
-        float32 (shown, 3, h, w) in [-1, 1], 0 for a component that does not vary or, with D below 3, is not there; and
-        the share of the variance of each of the D components, float64 (D,), descending (0 where nothing varies).
+        float32 (shown, 3, h, w) in [-1, 1], on one scale for all components; 0 for one that does not vary or, with D
+        below 3, is not there. And the share of the variance of each of the D components, float64 (D,), descending (all
+        0 where nothing varies).
     """
     vectors = latents.double().movedim(1, -1)  # (N, h, w, D)
     centred = vectors - vectors.mean(dim=(0, 1, 2))
@@ -53,10 +54,7 @@ def latents_as_rgb(latents: torch.Tensor, shown: int) -> tuple[torch.Tensor, tor
     # an eigenvector's sign is arbitrary: its largest entry is positive here, so that a picture can be repeated
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
     directions = directions * largest.sign()
-    components = centred[:shown] @ directions[:, :3]  # (shown, h, w, min(D, 3))
-    deviations = variances[:3].sqrt()
-    alive = deviations > 1e-4 * deviations[0].clamp_min(1e-12)
-    scaled = torch.where(alive, components / deviations.clamp_min(1e-12) / SHOWN_DEVIATIONS, 0.0)
+    scaled = centred[:shown] @ directions[:, :3] / (SHOWN_DEVIATIONS * variances[0].sqrt()).clamp_min(1e-12)
     rgb = torch.zeros(*scaled.shape[:3], 3)
     rgb[..., : scaled.shape[-1]] = scaled.clamp(-1, 1).float()
     return rgb.movedim(-1, 1), variances / variances.sum().clamp_min(1e-12)

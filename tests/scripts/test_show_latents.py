@@ -20,6 +20,7 @@ def test_colours_are_the_principal_components():
     rgb, shares = script.latents_as_rgb(torch.einsum("ij,njhw->nihw", rotation, known) + 7.0, shown=5)
     assert rgb.shape == (5, 3, 4, 4) and rgb.abs().max() <= 1
     assert shares.tolist() == pytest.approx([16 / 21.25, 4 / 21.25, 1 / 21.25, 0.25 / 21.25], abs=0.03)
+    assert (rgb.std(dim=(0, 2, 3)).diff() < 0).all()  # one scale for all
     for component in range(3):
         pair = torch.stack((rgb[:, component].flatten(), known[:5, component].flatten()))
         assert pair.corrcoef()[0, 1].abs() > 0.9  # clamped at two deviations
