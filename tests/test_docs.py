@@ -26,6 +26,7 @@ STAGES = {"train_autoencoder.py": AutoencoderConfig, "train_unet.py": UNetConfig
 FOLDERS = "scripts|benchmarks|configs|latent_ddpm|tests|docs|notebooks"
 # A record of what was run keeps the flags of its time.
 FORMER_FLAGS = {("docs/results/cifar10/cifar10.md", "--ema_decay")}
+OF_OTHERS = {"train_unconditional.py", "--use_ema"}  # of diffusers' examples, with which the README compares
 OF_LAUNCHERS = {"num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "multi_gpu"}
 OF_LAUNCHERS |= {"config_file", "quiet", "cpu", "nproc_per_node", "dynamo_backend", "requeue", "kill-on-bad-exit"}
 
@@ -154,13 +155,14 @@ def missing_files(text, page):
         for match in of_repository.finditer(code):
             name = match[0].rstrip(".,")
             after = code[match.end() : match.end() + 1]
-            if "/" not in name and (not name.startswith("train_") or name in repository_files()):
+            if name in OF_OTHERS or ("/" not in name and not name.startswith("train_")):
                 continue  # a file's name without its folder, as in a list of a folder's files
             if is_placeholder(name) or after in ("<", "$"):
                 continue
             for path in expanded(name):
                 known = {path, path + "/"} & repository_files()
-                if not known and not fnmatch.filter(repository_files(), path):
+                pattern = path + "*" if path.endswith("-") else path  # the beginning of several names
+                if not known and not fnmatch.filter(repository_files(), pattern):
                     yield f"{path}: there is no such file"
         for path in re.findall(r"^\.\./[\w./-]+\.md$", code):
             if not (page.parent / path).exists():
@@ -309,9 +311,8 @@ def wrong_code(text, page):
             for words in commands(span):
                 yield from wrong_command(words)
         elif re.match(r"--\w", span):
-            flag = re.match(r"--[\w-]+", span)[0]
-            if flag not in every_flag():
-                yield f"{flag}: no script knows it"
+            flags = re.findall(r"(?:^|\s)(--[\w-]+)", span)
+            yield from (f"{flag}: no script knows it" for flag in flags if flag not in every_flag() | OF_OTHERS)
 
 
 @functools.cache
@@ -384,6 +385,7 @@ def test_links(text, problem):
         ("`docs/results/quickstart/mnist-*.json`, `docs/results/quickstart/mnist-{samples,reconstructions}.png`", None),
         ("`docs/results/quickstart/mnist-{samples,none}.png`", "mnist-none.png"),
         ("`docs/results/quickstart/none-*.json`", "none-*.json"),
+        ("`docs/results/quickstart/mnist-` and `docs/results/quickstart/none-`", "none-"),
         ("`latent_ddpm/models/vqvae.py`", "latent_ddpm/models/vqvae.py"),
         ("`tests/test_none.py`", "tests/test_none.py"),
         ("    python scripts/none.py outputs/x", "scripts/none.py"),
@@ -424,6 +426,7 @@ def test_files(text, problem):
         ("    pip install -e '.[evaluation,none]'", "[none]"),
         ("`--push_to_hub true` and `accelerate launch --quiet`", None),
         ("`--push_to_hug true`", "--push_to_hug"),
+        ("`--seed 1 --push_to_hug true`", "--push_to_hug"),
         ("`python train_unet.py --hepl`", "--hepl"),
     ],
 )
