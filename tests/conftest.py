@@ -44,6 +44,16 @@ STAGE_2 = {
 }
 
 
+# These files take minutes each. They start first, so that the two workers of `make test` end at about the same time.
+LONG = ("test_reliability.py", "test_end_to_end.py", "test_hub.py", "test_benchmarks.py", "test_conditions.py")
+LONG += ("test_sharding.py", "test_captions.py", "test_evaluate_pipeline.py", "test_export.py", "test_streaming.py")
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 def command(script, output_dir, processes=None, dynamo="no", **flags):
     """The words that run a training script: plainly, or by accelerate when `processes` is given."""
     stage = STAGE_1 if script == "train_autoencoder.py" else STAGE_2

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_same_tensors, checkpoint_tensors, command, environment, finished, launch, losses
 from hub_server import TOKEN, USER, Drop, HubServer, Slow, Status
+from huggingface_hub import ModelCard
 
 from latent_ddpm.training.metrics import is_best
 
@@ -143,6 +144,18 @@ def test_nothing_private_and_no_pickle_is_published_or_kept(published, photos):
             assert path.suffix not in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
+def test_without_an_evaluation_the_card_has_the_figures_of_training(published):
+    """What scripts/evaluate.py has not measured, the last validation has."""
+    hub, _, output_dir, _ = published
+    card = ModelCard(hub.content(NAME, "README.md").decode())
+    (result,) = card.data.eval_results
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert result.metric_value == [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
+    held_out = json.loads((output_dir / "run.json").read_text())["unet"]["validation_images"]
+    assert f"{held_out} held-out images, measured in training" in result.metric_name
+    assert result.dataset_split == "held-out" and held_out > 0
+
+
 def test_the_owners_edits_survive_and_the_run_is_published_again(published, tmp_path):
     hub, home, output_dir, _ = published
     card = hub.content(NAME, "README.md").decode()
@@ -210,6 +223,8 @@ def test_stage_1_alone(hub, stage_1, tmp_path):
     assert repo.private and "vqvae/config.json" in repo.files and "model_index.json" not in repo.files
     card = hub.content(NAME, "README.md").decode()
     assert 'VQModel.from_pretrained("tester/tiny", subfolder="vqvae")' in card
+    kinds = {result.metric_type for result in ModelCard(card).data.eval_results}
+    assert kinds == {"psnr", "ssim", "codebook_usage", "perplexity"}
     config = hub.content(NAME, "train_autoencoder.yaml").decode()
     assert "train_data_dir: IMAGES" in config and "output_dir: RUN" in config
 
