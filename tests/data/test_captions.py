@@ -406,7 +406,7 @@ def test_what_is_published_has_the_encoder_and_a_card_whose_code_runs(trained, t
     assert (tmp_path / "laid" / "text_encoder" / "model.safetensors").exists()
     card = ModelCard.load(tmp_path / "laid" / "README.md")
     assert card.data.pipeline_tag == "text-to-image" and "The classes are bird, fish" in card.text
-    assert "there is no\nconditioning but on class and text" in card.text
+    assert "It is conditioned on class and text only" in card.text
     assert str(tmp_path) not in card.content and str(output_dir) not in card.content
     code = re.search("```python\n(.*?)```", card.text, re.DOTALL)[1]
     assert "guidance_scale=2" in code
