@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all: written aside, under a name with the writer's process number, then renamed."""
+"""Atomic writes: a file or folder is written under a name with the process id, then renamed."""
 
 import contextlib
 import json
@@ -16,12 +16,12 @@ _ASIDE = re.compile(r".*\.(\d+)\.(tmp|new|old)")
 
 
 def aside_name(path: Path) -> Path:
-    """Where this process writes what will be `path`."""
+    """The temporary name under which this process writes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file's or a folder's entry to the disk."""
+    """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -30,10 +30,10 @@ def fsync_path(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file so that a crash, of the machine too, leaves the old one or the new one.
+    """Write a file atomically: a crash, even of the machine, leaves the old or the new one.
 
     Raises:
-        OSError: it could not be written; the old one, if any, is untouched.
+        OSError: it could not be written; an old file is untouched.
     """
     aside = aside_name(path)
     try:
@@ -50,13 +50,13 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file as `write_whole` does; missing folders are made."""
+    """Write a JSON file like `write_whole`; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are no more left half-written in a folder (not below it)."""
+    """Remove half-written files of processes that no longer run from a folder (not from its subfolders)."""
     for path in folder.iterdir() if folder.is_dir() else ():
         found = _ASIDE.fullmatch(path.name)
         if found and not psutil.pid_exists(int(found[1])):
@@ -64,25 +64,25 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike) -> None:
-    """Writes a PNG that exists whole or not at all: aside first, then renamed. Missing parents are made.
+    """Write a PNG atomically; missing folders are created.
 
     Args:
-        image: any PIL image of a mode that PNG holds.
-        path: the file to write, replaced when it exists.
+        image: any PIL image in a mode that PNG supports.
+        path: the file; an existing one is replaced.
 
     Raises:
-        OSError: the folder can not be made or written; no partial file is left behind.
+        OSError: the folder cannot be created or written; no partial file remains.
     """
     _save_whole(image, Path(path), format="PNG")
 
 
 def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, milliseconds: int = 100) -> None:
-    """Writes frames that repeat for ever, as `save_png` writes: lossless WebP, or GIF (256 colours a frame).
+    """Write an endless animation atomically: lossless WebP, or GIF (256 colours per frame).
 
     Args:
-        frames: at least one, of one size, of mode L or RGB. Equal neighbours may be stored as one longer frame.
+        frames: at least one, of one size, of mode L or RGB. Equal neighbours may be merged into one longer frame.
         path: ends in .webp or .gif.
-        milliseconds: how long each frame stands.
+        milliseconds: duration of a frame.
 
     Raises:
         ValueError: another ending.
@@ -106,12 +106,12 @@ def _save_whole(image: Image.Image, path: Path, **options: Any) -> None:
 
 
 def folder_name(recipe: str) -> str:
-    """A folder's name for a recipe of a benchmark and its keys: "ours --optimizer muon" -> "ours-optimizer-muon"."""
+    """A folder name for a benchmark's recipe and its keys: "ours --optimizer muon" -> "ours-optimizer-muon"."""
     return re.sub(r"[^\w.=-]+", "-", recipe.replace("--", "")).strip("-")
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder aside, then put it in the place of `folder`."""
+    """Replace a folder atomically: `write` fills a new one, which is then renamed to `folder`."""
     aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -1,9 +1,9 @@
-"""Randomness as a function: every draw follows from (seed, stream, example number) alone.
+"""Counter-based random numbers: every draw is a function of (seed, stream, example number).
 
-A counter-based generator has no history, so a run resumes at any step without replaying what came before,
-and any number of processes draws the same numbers for the same examples. The generator is Philox4x32-10
+The generator has no state, so a run resumes at any step without replaying earlier draws, and any number of
+processes draws the same numbers for the same examples. It is Philox4x32-10
 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), written in int64 tensor operations
-so that a whole batch is drawn at once on whatever device holds it.
+so that a whole batch is drawn at once on its device.
 """
 
 import enum
@@ -23,7 +23,7 @@ Word = TypeVar("Word", torch.Tensor, int)
 
 
 class Stream(enum.IntEnum):
-    """What a draw is for. Two streams never share a counter, so their draws are independent."""
+    """The purpose of a draw. Two streams never share a counter, so their draws are independent."""
 
     CROP = 1
     FLIP = 2
@@ -56,9 +56,9 @@ def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
 
 
 def _rounds(c0: Word, c1: Word, c2: Word, c3: Word, k0: int, k1: int) -> tuple[Word, Word, Word, Word]:
-    """The rounds on a counter's words: tensors, or Python integers, which of one counter are made far sooner."""
+    """The rounds on a counter's words: tensors, or Python integers, which are much faster for a single counter."""
     for _ in range(10):
-        # int64 products wrap modulo 2**64; the mask undoes the sign that the arithmetic shift drags in.
+        # int64 products wrap modulo 2**64; the mask removes the sign bits of the arithmetic shift.
         p0, p1 = c0 * _M0, c2 * _M1
         hi0, lo0 = (p0 >> 32) & _MASK, p0 & _MASK
         hi1, lo1 = (p1 >> 32) & _MASK, p1 & _MASK

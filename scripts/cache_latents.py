@@ -1,4 +1,4 @@
-"""Encode a run's training set into its caches (latents, conditioning images, captions), without training on it.
+"""Encode a run's training set into its caches (latents, conditioning images, captions) without training.
 
     accelerate launch scripts/cache_latents.py --config configs/mnist.yaml
 

@@ -1,49 +1,58 @@
-"""Measure what a run has made.
+"""Measure an autoencoder, a pipeline, or a pipeline of digits.
 
     python scripts/evaluate.py autoencoder --config configs/mnist.yaml
-        <output_dir>/autoencoder on the whole validation split: PSNR, SSIM, rFD (Frechet distance of reconstructions
-        to originals, with --feature_extractor efficientnet-lite0, inception or dinov2), LPIPS (with --lpips_net),
-        images/s, peak memory; of a VQModel also codebook usage, perplexity, bits per pixel, and the deviations of the
-        codes along the main directions of their table (a channel that died has one near 0); and a figure beside the
-        JSON file.
-        Takes the keys of train_unet.py; --autoencoder DIR measures another one.
-
     python scripts/evaluate.py pipeline --config configs/mnist.yaml --num_images 5000 \\
-            --schedulers ddim dpmsolver++ --steps 10 20 50
-        <output_dir>/pipeline, or --pipeline DIR, against as many images of the training split (all of it where it has
-        fewer): Frechet distance, KID, precision, recall, density and coverage in the features of --feature_extractor
-        (by default efficientnet-lite0), images/s, and how near samples are to training images: the median distance to
-        the nearest one, beside the same of held-out images. A model that knows its training set by heart has samples
-        much nearer than held-out images are. Also --seed and --batch_size; takes the keys of train_unet.py. By default
-        the pipeline's own scheduler, and num_inference_steps. Every scheduler is measured with every number of steps.
-        Beside the JSON file: -samples.png (a row per setting, the same noise in each column, under their conditioning
-        images if there are any), -neighbours.png
-        (samples of the setting with the lowest Frechet distance and their nearest training images) and, of several
-        settings, the figure of their Frechet distances.
-        With `accelerate launch` in place of `python`, processes share the drawing; the samples are the same. On a CPU a
-        process draws with one thread, so launch as many as there are cores. Features of real images are kept in
-        --feature_cache, by default <output_dir>/cache/features; --max_real_images N takes N of the training images, in
-        place of all, which on a CPU can take an hour. --reconstructions also measures what the autoencoder makes of the
-        compared images: where samples are near to that, it is the autoencoder that has to become better. Mirrored
-        training images are not searched: a mirrored copy has nearly the same features.
-
-        A pipeline with conditions draws with those of the compared training images. Where it has classes, or is told
-        them in words, a linear classifier trained on the training images' features says how often a sample is what was
-        asked for (class_agreement; held_out_class_agreement is the same of held-out images). --guidance_scales measures
-        several, --guidance_interval LOW HIGH and --guidance_pipeline DIR are those of scripts/sample.py;
-        --caption_templates '["picture of a {}"]' asks in other words than the training's. Where the conditioning images
-        are the images themselves, so that the pipeline enlarges them, conditioning_psnr is that of the samples, made as
-        small again, to what was asked for (the consistency of arXiv 2104.07636, in dB); of the reconstructions too.
-
+        --schedulers ddim dpmsolver++ --steps 10 20 50
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 20
-        Samples of a pipeline of digits, judged by a small classifier trained on the embedded digits. One with classes
-        is asked for all in turn, and class_agreement says how often the classifier sees the class that was asked for;
-        one with silhouettes is given those of digits (of the classes asked for, if it has both) that the classifier of
-        real digits was not trained on, and iou is the mean intersection over union with them; one with text is asked in
-        the words of --prompts in turn, {} being the digit's name. --guidance_scale. Beside the JSON file
-        -samples.png: the first samples, silhouettes above theirs.
 
-Prints the figures and writes them as JSON (--json FILE; by default evaluation-<what>.json in the run's folder).
+Each prints its figures and writes them as JSON: to --json FILE, or to evaluation-<what>.json in the run's folder.
+
+autoencoder
+    Measures <output_dir>/autoencoder, or --autoencoder DIR, on the whole validation split. It takes the keys of
+    train_unet.py.
+    - PSNR, SSIM, images/s, peak memory. LPIPS with --lpips_net.
+    - rFD: the Frechet distance between reconstructions and originals, with --feature_extractor efficientnet-lite0,
+      inception or dinov2.
+    - For a VQModel also codebook usage, perplexity, bits per pixel, and the standard deviations of the codes along the
+      principal directions of their table. A direction near 0 carries nothing.
+    Writes a figure beside the JSON.
+
+pipeline
+    Compares samples of <output_dir>/pipeline, or of --pipeline DIR, with as many training images (with all of them if
+    there are fewer). It takes the keys of train_unet.py, and --num_images, --seed, --batch_size.
+    - Frechet distance, KID, precision, recall, density and coverage in the features of --feature_extractor (by default
+      efficientnet-lite0), and images/s.
+    - The median distance from a sample to its nearest training image, and the same for held-out images. If a model has
+      memorized its training set, its samples are much nearer than held-out images are.
+    - --schedulers and --steps: every scheduler is measured with every number of steps. The default is the pipeline's
+      own scheduler with num_inference_steps.
+    - --reconstructions also measures reconstructions of the training images. If samples come close to that figure, the
+      autoencoder is the limit.
+    - --max_real_images N uses N training images instead of all. On a CPU, all of them can take an hour. Their features
+      are cached in --feature_cache, by default <output_dir>/cache/features. Mirrored training images are not used,
+      because their features hardly differ.
+    Writes beside the JSON: -samples.png (a row per setting; a column shares its noise; conditioning images on top),
+    -neighbours.png (samples of the best setting and their nearest training images) and, for several settings, a figure
+    of their Frechet distances.
+    With `accelerate launch` instead of `python`, the processes share the work and draw the same samples. On a CPU each
+    process uses one thread, so start one process per core.
+
+    A conditional pipeline gets the conditions of the training images that it is compared with.
+    - class_agreement: how often a linear classifier, trained on features of the training images, sees the class that
+      was asked for. held_out_class_agreement is the same for held-out images.
+    - --guidance_scales measures several scales. --guidance_interval LOW HIGH and --guidance_pipeline DIR are those of
+      scripts/sample.py. --caption_templates '["picture of a {}"]' replaces the wordings of training.
+    - conditioning_psnr, for super-resolution: PSNR in dB between the small input and the sample, downscaled again (the
+      consistency of arXiv 2104.07636); also for reconstructions.
+
+digits
+    Draws digits and judges them with a small classifier trained on the embedded digits.
+    - A model with classes is asked for all of them in turn. class_agreement: how often the classifier sees that class.
+    - A model with silhouettes gets those of digits that the classifier was not trained on. iou: mean intersection over
+      union of silhouette and sample.
+    - A model with text gets the --prompts in turn; {} stands for the name of the digit.
+    - --guidance_scale sets the guidance.
+    Writes -samples.png beside the JSON: the first samples, under their silhouettes.
 """
 
 import argparse
@@ -133,7 +142,7 @@ def name_of(device: torch.device) -> str:
 
 
 def images_per_second(function: Callable[[], object], images: int, device: torch.device) -> float:
-    """Median over 5 calls, after one that warms up."""
+    """Median over 5 calls, after a warm-up call."""
     seconds = []
     for _ in range(6):
         begun = time.perf_counter()
@@ -145,7 +154,7 @@ def images_per_second(function: Callable[[], object], images: int, device: torch
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: of the card since the process began, or else the largest resident size of the process."""
+    """Peak memory in GiB: of the GPU since the process started, or else the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     if sys.platform == "win32":
@@ -158,7 +167,7 @@ def peak_memory(device: torch.device) -> float:
 def draw_autoencoder(
     path: Path, counts: torch.Tensor, errors: torch.Tensor, originals: torch.Tensor, made: torch.Tensor
 ) -> None:
-    """Usage of the codes (K,), if any, most used first; the best and worst reconstructions under their originals."""
+    """A figure: sorted uses of the codes (K,), if any; the best and worst reconstructions under the originals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -256,7 +265,7 @@ SHOWN_NEIGHBOURS = 6  # of each of twice as many samples
 
 @dataclasses.dataclass
 class Reals:
-    """The real images, as features.
+    """Features of the real images.
 
     Attributes:
         images: the training images.
@@ -324,7 +333,7 @@ def read_reals(
 def measure_reconstructions(
     pipe: LatentDDPMPipeline, reals: Reals, network: torch.nn.Module, device: torch.device, enlarges: bool
 ) -> dict[str, float]:
-    """The compared training images, through the autoencoder and back, against themselves: what no sample can beat.
+    """Measure reconstructions of the compared training images: a limit for the samples.
 
     Args:
         enlarges: whether the pipeline is one that is given small images.
@@ -341,12 +350,12 @@ def measure_reconstructions(
 
 
 def psnr_when_small(samples: torch.Tensor, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """PSNR in dB of samples (N, C, H, W) in [-1, 1] to images, both averaged to `size`: (N,)."""
+    """PSNR in dB between samples (N, C, H, W) in [-1, 1] and images, both downscaled to `size`: (N,)."""
     return psnr(adaptive_avg_pool2d(samples, size), adaptive_avg_pool2d(images, size))
 
 
 def neighbour_figures(distances: torch.Tensor, reals: Reals) -> dict[str, float | None]:
-    """Of samples' distances (N,) to their nearest training images: the median, and that over the held-out images'."""
+    """From the samples' distances (N,) to the nearest training image: the median, and its ratio to held-out images."""
     median, reference = float(distances.median()), reals.held_out_distance
     return {
         "neighbour_distance": median,
@@ -358,7 +367,7 @@ def neighbour_figures(distances: torch.Tensor, reals: Reals) -> dict[str, float 
 def draw_neighbours(
     path: Path, title: str, samples: torch.Tensor, distances: torch.Tensor, found: torch.Tensor, reals: Reals
 ) -> None:
-    """The samples closest to a training image, and the first ones by number: each before its nearest training images.
+    """The samples closest to a training image, and the first samples: each beside its nearest training images.
 
     Args:
         samples: uint8 (N, C, H, W).
@@ -387,7 +396,7 @@ def draw_neighbours(
 
 
 def draw_sweep(path: Path, settings: list[dict]) -> None:
-    """Frechet distances over steps, a line per scheduler."""
+    """A figure: Frechet distances over steps, one line per scheduler."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -421,7 +430,7 @@ def print_table(settings: list[dict]) -> None:
 
 
 def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
-    """The command line of `pipeline`, and what can be refused of it without loading anything."""
+    """The options of `pipeline`, checked as far as possible without loading anything."""
     parser = argparse.ArgumentParser(prog="evaluate.py pipeline", add_help=False, allow_abbrev=False)
     parser.add_argument("--pipeline")
     parser.add_argument("--num_images", type=int, default=5000)
@@ -442,11 +451,11 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     options.steps = options.steps or [config.num_inference_steps]
     for key, least in (("num_images", MIN_IMAGES), ("batch_size", 1), ("seed", 0)):
         if getattr(options, key) < least:
-            raise UserError(f"--{key} is {getattr(options, key)}; it has to be at least {least}.")
+            raise UserError(f"--{key} is {getattr(options, key)}; it must be at least {least}.")
     if options.max_real_images is not None and options.max_real_images < MIN_IMAGES:
-        raise UserError(f"--max_real_images is {options.max_real_images}; it has to be at least {MIN_IMAGES}.")
+        raise UserError(f"--max_real_images is {options.max_real_images}; it must be at least {MIN_IMAGES}.")
     if min(options.steps) < 1:
-        raise UserError(f"--steps is {min(options.steps)}; it has to be at least 1.")
+        raise UserError(f"--steps is {min(options.steps)}; it must be at least 1.")
     for name in options.schedulers:
         find_scheduler(name)
     default = Path(config.output_dir) / "pipeline"
@@ -457,14 +466,18 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
 
 
 def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDPMPipeline, list[tuple]]:
-    """The pipeline, and all (name, scheduler, steps) to measure it with; what does not fit is refused."""
+    """The pipeline, and all (name, scheduler, steps) to measure it with.
+
+    Raises:
+        UserError: they do not fit together.
+    """
     diffusers.utils.logging.disable_progress_bar()  # of loading
     pipe = load_pipeline(options.pipeline)
     pipe.set_progress_bar_config(disable=True)
     wanted = (config.image_channels, config.resolution, config.resolution)
     if image_shape(pipe) != wanted:
         makes, says = ("x".join(map(str, shape)) for shape in (image_shape(pipe), wanted))
-        raise UserError(f"{options.pipeline} makes images of {makes}, the config says {says}.")
+        raise UserError(f"{options.pipeline} draws images of {makes}, but the config has {says}.")
     known = pipe.scheduler.config.num_train_timesteps
     if max(options.steps) > known:
         raise UserError(f"--steps {max(options.steps)} is more than the {known} that the model was trained with.")
@@ -476,7 +489,7 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
             "--guidance_scales and --guidance_interval are for pipelines with conditions or a --guidance_pipeline."
         )
     if options.guidance_pipeline and not options.guidance_scales:
-        raise UserError("--guidance_pipeline needs --guidance_scales, which say how far to go away from it.")
+        raise UserError("--guidance_pipeline needs --guidance_scales, the strength of the guidance away from it.")
     scales = dict.fromkeys(options.guidance_scales or [config.guidance_scale]) if guided else [None]
     settings = [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
     return pipe, [(*setting, scale) for setting in settings for scale in scales]
@@ -489,7 +502,7 @@ def has_conditions(pipe: LatentDDPMPipeline) -> bool:
 def conditions_of(
     config: UNetConfig, pipe: LatentDDPMPipeline, count: int, most: int | None, accelerator: Accelerator
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, bool]:
-    """Of `count` samples the conditions of the training images that they are compared with, in all processes alike.
+    """The conditions of `count` samples: those of the training images that they are compared with.
 
     Returns:
         What the pipeline is given; where that says them (as classes or in words), the images' labels (count,); and
@@ -562,7 +575,7 @@ def linear_classifier(reals: Reals) -> tuple[Callable[[torch.Tensor], torch.Tens
 
 
 def command_of(argv: list[str], accelerator: Accelerator) -> str:
-    """The words that draw and measure the same again."""
+    """The command that measures the same again."""
     launcher = "python"
     if accelerator.num_processes > 1:
         cpu = "--cpu " if accelerator.device.type == "cpu" else ""
@@ -611,7 +624,7 @@ def measure_pipeline(argv: list[str]) -> None:
     shown = 16 if len(sweep) > 1 or sheet else 64
     for name, scheduler, steps, scale in sweep:
         pipe.scheduler = scheduler
-        accelerator.wait_for_everyone()  # or the wait for the first process would count as drawing
+        accelerator.wait_for_everyone()  # otherwise waiting for rank 0 would count as drawing
         begun = time.perf_counter()
         guidance = {} if scale is None else {"guidance_scale": scale}
         samples = draw_shared(
@@ -662,7 +675,7 @@ def measure_pipeline(argv: list[str]) -> None:
 
 
 def embedded(pipe: LatentDDPMPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """The prompts as `LatentDDPMPipeline` takes them when they are many: each different one is encoded once."""
+    """Prompts as embeddings for `LatentDDPMPipeline`; each distinct prompt is encoded once."""
     rows = {prompt: row for row, prompt in enumerate(sorted(set(prompts)))}
     different = list(rows)
     parts = [pipe.encode_prompt(different[start : start + 64]) for start in range(0, len(different), 64)]

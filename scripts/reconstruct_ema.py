@@ -1,4 +1,4 @@
-"""Averages of the U-Net's weights of any length, made after training, and which of them samples best.
+"""Make weight averages (EMA) of any width after training, and find the one that samples best.
 
     python scripts/reconstruct_ema.py --config configs/mnist.yaml --sigma_rels 0.05 0.1 0.15 0.2 --num_images 1000
 
@@ -43,7 +43,9 @@ def export(config: UNetConfig, sigma_rel: float, asked: int | None) -> tuple[Pat
     weights, step = reconstruct(output_dir / "ema", sigma_rel, asked)
     unet = UNet2DModel.from_pretrained(output_dir / "pipeline" / "unet", use_safetensors=True)
     if {name: p.shape for name, p in unet.named_parameters()} != {name: p.shape for name, p in weights.items()}:
-        raise UserError(f"The averages in {output_dir / 'ema'} are of another network than {output_dir / 'pipeline'}.")
+        raise UserError(
+            f"The averages in {output_dir / 'ema'} belong to another network than {output_dir / 'pipeline'}."
+        )
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             parameter.copy_(weights[name])
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> int:
     config = parse_config(UNetConfig, rest)
     for width in options.sigma_rels:
         if not 0 < width <= MAX_SIGMA_REL:
-            raise UserError(f"--sigma_rels has {width:g}; a width is above 0 and at most {MAX_SIGMA_REL}.")
+            raise UserError(f"--sigma_rels has {width:g}; a width must be above 0 and at most {MAX_SIGMA_REL}.")
     if options.check is not None:
         error = reconstruction_error(Path(config.output_dir) / "ema", options.check)
         print(f"width {options.check:g}: relative error of the reconstruction {error:.2e}")

@@ -1,6 +1,6 @@
-"""Draws images from a pipeline: a folder that training exported, or a repository on the Hub.
+"""Draw images from a pipeline: a folder that training exported, or a repository on the Hub.
 
-    python scripts/sample.py runs/mnist/pipeline --num_images 64 --output_dir samples/mnist
+    python scripts/sample.py outputs/mnist/pipeline --num_images 64 --output_dir samples/mnist
     python scripts/sample.py you/mnist-ldm --scheduler dpmsolver++ --num_inference_steps 15 --seed 1
     python scripts/sample.py you/mnist-ldm --num_images 4 --interpolate 8 --film_strip
     python scripts/sample.py you/mnist-ldm --num_images 9 --image digit.png --strength 0.6
@@ -9,27 +9,25 @@
     python scripts/sample.py you/mnist-text --num_images 8 --prompt "a seven" "a handwritten two"
     accelerate launch --num_processes 8 scripts/sample.py you/mnist-ldm --num_images 50000
 
-Writes `grid.png` (of the first 64 images), `00000.png`, `00001.png`, ... and `samples.json`, which records every
-setting; images of an earlier call into the same folder are removed. Image number i follows from (seed, i) alone, so
-neither --batch_size nor --num_images changes it (but for rounding, where a batch is of another size), and the files are
-the same on any number of processes.
+Writes `grid.png` (the first 64 images), `00000.png`, `00001.png`, ... and `samples.json`, which records every setting.
+Images of an earlier call in the same folder are removed. Image number i depends on (seed, i) alone, so the files are
+the same on any number of processes and with any --num_images. Another --batch_size changes at most the last bits.
 
---interpolate N adds `interpolation.png`, a row for each pair of neighbours 0-1, 1-2, ... with N images from the one to
-the other, and `interpolation.webp`, the walk through all of them. All images of a pair but the last take the first
-one's conditions, and its noise of a scheduler that draws some itself. --film_strip adds `film_strip.png`, a row for
-each of the first 8 images with what the model predicts after each step, and `film_strip.webp`.
+--interpolate N writes `interpolation.png`, one row of N images for each pair of neighbours 0-1, 1-2, ..., and
+`interpolation.webp`, an animation of all rows. All images of a row but the last use the conditions of the first one,
+and its noise where the scheduler draws noise. --film_strip writes `film_strip.png`, one row for each of the first 8
+images with the prediction after each step, and `film_strip.webp`.
 
---image is cropped to a square at its centre and resized, as in training; it stands first in the grid. What is white
-in --mask is painted anew; the other pixels stay as they are.
+--image is cropped to a square at its centre and resized, as in training. It is the first image of the grid. With
+--mask, only what is white in the mask is drawn anew; the other pixels stay.
 
-Of a model with conditions, images take the --class_labels (numbers or names), the --prompt and the
---conditioning_image files in turn, by their numbers. --guidance_scale 2, or conditioning_image=1.5 class_labels=3, goes
-towards them; --guidance_interval limits that to a range of noise (arXiv 2404.07724). With --guidance_pipeline, an
-earlier or smaller model, which scripts/reconstruct_ema.py can make, it goes away from that one (arXiv 2406.02507), also
-of a model without conditions.
+With a conditional model, the images use the --class_labels (numbers or names), the --prompt texts and the
+--conditioning_image files in turn. --guidance_scale 2, or conditioning_image=1.5 class_labels=3, strengthens them;
+--guidance_interval limits guidance to a range of noise levels (arXiv 2404.07724). --guidance_pipeline guides away from
+a weaker model, such as an earlier or smaller one (arXiv 2406.02507; scripts/reconstruct_ema.py makes one). This also
+works without conditions.
 
-On a CPU each process computes with one thread, or the last bits would depend on their number: start as many
-processes as there are cores.
+On a CPU each process uses one thread, because the number of threads changes the last bits. Start one process per core.
 """
 
 import argparse
@@ -100,24 +98,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images", type=positive, default=64)
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time; changes speed only")
     parser.add_argument("--num_inference_steps", type=positive, default=20)
-    parser.add_argument("--scheduler", help="in place of the pipeline's own: " + ", ".join(SCHEDULERS))
+    parser.add_argument("--scheduler", help="instead of the pipeline's own: " + ", ".join(SCHEDULERS))
     parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 is deterministic, 1 is like DDPM")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image", type=Path, help="begin with this image, noised")
-    parser.add_argument("--strength", type=float, help="how far from --image, up to 1; 0.8, and 1 with --mask")
-    parser.add_argument("--mask", type=Path, help="paint anew only what is white in this image")
-    parser.add_argument("--class_labels", nargs="+", metavar="CLASS", help="of a model with classes")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="of a model with text")
-    parser.add_argument("--conditioning_image", nargs="+", type=Path, metavar="FILE", help="of a model that takes one")
+    parser.add_argument("--image", type=Path, help="start from this image with noise added")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help="how much to change --image, above 0 and at most 1; default 0.8, or 1 with --mask",
+    )
+    parser.add_argument("--mask", type=Path, help="draw anew only what is white in this image")
+    parser.add_argument("--class_labels", nargs="+", metavar="CLASS", help="for a model with classes")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="for a model with text")
+    parser.add_argument(
+        "--conditioning_image", nargs="+", type=Path, metavar="FILE", help="for a model with conditioning images"
+    )
     parser.add_argument("--guidance_scale", nargs="+", type=scale_of, metavar="SCALE",
-                        help="how far towards these, by default 1; or for each: class_labels=3 prompt=2")  # fmt: skip
+                        help="strength of conditions, default 1; or one each: class_labels=3 prompt=2")  # fmt: skip
     add_guidance_arguments(parser)
-    parser.add_argument("--interpolate", type=int, metavar="N", help="N images from each number to the next")
-    parser.add_argument("--film_strip", action="store_true", help="show the predictions on the way")
+    parser.add_argument("--interpolate", type=int, metavar="N", help="N images from each image to the next")
+    parser.add_argument("--film_strip", action="store_true", help="show the prediction after each step")
     parser.add_argument("--animation", choices=("webp", "gif"), default="webp")
     parser.add_argument("--output_dir", type=Path, default=Path("samples"))
     parser.add_argument("--no-individual", action="store_true", help="write the grid only, not one file per image")
-    parser.add_argument("--device", help="such as cpu, cuda, cuda:1, mps; by default the fastest there is")
+    parser.add_argument("--device", help="such as cpu, cuda, cuda:1, mps; by default the fastest available")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
     if args.guidance_scale is not None:
@@ -129,7 +133,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or the fastest there is."""
+    """The device asked for, or the fastest available one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -139,7 +143,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """A slip of the finger is told before anything is loaded.
+    """Check the options before anything is loaded.
 
     Raises:
         UserError: settings that are out of range, or that need another.
@@ -173,7 +177,7 @@ def read_image(flag: str, path: Path, channels: int, side: int) -> torch.Tensor:
 
 
 class Told:
-    """What each image of a model with conditions is told.
+    """The conditions of each image.
 
     Args:
         pipe: the pipeline.
@@ -192,10 +196,10 @@ class Told:
                 raise UserError(f"--{flag}: this model has no such condition")
         if args.guidance_scale is not None:
             if not (args.class_labels or args.prompt or args.conditioning_image or args.guidance_pipeline):
-                raise UserError("--guidance_scale goes towards --class_labels, --prompt or --conditioning_image")
+                raise UserError("--guidance_scale needs --class_labels, --prompt or --conditioning_image")
             if isinstance(args.guidance_scale, dict):
                 if args.guidance_pipeline:
-                    raise UserError("--guidance_scale is one number for all where there is a --guidance_pipeline")
+                    raise UserError("with --guidance_pipeline, --guidance_scale is one number for all conditions")
                 if absent := [name for name in args.guidance_scale if not getattr(args, name)]:
                     raise UserError(f"--guidance_scale is for {absent[0]}, but there is no --{absent[0]}")
             self.shared["guidance_scale"] = args.guidance_scale
@@ -252,7 +256,7 @@ def draw_between(
 
 
 def in_order(own: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
-    """The tensors of all processes, by their numbers."""
+    """The tensors of all processes, ordered by number."""
     return [tensor for _, tensor in sorted(gather_object(own), key=lambda pair: pair[0])]
 
 
@@ -354,7 +358,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def remove_earlier(folder: Path) -> None:
-    """Remove the images of an earlier call, perhaps of another model, and what names them."""
+    """Remove the images of an earlier call, which may come from another model, and their samples.json."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there was none
         files = json.loads((folder / "samples.json").read_text())["files"]
         (folder / "samples.json").unlink()
@@ -363,7 +367,7 @@ def remove_earlier(folder: Path) -> None:
 
 
 def write_record(args: argparse.Namespace, pipe: LatentDDPMPipeline, device: torch.device) -> None:
-    """`samples.json`: every setting, but not the number of processes, which changes nothing."""
+    """`samples.json`: every setting except the number of processes, which changes nothing."""
     record = {
         "pipeline": args.pipeline,
         "num_images": args.num_images,

@@ -17,9 +17,9 @@ class BadImages:
     Any number of processes may append to it.
 
     Args:
-        path: the file, by custom `<output_dir>/bad_images.jsonl`. It is created with the first entry.
-        total: number of images of the run, for the share.
-        max_share: share of bad images up to which the run goes on, in [0, 1].
+        path: the file, usually `<output_dir>/bad_images.jsonl`; created with the first entry.
+        total: number of images of the run.
+        max_share: maximum accepted share of bad images, in [0, 1].
     """
 
     def __init__(self, path: str | os.PathLike, total: int, max_share: float) -> None:
@@ -31,11 +31,11 @@ class BadImages:
         if name in self._known:
             return
         self._known.add(name)
-        # a file's name need not be valid text, what a log is written to may insist on it
-        logger.warning("can not decode %s: %s", name.encode(errors="backslashreplace").decode(), error)
+        # a file name may be invalid Unicode, and a log may not accept it
+        logger.warning("cannot decode %s: %s", name.encode(errors="backslashreplace").decode(), error)
         line = json.dumps({"name": name, "error": error[:500]}) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write to a file opened with O_APPEND: lines of several processes do not mix.
+        # One write with O_APPEND, so lines of several processes do not mix.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line.encode())
@@ -43,7 +43,7 @@ class BadImages:
             os.close(descriptor)
 
     def names(self) -> set[str]:
-        """The names of the bad images that all processes found so far."""
+        """The names of the bad images that all processes have found so far."""
         return set(self._read())
 
     def _read(self) -> dict[str, str]:
@@ -62,6 +62,6 @@ class BadImages:
             return
         first = "; ".join(f"{name} ({error})" for name, error in list(bad.items())[:3])
         raise UserError(
-            f"{len(bad)} of {self.total} images can not be decoded, more than the share of {self.max_share:g} that "
-            f"max_bad_image_share allows. The first: {first}. All of them: {self.path}"
+            f"{len(bad)} of {self.total} images cannot be decoded, more than the share of {self.max_share:g} that "
+            f"max_bad_image_share allows. The first ones: {first}. All: {self.path}"
         )

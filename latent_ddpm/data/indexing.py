@@ -1,9 +1,9 @@
-"""What an index of millions of images is made of, small in memory.
+"""Compact indices of millions of images: names, numbers and digests in little memory.
 
-CompactStrings(folder)       names, one behind the other, in a file when they are many
-AllBut(length, without)      the numbers 0 .. length - 1 but for a few, indexed like the array of them
-narrow(parts, length)        integers in the narrowest type that holds them
-digest(...), RunningDigest   what stands for a collection, computed in parts
+CompactStrings(folder)       names, in a file when there are many
+AllBut(length, without)      the numbers 0 .. length - 1 without a few, indexed like an array
+narrow(parts, length)        integers in the smallest type that holds them
+digest(...), RunningDigest   a hash of a collection, computed in parts
 """
 
 import array
@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-PART = 10_000  # rows that exist as Python's objects at a time
+PART = 10_000  # rows that are Python objects at the same time
 
 
 def in_parts(rows: Iterable) -> Iterator[list]:
@@ -37,12 +37,12 @@ def in_parts(rows: Iterable) -> Iterator[list]:
 
 
 def digest(*parts: Any) -> str:
-    """32 hexadecimal digits that stand for a JSON-able value."""
+    """A hash of a JSON-able value: 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 class RunningDigest:
-    """`digest(*parts, rows)`, given the rows a list at a time."""
+    """`digest(*parts, rows)` with the rows given in lists."""
 
     def __init__(self, *parts: Any) -> None:
         self._found = hashlib.sha256(f"{json.dumps(parts)[:-1]}, [".encode())
@@ -55,14 +55,14 @@ class RunningDigest:
             self._between = ", "
 
     def result(self) -> str:
-        """The digest of what was given so far."""
+        """The digest of the rows so far."""
         found = self._found.copy()
         found.update(b"]]")
         return found.hexdigest()[:32]
 
 
 def digest_of_many(*parts: Any, rows: Any) -> str:
-    """`digest(*parts, rows)` for what gives arrays when it is sliced, without all its numbers as Python's objects."""
+    """`digest(*parts, rows)` for rows that slice to arrays, without making all numbers Python objects."""
     found = RunningDigest(*parts)
     for start in range(0, len(rows), PART):
         found.update(rows[start : start + PART].tolist())
@@ -77,8 +77,8 @@ def digest_of_many(*parts: Any, rows: Any) -> str:
 class AllBut(Sequence):
     """The numbers 0 .. length - 1, ascending, without some of them.
 
-    Indexed by a number, a slice, or an int64 array of numbers in [0, len), like the int64 array of them; as small as
-    what is left out.
+    Indexed by a number, a slice, or an int64 array of numbers in [0, len), like an int64 array. It stores only what is
+    left out.
 
     Args:
         length: int.
@@ -97,12 +97,12 @@ class AllBut(Sequence):
         if isinstance(wanted, slice):
             wanted = np.arange(*wanted.indices(self._length))
         elif np.ndim(wanted) == 0:
-            wanted = range(self._length)[wanted]  # IndexError where there is none
+            wanted = range(self._length)[wanted]  # raises IndexError out of range
         return wanted + np.searchsorted(self._before, wanted, side="right")
 
 
 def narrow(parts: Iterable[np.ndarray], length: int) -> np.ndarray:
-    """Integers (N,) that come in parts, as an array (length,) of int8, int16, int32 or int64: the first to hold them.
+    """Integers (N,), given in parts, as an array (length,) of the smallest type of int8, int16, int32 and int64.
 
     Args:
         parts: arrays of integers that int64 holds, N = `length` in all.
@@ -125,18 +125,17 @@ def narrow(parts: Iterable[np.ndarray], length: int) -> np.ndarray:
 
 
 class CompactStrings(Sequence):
-    """Strings without NUL, such as the names of files, which Linux has as bytes that need not be UTF-8.
+    """Strings without NUL, such as file names, which on Linux are bytes and not always UTF-8.
 
-    Some ten million would be gigabytes of Python's objects. Here they lie one behind the other, in memory as long as
-    they are few, else in a file that has no name and goes with the process. Where no such file can be written, or its
-    disk is full, what is left stays in memory.
+    Ten million Python strings would take gigabytes. Here they are concatenated: in memory while there are few, else in
+    an unnamed temporary file that disappears with the process. If it cannot be written, the rest stays in memory.
 
     Args:
-        folder: for that file, made if it is not there; in its place, if need be, the system's folder for such files.
+        folder: for that file; created if missing. The fallback is the system's temporary folder.
     """
 
     IN_MEMORY = 4 * 2**20  # bytes
-    BLOCK = 64  # strings that are read at a time: what is known of where they lie is an offset for so many
+    BLOCK = 64  # strings per stored offset, which are read together
 
     def __init__(self, folder: str | os.PathLike | None = None) -> None:
         self._folder, self._length, self._written = folder, 0, 0
@@ -159,19 +158,19 @@ class CompactStrings(Sequence):
             try:
                 if self._file is None:
                     self._file = _file_without_name(self._folder)
-                written = self._file.write(self._recent)  # perhaps not all
+                written = self._file.write(self._recent)  # may be incomplete
                 self._written += written
                 del self._recent[:written]
             except OSError:
                 self._cannot_be_written = True
 
     def _read(self, first: int, last: int) -> bytes:
-        """The strings of the blocks first .. last - 1, each with a NUL behind it."""
+        """The strings of the blocks first .. last - 1, each followed by a NUL."""
         ends = itertools.chain(self._starts[last : last + 1], [self._written + len(self._recent)])
         start, end = self._starts[first], next(ends)
         found = b""
         while start + len(found) < min(end, self._written):  # a read may be short
-            # not with a position that processes and threads would share
+            # pread, because processes and threads share the file position
             more = os.pread(self._file.fileno(), min(end, self._written) - start - len(found), start + len(found))
             if not more:
                 raise OSError(errno.EIO, "the file of names ended early")
@@ -211,7 +210,7 @@ def _file_without_name(folder: str | os.PathLike | None) -> IO[bytes]:
 
 
 def give_memory_back() -> None:
-    """What was freed in many small pieces stays with the process, unless the C library is asked (glibc's is)."""
+    """Return freed memory to the system: glibc keeps many small freed blocks until it is asked."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:

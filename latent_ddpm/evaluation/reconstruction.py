@@ -1,4 +1,4 @@
-"""What is measured of an autoencoder: PSNR, SSIM, codebook usage, perplexity."""
+"""Reconstruction metrics of an autoencoder: PSNR, SSIM, codebook usage, perplexity."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,7 +14,7 @@ from latent_ddpm.training.distributed import all_reduce_sum
 def psnr(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of each image: (B, C, H, W) in [-1, 1], clamped -> (B,).
 
-    An exact copy gives 100 dB, so that the mean stays finite.
+    An exact copy counts as 100 dB, so the mean stays finite.
     """
     error = ((reconstruction.clamp(-1, 1) - images) / 2).pow(2).flatten(1).mean(1)
     return -10 * torch.log10(error.clamp_min(1e-10))
@@ -35,14 +35,14 @@ def evaluate_autoencoder(
     device: torch.device,
     with_ssim: bool = False,
 ) -> dict[str, float]:
-    """Measure an autoencoder on this process's share of a dataset; the result is joint over the processes.
+    """Measure an autoencoder on this process's share of a dataset; the result covers all processes.
 
     Args:
         reconstruct: images (B, C, R, R) in [-1, 1] -> reconstruction (same shape) and indices (B, h, w),
             or None where there are no codes.
         batches: dicts with "image", uint8 (B, C, R, R).
         num_codes: size of the codebook; 0 where there is none.
-        device: where `reconstruct` works.
+        device: of `reconstruct`.
         with_ssim: also measure SSIM, on the CPU.
 
     Returns:

@@ -133,7 +133,9 @@ def test_a_caption_that_is_no_text_is_named(tmp_path):
 
 
 def test_an_encoder_is_looked_for_before_the_images(tmp_path, capsys):
-    with pytest.raises(UserError, match="text_encoder embedded:mini is not there; there is embedded:minilm"):
+    with pytest.raises(
+        UserError, match="text_encoder embedded:mini does not exist; the embedded encoder is embedded:minilm"
+    ):
         TextEncoder("embedded:mini", 77)
 
 

@@ -31,7 +31,7 @@ from latent_ddpm.random import Stream, permutation, scattered, uniform
 
 
 def messy_folder(root: Path) -> Path:
-    """Six images, of which three can not be decoded."""
+    """Six images, of which three cannot be decoded."""
     fill(root, ["1.png", "3.png", "5.png"])
     (root / "2.png").write_text("this is not an image")
     (root / "4.jpg").write_bytes(b"")

@@ -124,7 +124,7 @@ def test_damaged_shards_are_noticed_and_encoded_anew(images, tmp_path, damage, f
     elif damage == "one bit":  # of the same length: noticed when it is read
         cache = build(dataset, tmp_path)
         cache.batch(np.array([0, 10, 22]))
-        with pytest.raises(UserError, match=r"latents-00001.npy has changed since it was written \(its row 9\)"):
+        with pytest.raises(UserError, match=r"latents-00001.npy has changed since it was written \(row 9\)"):
             cache.batch(np.arange(23))
         assert not path.exists()
     again = build(dataset, tmp_path)

@@ -329,7 +329,7 @@ def test_what_is_held_open_is_given_back_and_opened_again(tmp_path):
     assert [train.load(3).getpixel((0, 0)), validation.load(1).getpixel((0, 0)), train.name(7)] == before
     train.release()
     parquet_folder(tmp_path / "set", train=table(1, 20))
-    with pytest.raises(UserError, match="the split train of the dataset changed while it was used"):
+    with pytest.raises(UserError, match="the split train of the dataset changed while it was in use"):
         train.load(3)
 
 

@@ -151,7 +151,7 @@ def test_a_tar_file_that_is_cut_short_is_not_taken_for_a_short_one(tmp_path, siz
     pattern = write_tars(tmp_path / "data")
     path = tmp_path / "data" / "train-01.tar"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match="train-01.tar is cut short"):
+    with pytest.raises(UserError, match="train-01.tar is truncated"):
         read(config(tmp_path / "out", pattern))
 
 
@@ -194,7 +194,7 @@ def test_a_stream_that_breaks_at_many_places_is_read_to_its_end(monkeypatch):
     ("flags", "message"),
     [
         ({"image_column": "image"}, "those that hold images: png"),
-        ({"max_bad_image_share": 0.01}, "1 of 19 images can not be decoded"),
+        ({"max_bad_image_share": 0.01}, "1 of 19 images cannot be decoded"),
     ],
 )
 def test_what_cannot_be_used_is_said(tmp_path, flags, message):
@@ -217,7 +217,7 @@ def test_impossible_configs(values, message):
 
 def test_a_dataset_saved_on_this_disk_is_not_streamed(tmp_path):
     datasets.Dataset.from_dict({"label": [0]}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match="streaming: .* is on this disk already"):
+    with pytest.raises(UserError, match="streaming: .* is a local dataset saved by save_to_disk"):
         load_splits(str(tmp_path / "saved"), None, streaming=True)
 
 

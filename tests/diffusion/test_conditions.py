@@ -541,11 +541,14 @@ def test_the_sampling_script_takes_conditions_in_turn(trained, data, tmp_path):
         ([*one, "--guidance_scale", "much"], "much is not a number"),
         ([*one, "--guidance_interval", "0", "1"], "need a --guidance_scale above 1"),
         ([*one, "--guidance_scale", "2", "--guidance_interval", "2", "1"], "0 <= LOW < HIGH is required"),
-        ([*one, "--guidance_scale", "class_labels=2", "--guidance_pipeline", pipeline], "one number for all"),
+        (
+            [*one, "--guidance_scale", "class_labels=2", "--guidance_pipeline", pipeline],
+            "one number for all conditions",
+        ),
         ([*one, "--guidance_scale", "2", "--guidance_pipeline", str(tmp_path)], "is not a pipeline folder"),
         (["--class_labels", "fisch"], "there is no class fisch; did you mean fish"),
         (["--prompt", "a fish"], "--prompt: this model has no such condition"),
-        (["--guidance_scale", "2"], "--guidance_scale goes towards"),
+        (["--guidance_scale", "2"], "--guidance_scale needs --class_labels"),
         (["--conditioning_image", "nothing.png"], "nothing.png can not be read: No such file"),
         (["--conditioning_image", str(data / "images/bird/01.png")], "a semantic map has one channel"),
     ):

@@ -10,14 +10,14 @@ from PIL import Image
 from latent_ddpm.data.indexing import PART, AllBut, digest_of_many, narrow
 from latent_ddpm.errors import UserError
 
-MANY = 2**20  # images, from which on it is worth some trouble
+MANY = 2**20  # from this number of images on, indices are cached and memory is returned
 
 
 class ImageSource(abc.ABC):
     """A fixed, ordered collection of images.
 
-    A source whose images are decoded already, as the run wants them, has `squares`: an array uint8 (N, R, R, C), or
-    what can be indexed like one by a number or by an array of numbers.
+    A source whose images are already decoded at the run's resolution has `squares`: uint8 (N, R, R, C), an array or
+    something that a number or an array of numbers can index.
 
     Attributes:
         labels: int8, int16 or int32 (N,), the class of each image, -1 where unknown; None without classes.
@@ -31,40 +31,40 @@ class ImageSource(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many images there are, undecodable ones included."""
+        """The number of images, including undecodable ones."""
 
     @abc.abstractmethod
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
-        """Image i, decoded, in the mode it is stored in; whatever the decoder raises when it is damaged.
+        """Image i, decoded, in its stored mode. A damaged image raises whatever its decoder raises.
 
-        With `at_least`, a JPEG may come reduced as long as both sides keep that many pixels.
+        With `at_least`, a JPEG may be reduced in size as long as both sides keep that many pixels.
         """
 
     @abc.abstractmethod
     def name(self, i: int) -> str:
-        """What to call image i in front of its owner."""
+        """The name of image i in messages and in the hash of the split."""
 
     def all_names(self) -> Iterator[str]:
-        """The names of all images, one after the other."""
+        """The names of all images, in order."""
         return map(self.name, range(len(self)))
 
     def release(self) -> None:  # noqa: B027, most sources hold nothing
-        """Gives back what is held open, and the memory of that, until an image is asked for again."""
+        """Closes what is open and frees its memory; the next access opens it again."""
 
     def squares(self) -> Any | None:
-        """The decoded images, see above, or None."""
+        """The decoded images (see the class), or None."""
         return None
 
     def caption_columns(self) -> list[str]:
-        """Names of the texts that there are of images."""
+        """Names of the columns that hold captions."""
         return []
 
     def captions(self, i: int, column: str) -> Any:
-        """The text, or texts, of image i in one of the `caption_columns`; None without."""
+        """The caption or captions of image i in one of the `caption_columns`; None without one."""
         raise KeyError(column)
 
     def image_columns(self) -> list[str]:
-        """Names of what else there is of every image, in the form of an image."""
+        """Names of the columns that hold images."""
         return []
 
     def check_column(self, column: str, key: str) -> None:
@@ -79,7 +79,7 @@ class ImageSource(abc.ABC):
 
 
 class SubsetSource(ImageSource):
-    """Some images of a source, in the order of `indices`: int64 (M,), or `AllBut`."""
+    """A subset of a source, in the order of `indices`: int64 (M,), or `AllBut`."""
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray | AllBut) -> None:
         self.source = source

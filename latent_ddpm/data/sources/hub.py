@@ -35,8 +35,8 @@ class HubSource(ImageSource):
         dataset: the split.
         split: its name, for messages.
         image_column: a column of `datasets.Image`, of structs {bytes, path}, or of raw bytes.
-        root: folder that stored paths are shown relative to.
-        reopen: gives the dataset again, after `release`; without it, nothing is released.
+        root: folder to which stored paths are shown relative.
+        reopen: opens the dataset again after `release`; without it, nothing is released.
 
     Raises:
         UserError: there is no such column, or it does not hold images.
@@ -68,22 +68,22 @@ class HubSource(ImageSource):
             self.labels, self.class_names = classes_of(labels, getattr(features[label], "names", None))
 
     def _as_arrow(self, dataset: "datasets.Dataset") -> "datasets.Dataset":
-        """The columns that are used, as arrow's tables."""
+        """The used columns as Arrow tables."""
         some = dataset if len(self._used) == len(self._features) else dataset.select_columns(self._used)
         return some.with_format("arrow")
 
     @property
     def _rows(self) -> "datasets.Dataset":
-        """The dataset as arrow's tables. Decoding is ours: a damaged image is an entry in a list, no run's end."""
+        """The dataset as Arrow tables. We decode the images, so a damaged one is listed and does not end the run."""
         if self._opened is None:
             opened = self._reopen()
             if opened._fingerprint != self._of_dataset:
-                raise UserError(f"the split {self.split} of the dataset changed while it was used; start again")
+                raise UserError(f"the split {self.split} of the dataset changed while it was in use; run again")
             self._opened = self._as_arrow(opened)
         return self._opened
 
     def _part(self, start: int, column: str) -> "pyarrow.Table":
-        # slices are free, but for rows in an order of their own, which are copied
+        # slices are free, except that rows with an index mapping are copied
         rows = self._rows if self._rows._indices is None else self._rows.select_columns([column])
         return rows[start : start + PART]
 
@@ -95,7 +95,7 @@ class HubSource(ImageSource):
 
     def release(self) -> None:
         if self._reopen is not None:
-            self._opened = None  # a dataset of ten million rows takes 24 bytes for each
+            self._opened = None  # an open dataset takes 24 bytes per row
             self._texts.clear()
             give_memory_back()
 
@@ -131,14 +131,14 @@ class HubSource(ImageSource):
         if not path:
             return f"{self.split}[{i}]"
         if os.path.isabs(path):
-            # Where a machine keeps its files must not decide which images are held out for validation.
+            # The location of the files must not decide which images are held out.
             inside = self.root is not None and Path(path).is_relative_to(Path(self.root).absolute())
             path = os.path.relpath(path, self.root) if inside else os.path.basename(path)
         return f"{self.split}[{i}] {path}"
 
 
 def _paths(rows: "pyarrow.Table", column: str) -> list[str | None]:
-    """The paths that the rows of an image column have, without reading their bytes."""
+    """The paths in an image column, without reading the image bytes."""
     import pyarrow
     import pyarrow.compute
 
@@ -149,10 +149,10 @@ def _paths(rows: "pyarrow.Table", column: str) -> list[str | None]:
 
 
 def image_bytes(value: Any) -> bytes:
-    """The file in a cell of an image column, which holds it, or where it lies.
+    """The image file in a cell of an image column: its bytes, or the file at its path.
 
     Raises:
-        OSError: the cell is empty, or the file is not there.
+        OSError: the cell is empty, or the file does not exist.
     """
     import fsspec
 
@@ -275,7 +275,7 @@ def load_splits(name: str, config_name: str | None, streaming: bool = False) -> 
         datasets.Dataset by split, or, when `streaming`, datasets.IterableDataset.
 
     Raises:
-        UserError: for whatever fails.
+        UserError: the dataset does not exist, cannot be reached or cannot be read.
     """
     import datasets
 
@@ -284,7 +284,10 @@ def load_splits(name: str, config_name: str | None, streaming: bool = False) -> 
         if os.path.isdir(path):
             if any(os.path.exists(os.path.join(path, f)) for f in ("dataset_dict.json", "state.json")):
                 if streaming:
-                    raise UserError(f"streaming: {name!r} is on this disk already, in a form that is not streamed")
+                    raise UserError(
+                        f"streaming: {name!r} is a local dataset saved by save_to_disk, which cannot be streamed; "
+                        "set streaming false"
+                    )
                 loaded = datasets.load_from_disk(path)
                 return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
             return dict(datasets.load_dataset(path, config_name, streaming=streaming))
@@ -306,7 +309,7 @@ def load_splits(name: str, config_name: str | None, streaming: bool = False) -> 
             f"dataset_name: could not reach the Hugging Face Hub for {name!r}, and it is neither a local folder or "
             "parquet file nor in the cache; check the connection, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
-    except Exception as error:  # what `datasets` raises for bad files, configurations and servers has no common class
+    except Exception as error:  # `datasets` raises many unrelated classes for bad files, configurations and servers
         cause = error
         while cause.__cause__ is not None:  # "An error occurred while generating the dataset" hides the reason
             cause = cause.__cause__
@@ -315,7 +318,7 @@ def load_splits(name: str, config_name: str | None, streaming: bool = False) -> 
 
 
 def _data_files(pattern: str) -> dict[str, list[str]]:
-    """Files by split. A file's split is the word in its name, as in `datasets`; without such a word, train.
+    """Files by split. The split is the word in the file name, as in `datasets`; train without such a word.
 
     Args:
         pattern: a path or an address; both may hold a range {000..023}, a path also * and **.
@@ -336,12 +339,12 @@ def _data_files(pattern: str) -> dict[str, list[str]]:
 
 
 def _check_tar_ends(path: str) -> None:
-    """Raises `UserError` for a tar file that was cut short, which readers take for one that ends there."""
+    """Raises `UserError` for a truncated tar file, which readers treat as a shorter one."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         file.seek(max(0, size - 1024))
         if size % 512 or any(file.read()):  # an archive ends with two blocks of zeros
-            raise UserError(f"dataset_name: {path} is cut short; fetch it again")
+            raise UserError(f"dataset_name: {path} is truncated; download it again")
 
 
 def _expand_range(pattern: str) -> list[str]:

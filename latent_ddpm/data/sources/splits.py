@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
-    """The training and the validation images that a configuration names.
+    """The training and the validation images of a config.
 
     `cfg` has `train_data_dir`, `dataset_name`, `dataset_config_name`, `image_column`, `validation_fraction`,
     `max_validation_images`, `output_dir`. A dataset's own split validation, valid, val or test is used where there
     is one. Otherwise `round(validation_fraction * N)` images, at least 1 and at most `max_validation_images`, are
-    held out: those whose names have the smallest SHA-256, so that images that come later hardly move the split.
+    held out: those whose names have the smallest SHA-256, so adding images hardly changes the split.
 
     Raises:
-        UserError: not exactly one of `train_data_dir` and `dataset_name` is set; the images are not there, can
-            not be fetched, or are too few to hold one out.
+        UserError: not exactly one of `train_data_dir` and `dataset_name` is set; the images do not exist,
+            cannot be downloaded, or are too few to hold one out.
     """
     if bool(cfg.train_data_dir) == bool(cfg.dataset_name):
         both = "both are set" if cfg.train_data_dir else "neither is set"
@@ -67,7 +67,7 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
 def held_out_images(source: ImageSource, count: int, scratch: Path) -> np.ndarray:
     """The indices of the `count` images whose names have the smallest SHA-256: int64 (count,), ascending.
 
-    Those of a large source are remembered in a file of the folder `scratch`.
+    For a large source they are cached in a file in `scratch`.
     """
     if len(source) < MANY:
         return _smallest_by_hash(source, count)
@@ -80,7 +80,7 @@ def held_out_images(source: ImageSource, count: int, scratch: Path) -> np.ndarra
     images = found.tolist()
     try:
         write_json(path, {"images": images, "digest": digest(images)})
-    except OSError as error:  # it can be computed again
+    except OSError as error:  # it is only a cache
         logger.info("%s cannot be written: %s", path, error)
     return found
 

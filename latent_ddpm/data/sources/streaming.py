@@ -1,13 +1,13 @@
-"""Datasets that are read once, from front to back, and never held as a whole: `streaming: true`.
+"""Datasets that are read once, from start to end, and never downloaded as a whole: `streaming: true`.
 
-A stream has no image number n, and what follows from it (a shuffle buffer, skipped batches on resuming, workers that
-see the same file) breaks what this trainer promises. So a stream is not trained on: it is read once, and of every image
-the square that training sees is kept, in parts of PART_IMAGES. From there on it is a source like any other. The files
-of the dataset are shared out to the processes; each part is written whole or not at all, with where the stream went on
-from there, so that a reading that was killed goes on, with any number of processes.
+A stream has no random access. Its usual substitutes (a shuffle buffer, skipped batches on resuming, workers that read
+the same file) would break exact resuming. So training does not read the stream. It is read once, and the square that
+training needs is kept for every image, in parts of PART_IMAGES. After that it is a source like any other. The processes
+share the files of the dataset. Each part is written atomically, with the position in the stream, so an interrupted
+reading continues, with any number of processes.
 
     <output_dir>/cache/stream-<key>/train-00002-00001.npy    uint8 (N, R, R, C): the 2nd part of the 3rd file
-                                    train-00002-00001.json   names, labels, undecodable images, where to go on
+                                    train-00002-00001.json   names, labels, undecodable images, position
                                     stream.json              written last
 """
 
@@ -45,17 +45,17 @@ from latent_ddpm.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-PART_IMAGES, PART_BYTES = 4096, 2**27  # a part has as many as both allow
-TRIES = 5  # to read a file, without a part more
-PAUSE = 20.0  # seconds before it is tried again; each time longer
+PART_IMAGES, PART_BYTES = 4096, 2**27  # a part holds as many images as both limits allow
+TRIES = 5  # attempts to read a file without progress
+PAUSE = 20.0  # seconds before the next attempt; it grows with each one
 
 
 class BrokenStream(Exception):
-    """The server or the file system did not give what it should, or nothing."""
+    """The server or the file system failed, or returned something wrong."""
 
 
 def stream_folder(config: RunConfig) -> Path:
-    """Where what a run keeps of its stream lies."""
+    """The folder of a run's stream."""
     named = (config.dataset_name, config.dataset_config_name, config.image_column)
     key = digest("stream", *named, config.resolution, config.image_channels, TRANSFORM_VERSION)
     return Path(config.output_dir) / "cache" / f"stream-{key}"
@@ -66,7 +66,7 @@ def _part(folder: Path, split: str, file: int, part: int) -> Path:
 
 
 def _read_sidecar(path: Path) -> dict | None:
-    """What was written beside a part, or None where there is no such part."""
+    """The JSON beside a part, or None if there is no such part."""
     try:
         return json.loads(path.with_suffix(".json").read_text())
     except FileNotFoundError:
@@ -76,15 +76,15 @@ def _read_sidecar(path: Path) -> dict | None:
 
 
 def read_stream(config: RunConfig, process_index: int, num_processes: int, wait: Callable[[], None]) -> None:
-    """Read what is still to be read of a run's stream; all processes call this, and each reads its share of the files.
+    """Read the rest of a run's stream; call it in all processes, and each reads its share of the files.
 
     Args:
-        config: names the dataset, the images' size and the folder.
-        process_index, num_processes: which files are this process's.
+        config: dataset, image size and output_dir.
+        process_index, num_processes: determine this process's files.
         wait: a barrier of the processes.
 
     Raises:
-        UserError: there is no such dataset, or too few of its images can be decoded; the stream broke off.
+        UserError: the dataset does not exist, too many images are undecodable, or the stream keeps failing.
     """
     folder = stream_folder(config)
     if (folder / "stream.json").exists():
@@ -144,7 +144,7 @@ def _name(split: str, file: int, number: int) -> str:
 
 
 def _kept(sidecar: dict) -> AllBut:
-    """The images of a part that could be decoded, numbered from the part's first."""
+    """The decodable images of a part, numbered from its first image."""
     bad = sorted(number - sidecar["first"] for number, _ in sidecar["bad"])
     return AllBut(sidecar["read"], np.array(bad, dtype=np.int64))
 
@@ -160,10 +160,10 @@ def _finished_parts(folder: Path, split: str, files: int) -> Iterator[tuple[int,
 def _read_patiently(
     stream: Any, split: str, file: int, files: int, labels: str | None, folder: Path, config: RunConfig
 ) -> Iterator[int]:
-    """As `_read_file`; goes on after a while when the stream breaks.
+    """As `_read_file`, but tries again after a pause when the stream fails.
 
     Raises:
-        UserError: it broke TRIES times in one place.
+        UserError: it failed TRIES times at one position.
     """
     reached, tries = 0, 0
     while True:
@@ -186,10 +186,10 @@ def _read_patiently(
 def _read_file(
     stream: Any, split: str, file: int, files: int, labels: str | None, folder: Path, config: RunConfig
 ) -> Iterator[int]:
-    """Read one file of a split, from where an earlier reading stopped; yields after each part the images read so far.
+    """Read one file of a split from where an earlier reading stopped; yields the images read so far after each part.
 
     Raises:
-        BrokenStream: it could not be read to its end.
+        BrokenStream: the file could not be read to its end.
     """
     import datasets
 
@@ -212,11 +212,11 @@ def _read_file(
     if part:
         rows.load_state_dict(state)
     examples = iter(rows)
-    with ThreadPoolExecutor(max(1, config.dataloader_num_workers)) as threads:  # Pillow decodes beside Python
+    with ThreadPoolExecutor(max(1, config.dataloader_num_workers)) as threads:  # Pillow releases the GIL while decoding
         while True:
             try:
                 some = list(itertools.islice(examples, most))
-            except Exception as error:  # of a server, a file system or a file format: they have no common class
+            except Exception as error:  # servers, file systems and file formats raise unrelated classes
                 raise BrokenStream(f"{type(error).__name__}: {error}") from error
             decoded = threads.map(lambda example: _decode(example[column], config), some)
             classes, bad, pixels = [], [], []
@@ -239,7 +239,7 @@ def _read_file(
 
 
 def _decode(value: Any, config: RunConfig) -> np.ndarray | str:
-    """The square of a row's image, uint8 (R, R, C), or why there is none."""
+    """The square of a row's image, uint8 (R, R, C), or the reason why it cannot be decoded."""
     return square(
         lambda: decode(image_bytes(value), at_least=2 * config.resolution),
         config.resolution, config.image_channels, CENTRE, False,
@@ -250,7 +250,7 @@ def _write_part(path: Path, images: np.ndarray, sidecar: dict) -> None:
     buffer = io.BytesIO()
     np.save(buffer, images, allow_pickle=False)
     write_whole(path, buffer.getvalue())
-    write_json(path.with_suffix(".json"), sidecar)  # without which the part does not count
+    write_json(path.with_suffix(".json"), sidecar)  # a part without it does not count
 
 
 class Squares:
@@ -290,14 +290,14 @@ class Squares:
 
 
 class StreamedSource(ImageSource):
-    """What `read_stream` has kept of one split.
+    """One split, as `read_stream` has stored it.
 
     Args:
         folder: of the stream.
         split: its name.
 
     Raises:
-        UserError: the stream has not been read to its end.
+        UserError: the stream has not been read completely.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -306,7 +306,7 @@ class StreamedSource(ImageSource):
         self._paths = list(paths)
         self._squares = Squares(self._paths, list(self._rows))
         self._split, self._starts = split, np.cumsum([0, *self._rows])
-        self._parts: list[tuple[int, int, AllBut]] = []  # of each: its file, its first number, what of it is there
+        self._parts: list[tuple[int, int, AllBut]] = []  # per part: its file, its first number, its decodable images
         numbers = hashlib.sha256()
 
         def labels_of(path: Path) -> np.ndarray:
@@ -352,15 +352,15 @@ def _summary(folder: Path) -> dict:
 
 
 def open_stream(config: RunConfig) -> tuple[StreamedSource, StreamedSource | None]:
-    """The training images of a run's stream, and its validation images if the dataset has some of its own."""
+    """The training images of a run's stream, and its validation images if the dataset has a validation split."""
     folder = stream_folder(config)
-    splits = list(_summary(folder)["splits"])  # in the order in which they were chosen
+    splits = list(_summary(folder)["splits"])  # the training split first
     sources = [StreamedSource(folder, split) for split in splits]
     return sources[0], sources[1] if len(sources) > 1 else None
 
 
 def undecodable(config: RunConfig) -> int:
-    """How many images of a run's stream could not be decoded, and so are not in its sources."""
+    """The number of undecodable images in a run's stream, which its sources do not contain."""
     if not config.streaming:
         return 0
     return sum(about["undecodable"] for about in _summary(stream_folder(config))["splits"].values())
