@@ -154,7 +154,7 @@ def test_what_a_model_was_normalized_with_stays_when_a_shard_is_encoded_anew(ima
 def test_a_shard_that_vanishes_while_it_is_in_use(images, tmp_path):
     cache = build(dataset_of(images, tmp_path), tmp_path)
     (cache.folder / "latents-00002.npy").unlink()
-    with pytest.raises(UserError, match="latents-00002.npy.*Start again"):
+    with pytest.raises(UserError, match="latents-00002.npy.*Run the same command again"):
         cache.batch(np.arange(23))
 
 
