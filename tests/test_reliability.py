@@ -137,7 +137,7 @@ def test_formats_of_checkpoints(tmp_path):
     manifest.write_text(json.dumps(content))
     assert folder.resume("latest") == {"step": 1}  # as they were written before there were formats
     manifest.write_text(json.dumps({**content, "format": FORMAT + 1}))
-    with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, of a later version"):
+    with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, of a later latent-ddpm"):
         folder.resume("latest")
 
 
