@@ -247,7 +247,7 @@ def at_meeting(folder, ranks, victim):
 def test_a_process_that_never_came_is_not_waited_for_all_day(tmp_path, rank):
     done = at_meeting(tmp_path, [rank], "none")[rank]
     assert done.returncode == 1 and "The 2 processes have not met at 127.0.0.1:" in done.stderr
-    assert "one died as it started, or cannot reach that address" in done.stderr
+    assert "a process died at its start, or cannot reach that address" in done.stderr
     assert "for all 2 processes, 5 seconds at most" in done.stderr
 
 
