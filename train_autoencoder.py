@@ -1,11 +1,11 @@
-"""Stage 1: train a VQ-VAE or KL-VAE from scratch on anybody's images.
+"""Stage 1: train a VQ-VAE or KL-VAE from scratch on your own images.
 
     accelerate launch train_autoencoder.py --config configs/mnist.yaml
 
-Leaves <output_dir>/autoencoder/, a stock diffusers VQModel (AutoencoderKL for quantizer kl) whose latents have zero
-mean and unit variance; checkpoints, metrics.jsonl and grids of originals over reconstructions lie beside it. Any key
-of the config can be overridden (--learning_rate 2e-4). The same command starts a run, resumes it, or says that it is
-finished.
+Writes <output_dir>/autoencoder/, a stock diffusers VQModel (AutoencoderKL for quantizer kl) whose latents have zero
+mean and unit variance. Checkpoints, metrics.jsonl and grids of originals above their reconstructions are in the same
+folder. Any key of the config can be overridden (--learning_rate 2e-4). The same command starts a run, resumes it, or
+says that it is finished.
 """
 
 import itertools
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
     process = (accelerator.process_index, accelerator.num_processes)
     if config.codebook_start >= config.max_train_steps:  # which may have been given in images
         raise UserError(
-            f"codebook_start {config.codebook_start} is not before the end of the run, step {config.max_train_steps}."
+            f"codebook_start {config.codebook_start} must be below max_train_steps {config.max_train_steps}. Lower it, "
+            f"or train longer."
         )
     if training.is_finished("autoencoder/config.json"):
         return 0
@@ -99,12 +100,12 @@ def main(argv: list[str]) -> int:
     watch = Watch(tracker.say, len(validation_set) * side**2, config)
 
     def begin_codes(first_batch: torch.Tensor) -> None:
-        """Place the codes by the first batch or, where they enter later, by as many images as it takes."""
+        """Initialize the codebook from the first batch; with codebook_start, from as many images as it takes."""
         if config.codebook_start > 0:
             first, count = config.codebook_start * training.images_per_step, images_for_codes(config)
             images = next_images(train_set, order, first, max(training.images_per_step, count), *process)
             first_batch = to_float(images.to(device))
-            tracker.say("The codes enter.")
+            tracker.say("The codebook starts now: its codes are placed by k-means.")
         networks.start_codes(first_batch)
 
     # ---------------------------------------------------------------------------------------------- training
@@ -193,7 +194,7 @@ def log(
 
 
 def validate(training: TrainingRun, networks: AutoencoderStep, validation_set: ImageDataset, watch: Watch) -> None:
-    """Measure the averaged autoencoder on the held-out images, and draw some of them over their reconstructions."""
+    """Measure the averaged autoencoder on the held-out images, and draw some of them above their reconstructions."""
     config, accelerator, tracker = training.config, training.accelerator, training.tracker
     averaged, counts = networks.ema.model, networks.epoch_counts
 
@@ -238,7 +239,7 @@ def export(training: TrainingRun, networks: AutoencoderStep, train_set: ImageDat
     mean, variance = moments.result(accelerator.device)
     std = overall_std(variance)
     if not std > 1e-6:
-        training.tracker.say("The latents do not vary, so they are exported as they are, without a scale of their own.")
+        training.tracker.say("All latents are equal, so scaling_factor stays 1. Stage 1 has failed: look at samples/.")
         std = 1.0
     if accelerator.is_main_process:
         stock = fold_normalization(to_stock(networks.ema.model, config), mean.cpu(), std)

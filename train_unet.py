@@ -3,7 +3,7 @@
     accelerate launch train_unet.py --config configs/mnist.yaml
 
 Takes the autoencoder from <output_dir>/autoencoder/ (or --autoencoder DIR), encodes the training set once, and
-leaves <output_dir>/pipeline/, which DiffusionPipeline.from_pretrained of an untouched diffusers loads. Any key of
+leaves <output_dir>/pipeline/, which DiffusionPipeline.from_pretrained of an unmodified diffusers loads. Any key of
 the config can be overridden (--learning_rate 2e-4). The same command starts a run, resumes it, or says that it is
 finished.
 """
@@ -87,7 +87,9 @@ def main(argv: list[str]) -> int:
             unet.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
         if state["latents"] != latents.folder.name:
-            logger.warning("The images or their transform are not those of the checkpoint.")
+            logger.warning(
+                "The images or their transform differ from those of the checkpoint. Training continues on the new ones."
+            )
     for network in (unet, *ema.models):
         network.to(device)
         if sharding is not None:
@@ -191,7 +193,7 @@ def main(argv: list[str]) -> int:
 
 
 def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_hash: str) -> int:
-    """The side of the latents, once config, autoencoder and checkpoint are known to fit together.
+    """Check that config, autoencoder and checkpoint fit together; returns the height of the latents.
 
     Raises:
         UserError: they do not.
@@ -199,8 +201,8 @@ def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_
     state, config = training.state, training.config
     if state and state.get("autoencoder", autoencoder_hash) != autoencoder_hash:
         raise UserError(
-            f"{config.autoencoder_dir} is not the autoencoder on whose latents {training.checkpoints.folder} was "
-            f"trained. Give that autoencoder with --autoencoder, or train on this one with another --output_dir."
+            f"The checkpoints in {training.checkpoints.folder} were trained with a different autoencoder than "
+            f"{config.autoencoder_dir}. Give that one with --autoencoder, or use a new --output_dir."
         )
     latent_size = check_autoencoder_fits(autoencoder, config)
     check_latents_fit(config, latent_size)
@@ -212,15 +214,15 @@ def check_conditions(training: TrainingRun, conditions: Conditions) -> None:
     state = training.state
     if state and state.get("conditions", conditions.meaning()) != conditions.meaning():
         raise UserError(
-            f"{training.checkpoints.folder} was trained with other conditions: other class names, another order of "
-            f"them, or another text_encoder. Give the same ones, or train on these with another --output_dir."
+            f"{training.checkpoints.folder} was trained with other conditions: different class names, a different "
+            f"order of them, or a different text_encoder. Use the same conditions, or a new --output_dir."
         )
 
 
 def examples_of(
     training: TrainingRun, latents: LatentCache, conditions: Conditions
 ) -> Callable[[int], tuple[torch.Tensor, torch.Tensor, Given]]:
-    """A function of a micro-batch's number: its example numbers, latents and conditions in this process, on the CPU."""
+    """A function from a micro-batch number to this process's example numbers, latents and conditions (on the CPU)."""
     config, accelerator = training.config, training.accelerator
     order = ExampleOrder(len(latents), config.seed)
 

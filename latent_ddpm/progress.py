@@ -37,3 +37,9 @@ def progress_bar(*args: Any, **options: Any) -> tqdm.std.tqdm:
     if sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules):
         return tqdm.auto.tqdm(*args, dynamic_ncols=True, **options)
     return LineBar(*args, **options)
+
+
+def close_bars() -> None:
+    """Close all open bars, so that what is printed next is the last thing to read."""
+    for bar in list(getattr(tqdm.std.tqdm, "_instances", ())):
+        bar.close()

@@ -93,11 +93,10 @@ from latent_ddpm.data.sources.base import SubsetSource
 from latent_ddpm.data.sources.embedded import NUMBER_WORDS
 from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.diffusion.conditions import ConditioningImages
+from latent_ddpm.diffusion.guidance import add_guidance_arguments, guidance_of
 from latent_ddpm.diffusion.sampling import (
-    add_guidance_arguments,
     draw_shared,
     find_scheduler,
-    guidance_of,
     image_shape,
     load_pipeline,
     with_scheduler,

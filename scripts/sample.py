@@ -46,13 +46,12 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from PIL import Image
 
 from latent_ddpm.data.images import as_seen, decode, resize_and_crop
+from latent_ddpm.diffusion.guidance import add_guidance_arguments, guidance_of
 from latent_ddpm.diffusion.sampling import (
     SCHEDULERS,
-    add_guidance_arguments,
     draw_film,
     draw_images,
     find_scheduler,
-    guidance_of,
     image_shape,
     latent_shape,
     load_pipeline,
@@ -310,7 +309,7 @@ def sample(args: argparse.Namespace) -> None:
             f"--num_inference_steps {args.num_inference_steps} is more than the "
             f"{pipe.scheduler.config.num_train_timesteps} steps the model was trained with"
         )
-    pipe.set_progress_bar_config(leave=False, disable=not state.is_main_process)
+    pipe.set_progress_bar_config(leave=False, disable=not (state.is_main_process and sys.stderr.isatty()))
     settings = {"num_inference_steps": args.num_inference_steps, "eta": args.eta}
     channels, height, _ = image_shape(pipe)
     if args.image is not None:

@@ -280,12 +280,12 @@ def test_codes_enter_two_processes_as_they_enter_one(photos, tmp_path):
     flags |= {"codebook_start": 4, "validation_steps": 4}
     for name, processes, batch in (("one", None, 8), ("two", 2, 4)):
         text = launch("train_autoencoder.py", tmp_path / name, processes=processes, train_batch_size=batch, **flags)
-        assert text.count("The codes enter.") == 1
+        assert text.count("The codebook starts now") == 1
     one, two = (losses(tmp_path / name, "autoencoder") for name in ("one", "two"))
     assert max(abs(one[s] - two[s]) / one[s] for s in one) < 1e-3
     records = read_metrics(tmp_path / "one" / "metrics.jsonl")
     text = launch("train_autoencoder.py", tmp_path / "late", expect=2, **{**flags, "codebook_start": 8})
-    assert "codebook_start 8 is not before the end of the run, step 8" in text
+    assert "codebook_start 8 must be below max_train_steps 8" in text
     usage = {r["step"] for r in records if "validation_codebook_usage" in r}
     assert usage == {8} and {r["step"] for r in records if "validation_psnr" in r} == {4, 8}
 
@@ -452,4 +452,4 @@ def test_the_other_commands(trained, tmp_path):
     words = [*config, "--check", 0.05, "--json", tmp_path / "check.json"]
     assert "width 0.05: relative error" in run_script("reconstruct_ema.py", *words).stdout
     assert 0 < json.loads((tmp_path / "check.json").read_text())["relative_error"] < 1
-    assert "a width is above 0" in run_script("reconstruct_ema.py", *config, "--sigma_rels", 0.3, expect=2).stderr
+    assert "a width must be above 0" in run_script("reconstruct_ema.py", *config, "--sigma_rels", 0.3, expect=2).stderr

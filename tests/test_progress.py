@@ -47,3 +47,13 @@ def test_a_terminal_gets_tqdm(monkeypatch):
     bar = progress.progress_bar(total=3, file=io.StringIO())
     assert not isinstance(bar, progress.LineBar)
     bar.close()
+
+
+def test_open_bars_are_closed_before_an_error(capsys):
+    bar = progress.progress_bar(total=9, desc="unet")
+    bar.update(5)
+    progress.close_bars()
+    print("error: the last line", file=sys.stderr)
+    del bar
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "5/9" in lines[0] and lines[1] == "error: the last line"

@@ -93,7 +93,7 @@ def test_another_autoencoder_is_no_reason_to_be_finished_nor_to_go_on(trained, t
     weights.write_bytes(content)
     flags = {**flags, "train_batch_size": 12, "autoencoder": run_dir / "autoencoder"}
     text = launch("train_unet.py", run_dir, expect=2, **flags)
-    assert "is not the autoencoder on whose latents" in text and "another --output_dir" in text
+    assert "were trained with a different autoencoder than" in text and "a new --output_dir" in text
     flags["autoencoder"] = output_dir / "autoencoder"  # where it lies does not matter
     assert "all 6 steps are done" in launch("train_unet.py", run_dir, **flags)
 

@@ -23,21 +23,6 @@ def reconstruction_loss(reconstruction: torch.Tensor, images: torch.Tensor, kind
     return {"l1": F.l1_loss, "l2": F.mse_loss}[kind](reconstruction, images)
 
 
-def commitment_loss(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Commitment loss (van den Oord et al., arXiv 1711.00937, eq. 3, third term, without its weight beta).
-
-    The mean squared difference of encoder outputs and their codes. Its gradient reaches the encoder only.
-
-    Args:
-        vectors: encoder outputs (N, D), float.
-        codes: the code of each, (N, D), float.
-
-    Returns:
-        scalar.
-    """
-    return (vectors - codes.detach()).pow(2).mean()
-
-
 def load_lpips(net: str, weights: str | None = None) -> nn.Module:
     """The LPIPS distance (Zhang et al., arXiv 1801.03924) from the package `lpips`, frozen.
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latent_ddpm.autoencoder.losses import commitment_loss
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.random import Stream, integers, normal, uniform
 from latent_ddpm.training.distributed import all_gather_rows, all_reduce_sum, process_count, process_index
@@ -29,7 +28,7 @@ class Quantized(NamedTuple):
 
     latents: (B, D, H, W) float32, the codes, with an estimated gradient to the encoder.
     indices: (B, H, W) int64; None from `unquantized`.
-    commitment_loss: scalar, see losses.commitment_loss (arXiv 1711.00937, eq. 3, third term).
+    commitment_loss: scalar, see `commitment_loss` (arXiv 1711.00937, eq. 3, third term).
     codebook_loss: scalar, the loss of the table. SimVQ: the same distance, with a gradient to the codes (eq. 3, second
         term). FSQ: `balance_loss`, weighted. EMACodebook: 0.
     """
@@ -151,6 +150,21 @@ def unquantized(latents: torch.Tensor, quantizer: nn.Module) -> Quantized:
     """Encoder outputs (B, D, H, W) that bypass the quantizer. The quantizer's parameters get zero gradients."""
     nothing = sum((p.sum() * 0 for p in quantizer.parameters()), latents.new_zeros(()))
     return Quantized(latents.float(), None, nothing.detach(), nothing)
+
+
+def commitment_loss(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Commitment loss (van den Oord et al., arXiv 1711.00937, eq. 3, third term, without its weight beta).
+
+    The mean squared difference of encoder outputs and their codes. Its gradient reaches the encoder only.
+
+    Args:
+        vectors: encoder outputs (N, D), float.
+        codes: the code of each, (N, D), float.
+
+    Returns:
+        scalar.
+    """
+    return (vectors - codes.detach()).pow(2).mean()
 
 
 def straight_through(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,8 @@ class AutoencoderStep:
         skipped: counters of the steps skipped for gradients that are not finite, one per network.
 
     Raises:
-        UserError: the checkpoint has other networks, or fp16 meets gradient accumulation and a discriminator.
+        UserError: the checkpoint has other networks, or fp16 is combined with gradient accumulation and a
+            discriminator.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class AutoencoderStep:
             disc_optimizer = make_optimizer(self.discriminator.parameters(), config, self._disc_rate, betas=betas)
         self.epoch_counts = torch.zeros(self.autoencoder.quantizer.num_embeddings)
         self.ema = EMA(self.autoencoder, config.ema_decay)
-        # A run without a discriminator can be resumed with one, which then enters at once. Until it enters, it is as
-        # the seed made it and is not saved.
+        # A run without a discriminator can be resumed with one, which then enters at once. Until then it has
+        # its initial weights and is not saved.
         self.disc_begins = max(config.disc_start, first_step)
         if state:
             self._load(state, optimizer, disc_optimizer)
@@ -151,7 +152,9 @@ class AutoencoderStep:
         learned = self.config.codebook_start > 0
         self.autoencoder.initialize(images, learned)
         if learned:
-            self.ema.restart(self.autoencoder)  # an average over two bases of the latents would belong to neither
+            self.ema.restart(
+                self.autoencoder
+            )  # the latents change basis here, so older weights must not be averaged in
 
     def step(self, step: int, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], rate: float) -> Losses:
         """One optimizer step of both networks, the codebook and the averages.
@@ -160,7 +163,7 @@ class AutoencoderStep:
             step: counted from 0.
             batches: the step's micro-batches, `gradient_accumulation_steps` of them: images (B, C, R, R) in [-1, 1]
                 and example numbers int64 (B,), on the device.
-            rate: learning rates are this share of their peaks.
+            rate: factor on the peak learning rates, 0 to 1.
 
         Returns:
             The losses, as means over this process's micro-batches.
@@ -224,12 +227,14 @@ class AutoencoderStep:
         losses |= output.quantized.figures()
         quantizer_loss = output.quantized.loss(config)
         losses["loss"] = pixel_loss.detach() + quantizer_loss.detach()
-        # The derivative of this scalar by the reconstruction is `gradient`.
+        # The derivative of this scalar with respect to the reconstruction is `gradient`.
         accelerator.backward((reconstruction * gradient).sum() + quantizer_loss)
         if accelerator.sync_gradients:
             accelerator.unscale_gradients(self._optimizer)
             norm, self._kept = clip_gradients(self._optimizer.optimizer, config.max_grad_norm)
-            losses["grad_norm"] = norm * config.gradient_accumulation_steps  # there is one, not one per micro-batch
+            losses["grad_norm"] = (
+                norm * config.gradient_accumulation_steps
+            )  # one norm per step: undo the division by the accumulation
             self.skipped["skipped"].add(self._kept)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -249,7 +254,7 @@ class AutoencoderStep:
     def _adversarial_gradient(
         self, output: AutoencoderOutput, pixels: torch.Tensor, gradient: torch.Tensor, since_entry: int
     ) -> tuple[Losses, torch.Tensor]:
-        """The adversarial loss and its weighted gradient by the pixels, both (B, C, R, R).
+        """The adversarial loss and weight, and the weighted gradient (B, C, R, R) with respect to the pixels.
 
         The weight is the adaptive weight, measured or held, times disc_weight times the ramp after the entry.
         """

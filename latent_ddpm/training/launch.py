@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same_batch
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
+from latent_ddpm.progress import close_bars
 from latent_ddpm.training.distributed import Heartbeat, joining
 from latent_ddpm.training.sharding import Sharding
 from latent_ddpm.training.tracking import check_tracker
@@ -229,6 +230,7 @@ def _launcher_note() -> str:
 
 
 def _say_last(sentence: str) -> None:
+    close_bars()
     rank = int(os.environ.get("RANK", "0"))
     if rank:  # the launcher ends all processes when one fails: rank 0 reports first what all would report
         time.sleep(2)

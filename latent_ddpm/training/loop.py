@@ -43,7 +43,7 @@ class TrainingRun:
     """One stage of one run.
 
     Args:
-        config: as it was asked for.
+        config: before the processes are started.
         stage: "autoencoder" or "unet".
 
     Attributes:
@@ -55,7 +55,7 @@ class TrainingRun:
         accelerator: from `start_processes` on.
         images_per_step: of all processes together, from `start_processes` on.
         tracker: from `start_tracking` on.
-        publisher: uploads the results; the script sets it where there is one.
+        publisher: uploads the results; set by the script if push_to_hub.
 
     Raises:
         UserError: the config cannot be trained with, or the checkpoint cannot be used.
@@ -77,7 +77,7 @@ class TrainingRun:
     # ------------------------------------------------------------------------------------------------ beginning
 
     def start_processes(self) -> Any:
-        """Make the accelerator; returns the config with its lengths in steps of these processes."""
+        """Create the accelerator; returns the config with all lengths converted from images to steps."""
         self.accelerator = make_accelerator(self.config)
         self.config = fit_to_processes(self.config, self.state, self.accelerator)
         batch = self.config.train_batch_size * self.accelerator.num_processes
@@ -85,7 +85,7 @@ class TrainingRun:
         return self.config
 
     def is_finished(self, product: str) -> bool:
-        """Whether all steps are done and the result `product`, a file in output_dir, is there; says so if it is."""
+        """Whether all steps are done and the result `product`, a file in output_dir, exists; logs it if so."""
         if not is_finished(self.config, self.stage, self.first_step, product):
             return False
         folder = self.output_dir / Path(product).parent
@@ -156,7 +156,7 @@ class TrainingRun:
         return self.step == self.config.max_train_steps
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens `every` so many steps, and after the last one, happens now."""
+        """Whether this step is a multiple of `every`, or the last step."""
         return self.step % every == 0 or self.is_last
 
     def save(self, state: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def publishes_best(self, after: int = 0) -> bool:
-        """Whether hub_strategy "best" publishes now: the validation at this step is the best after step `after`."""
+        """Whether hub_strategy "best" publishes now: this validation is the best one after step `after`."""
         by_validation = self.config.push_to_hub and self.config.hub_strategy == "best"
         return by_validation and is_best(self.output_dir, self.stage, self.step, after=after)
 
@@ -190,7 +190,7 @@ class TrainingRun:
     # --------------------------------------------------------------------------------------------------- ending
 
     def should_stop(self) -> bool:
-        """Whether a signal asks to stop here. Ask after every step, in every process. After the last step: no."""
+        """Whether to stop for a signal; false after the last step. Call it after every step, in every process."""
         return self._signal.should_stop() and not self.is_last
 
     def stop(self, state: dict[str, Any]) -> int:

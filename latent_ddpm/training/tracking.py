@@ -122,7 +122,7 @@ class Tracker:
             "validation_images": validation_images,
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            else f"{device.type}, {torch.get_num_threads()} threads",
+            else f"{device.type}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}",
             "processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,
             "versions": {"latent_ddpm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},

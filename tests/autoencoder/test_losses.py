@@ -12,7 +12,6 @@ from latent_ddpm.autoencoder.losses import (
     HeldWeight,
     adaptive_weight,
     adversarial_ramp,
-    commitment_loss,
     discriminator_loss,
     generator_loss,
     input_gradient,
@@ -28,14 +27,6 @@ def test_reconstruction_losses():
     a, b = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.5)
     assert reconstruction_loss(a, b, "l1") == 0.5
     assert reconstruction_loss(a, b, "l2") == 0.25
-
-
-def test_commitment_loss_pulls_only_the_encoder_outputs():
-    vectors, codes = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
-    loss = commitment_loss(vectors, codes)
-    assert torch.allclose(loss, torch.nn.functional.mse_loss(vectors, codes))
-    loss.backward()
-    assert torch.allclose(vectors.grad, 2 * (vectors - codes).detach() / 18) and codes.grad is None
 
 
 def test_hinge_losses():

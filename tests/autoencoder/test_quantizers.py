@@ -14,6 +14,7 @@ from latent_ddpm.autoencoder.quantizers import (
     FSQ,
     EMACodebook,
     SimVQ,
+    commitment_loss,
     decoder_metric,
     fsq_values,
     images_for_codes,
@@ -476,3 +477,11 @@ def test_a_plain_autoencoder_gives_the_quantizers_parameters_a_gradient_of_0():
 def test_how_many_images_k_means_takes():
     config = AutoencoderConfig(dataset_name="x", resolution=32, block_out_channels=[16, 32, 64], num_vq_embeddings=1024)
     assert images_for_codes(config) == 256
+
+
+def test_commitment_loss_pulls_only_the_encoder_outputs():
+    vectors, codes = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
+    loss = commitment_loss(vectors, codes)
+    assert torch.allclose(loss, torch.nn.functional.mse_loss(vectors, codes))
+    loss.backward()
+    assert torch.allclose(vectors.grad, 2 * (vectors - codes).detach() / 18) and codes.grad is None

@@ -436,7 +436,7 @@ def test_another_encoder_or_other_classes_are_no_reason_to_go_on(trained, encode
     config = (tmp_path / "out" / "train_unet.yaml").read_text()
     (tmp_path / "out" / "train_unet.yaml").write_text(config.replace(str(flags["train_data_dir"]), f"{tmp_path}/data"))
     text = launch("train_unet.py", tmp_path / "out", expect=2, **{**flags, "train_data_dir": tmp_path / "data"})
-    assert "was trained with other conditions: other class names" in text
+    assert "was trained with other conditions: different class names" in text
     assert "resumed from step 4" in launch("train_unet.py", output_dir, **flags)
 
 
