@@ -1,13 +1,13 @@
-"""Our autoencoder against the recipe assembled from stock parts: same widths, same data, same time, alternately.
+"""Compare our autoencoder with the recipe from stock parts: same widths, data and time, alternating.
 
     python benchmarks/benchmark_autoencoder.py --minutes 10 --json docs/results/NAME.json \\
         --config configs/cifar10.yaml --block_out_channels "[32,64,64]" --train_batch_size 32 --learning_rate 1e-3
 
-`--recipes` are `stock` (diffusers' VQModel, squared error plus its commitment loss, AdamW 1e-4) and the quantizers
-ema, simvq, fsq and kl; the other options are the keys of train_autoencoder.py. A recipe can have keys of its own, in
-quotes: `--recipes ema "ema --block_out_channels [16,32,64]"`. Each trains for `--minutes`, in turns of `--turn`
-seconds, so that whatever else the machine does meets all alike. Writes JSON, and a figure and a grid of
-reconstructions beside it; with `--save_dir DIR` also what each has trained, for stage 2 (`--autoencoder DIR/stock`).
+`--recipes` are `stock` (diffusers' VQModel, squared error plus its commitment loss, AdamW 1e-4) and the quantizers ema,
+simvq, fsq and kl. The other options are the keys of train_autoencoder.py. A recipe can have its own keys, in quotes:
+`--recipes ema "ema --block_out_channels [16,32,64]"`. Each recipe trains for `--minutes`, in turns of `--turn` seconds,
+so that other load on the machine affects all alike. Writes JSON, and beside it a figure and a grid of reconstructions.
+`--save_dir DIR` also keeps the trained autoencoders for stage 2 (`--autoencoder DIR/stock`).
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How long does a checkpoint take, and is it verified fast enough to be looked for at every start?
+"""Measure how long a checkpoint takes to write, and to verify at every start.
 
     python benchmarks/benchmark_checkpoint.py --config configs/celebahq_256.yaml --json docs/results/NAME.json
 
-Takes the keys of train_unet.py; the networks are made as they are for training, with the optimizer's moments filled.
-Writes checkpoints of stage 2 as the run would, and reads one back.
+Takes the keys of train_unet.py. Creates the networks and the optimizer's moments of stage 2, writes checkpoints as a
+run does, and reads one back.
 """
 
 import argparse

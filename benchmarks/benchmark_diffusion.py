@@ -1,16 +1,16 @@
-"""Our diffusion training against the recipe assembled from stock parts: same network, same time, alternately.
+"""Compare our diffusion training with the recipe from stock parts: same network and time, alternating.
 
     python benchmarks/benchmark_diffusion.py --minutes 30 --work_dir outputs/diffusion --json docs/results/NAME.json \\
         --config configs/cifar10.yaml --autoencoder outputs/cifar10/autoencoder
 
-`--recipes` are `stock` (what diffusers' example trains with: epsilon, linear betas, AdamW 1e-4, cosine decay, EMA; the
-network as UNet2DModel makes it) and `ours`; the other options are the keys of train_unet.py. A recipe can have keys of
-its own, in quotes: `--recipes ours "ours --loss_weighting edm" "stock --autoencoder DIR"`. Each trains for `--minutes`,
-in turns of `--turn` seconds, so that whatever else the machine does meets all alike, and leaves its pipeline in
-`--work_dir`. Then each draws `--num_images` from the same noise, and they are measured against the training images as
-scripts/evaluate.py does. A recipe with conditions (`"ours --conditions [class]"`) draws with those of the training
-images, with each of `--guidance_scales`, of which the best counts. A second call measures what the first has trained.
-Writes JSON, and a grid of samples beside it.
+`--recipes` are `stock` (the settings of diffusers' example: epsilon, linear betas, AdamW 1e-4, cosine decay, EMA;
+UNet2DModel's own initialization) and `ours`. The other options are the keys of train_unet.py. A recipe can have its own
+keys, in quotes: `--recipes ours "ours --loss_weighting edm" "stock --autoencoder DIR"`. Each recipe trains for
+`--minutes`, in turns of `--turn` seconds, so that other load on the machine affects all alike, and writes its pipeline
+to `--work_dir`. Then each draws `--num_images` from the same noise, and scripts/evaluate.py compares them with the
+training images. A conditional recipe (`"ours --conditions [class]"`) gets the conditions of the training images, with
+each of `--guidance_scales`; the best scale counts. A second call only measures what is already trained. Writes JSON,
+and a grid of samples beside it.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""What a discriminator that enters late does to reconstructions: the same runs with and without one.
+"""Measure what a late discriminator does to reconstructions: the same runs with and without one.
 
     python benchmarks/benchmark_discriminator.py --seeds 0 1 2 --work_dir outputs/discriminator \\
         --json docs/results/NAME.json --config configs/cifar10.yaml --max_train_steps 4000 --disc_start 2000 \\
         --disc_weight 0.5
 
-For each seed train_autoencoder.py runs to the end without a discriminator, and once more from its checkpoint at
-`--disc_start` with one; both see the same examples. scripts/evaluate.py measures both. The other options are the keys
-of train_autoencoder.py; `--recipes "" "--disc_norm actnorm"` compares discriminators with keys of their own. Writes
-JSON, and a figure beside it. A second call goes on where the first was stopped.
+For each seed, train_autoencoder.py trains without a discriminator, and again from its checkpoint at `--disc_start` with
+one. Both see the same examples, and scripts/evaluate.py measures both. The other options are the keys of
+train_autoencoder.py. `--recipes "" "--disc_norm actnorm"` compares discriminators with their own keys. Writes JSON, and
+a figure beside it. A second call resumes an interrupted one.
 """
 
 import argparse

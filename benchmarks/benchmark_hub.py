@@ -1,11 +1,11 @@
-"""Does publishing slow training? The same stage 2, with and without pushing every checkpoint, alternately.
+"""Measure whether publishing slows training: stage 2 with and without a push at every checkpoint, alternating.
 
     python benchmarks/benchmark_hub.py --json docs/results/NAME.json --config configs/mnist.yaml \\
         --autoencoder outputs/mnist/autoencoder --max_train_steps 300 --checkpointing_steps 50
 
-Takes the keys of train_unet.py. The pushes go to the tests' Hub on loopback, whose work is done by the same cores, so
-the figure is a lower bound. What is compared is the time from the first to the last line of metrics.jsonl, so exports
-and what is laid out count too; both variants write the same checkpoints.
+Takes the keys of train_unet.py. It pushes to the tests' Hub on loopback. That server uses the same cores, so the result
+is a lower bound. It compares the time from the first to the last line of metrics.jsonl, which includes exports and the
+preparation of uploads. Both variants write the same checkpoints.
 """
 
 import argparse

@@ -1,17 +1,19 @@
-"""Do the dataset's index, the latent cache and the order of examples stay small and quick when the dataset grows?
+"""Measure whether index, latent cache and example order stay small and fast as the dataset grows.
 
     python benchmarks/benchmark_latents.py --images 10000 10000000 --json docs/results/NAME.json
     python benchmarks/benchmark_latents.py --images 10000 10000000 --only_folder --json docs/results/NAME.json
 
-Writes caches of synthetic latents (4x8x8, as 32-pixel images have) into a temporary folder, about 5.3 GB for ten
-million, and datasets of as many rows (the name of an image, a byte in the place of its content, a label). Then, in a
-process of its own each and in turns, opens a cache and draws shuffled batches of 128 as train_unet.py does: the time to
-the first batch, the resident memory at the end and the images per second. Two more open the dataset and split it into
-training and validation images, the second as a later start of the same run does: the time, the memory of the process
-while it is open (anonymous, and resident, which counts the pages of the file that the system has at hand) and after it
-was released, as train_unet.py does when the latents are there. Caches of the operating system are as they are: the
-smaller dataset always fits there. With --only_folder the dataset is a folder of images, a thousand in each of its
-folders, and there are no latents.
+Writes caches of synthetic latents (4x8x8, as for 32-pixel images) to a temporary folder, about 5.3 GB for ten million,
+and datasets with as many rows (an image name, one byte of content, a label). Then, alternating and each in its own
+process:
+
+- opens a cache and draws shuffled batches of 128, as train_unet.py does: time to the first batch, resident memory at
+  the end, images per second;
+- opens the dataset and splits it, twice (the second time as a later start of the same run): time, memory while it is
+  open, and memory after its release. Anonymous memory excludes mapped file pages, resident memory includes them.
+
+The operating system's file cache is left as it is; the smaller dataset always fits into it. With --only_folder the
+dataset is a folder with a thousand images per subfolder, and there are no latents.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""What do more processes give? The same training and the same encoding, by one process and by several, in turns.
+"""Measure what more processes give: the same training and encoding with one process and with several, alternating.
 
     python benchmarks/benchmark_processes.py --json docs/results/NAME.json --config configs/mnist.yaml \\
         --autoencoder outputs/mnist/autoencoder --max_train_steps 60
 
-Both stages train with one process that has all threads, and with `--processes` that share them out; the batch of all
-together is the same, and the codes of stage 1 are there from the start. Compared are the images per second from the
-first line of metrics.jsonl to the last. Then scripts/cache_latents.py encodes with one process on one core and with
-several, of one thread each; what it takes when everything is there already is subtracted, and where less than
-ENCODING_SECONDS are left the difference says nothing and no ratio is given: take a larger dataset. Takes the keys of
-train_unet.py, and of stage 1 those that the config has. On Linux, where a process can be confined to some cores.
+Both stages train with one process that has all threads, and with `--processes` that divide them. The total batch is the
+same, and stage 1 has its codes from the start. It compares images per second from the first to the last line of
+metrics.jsonl. Then scripts/cache_latents.py encodes with one process on one core, and with several of one thread each.
+The time of a call that has nothing to encode is subtracted. If less than ENCODING_SECONDS remain, no ratio is given:
+use a larger dataset. Takes the keys of train_unet.py, and the keys of stage 1 that the config has. Linux only, because
+processes are confined to cores.
 """
 
 import argparse

@@ -1,19 +1,19 @@
-"""Attack training, start it again with the same command, and compare with an undisturbed run.
+"""Attack training, run the same command again, and compare the result with that of an undisturbed run.
 
     python benchmarks/chaos.py --fault kill --kills 200 --json docs/results/NAME.json
     python benchmarks/chaos.py --fault full_disk --json docs/results/NAME.json
 
-Tiny networks on images made here; stage 1, the encoding of the latents, stage 2 and the exports. After an attack all
-that is left has to be what the undisturbed run left: the last checkpoints, the latents, the weights of the pipeline and
-of the snapshots bit for bit, and metrics.jsonl but for its clocks.
+It trains tiny networks on generated images: stage 1, the encoding of the latents, stage 2 and the exports. After an
+attack, everything must equal the undisturbed run: the last checkpoints, the latents and the weights of pipeline and
+snapshots bit for bit, and metrics.jsonl except for its clock times.
 
 kill: each command gets SIGKILL after a random time, and again, until it ends by itself. Checkpoints are written at
-every other step, so that many kills fall into the writing of one, of a shard or of an export; where each fell is in the
-JSON. --processes 2 has two train together, and kills both or one of them; the other has to end by itself.
+every second step, so many kills hit the writing of a checkpoint, a shard or an export. The JSON says where each kill
+came. With --processes 2, two processes train together and one or both are killed; the other must end by itself.
 
-full_disk: the disk is full from the n-th call on that writes, makes or renames something in the run's folder, for every
-n in turn (or every --stride-th). The run has to end with one sentence, every checkpoint that is there has to be whole,
-and the same command, once there is room, has to end as if nothing had happened. Needs Linux and a C compiler.
+full_disk: from the n-th call on that writes, creates or renames something in the run's folder, the disk is full, for
+every n (or every --stride-th). The run must end with one sentence, every checkpoint must be undamaged, and
+the same command must finish once there is space. Needs Linux and a C compiler.
 """
 
 import argparse

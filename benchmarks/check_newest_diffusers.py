@@ -1,11 +1,11 @@
-"""Do exports work with another diffusers than the installed one: the newest release, or the oldest allowed?
+"""Test exports with another release of diffusers: the newest one, or the oldest allowed one.
 
     python benchmarks/check_newest_diffusers.py --json docs/results/publishing/newest-diffusers.json
-    python benchmarks/check_newest_diffusers.py --version 0.35.0 --json FILE
+    python benchmarks/check_newest_diffusers.py --version 0.36.0 --json docs/results/publishing/oldest-diffusers.json
 
-Makes a temporary environment that sees the installed packages, puts that diffusers in front of them (pip decides what
-else has to change), and runs the tests of the export and of the pipeline there. Nothing of the installed environment
-changes. It needs a package index, so it is no part of `make test`; run it when diffusers has a new release.
+Creates a temporary environment that sees the installed packages behind its own diffusers (pip decides what else must
+change), and runs the tests of export and pipeline there. The installed environment does not change. It needs a package
+index, so it is not part of `make test`. Run it when diffusers has a new release.
 """
 
 import argparse

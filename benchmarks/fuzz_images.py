@@ -1,11 +1,11 @@
-"""Does any file, however broken, end in an image or a sentence? Thousands of damaged images through the decoder.
+"""Decode thousands of damaged images: each must give an image or an error with a message.
 
     python benchmarks/fuzz_images.py --files 10000 --json docs/results/NAME.json
 
-Real photographs (any folder by --images; else the pictures in scikit-image) are written in every format, mode and
-odd size, then damaged: bits flipped, bytes overwritten, cut short, spliced with another file, lengths in headers made
-huge, pieces repeated, removed or zeroed. A process of its own decodes each as training does. The figures are what came
-of them: an image of the right size, an error with a message, or a crash, a process that hangs or takes all memory.
+Real photographs (from --images FOLDER, else those in scikit-image) are written in every format, mode and odd size, then
+damaged: flipped bits, overwritten bytes, truncation, parts of other files, huge lengths in headers, repeated, removed
+or zeroed pieces. A separate process decodes each file as training does. The result counts the outcomes: an image of the
+right size, an error with a message, a crash, or a process that hangs or uses too much memory.
 """
 
 import argparse

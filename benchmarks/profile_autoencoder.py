@@ -1,13 +1,13 @@
-"""Where the time of stage 1's training step goes, and what makes it shorter.
+"""Measure where the time of a training step of stage 1 goes, and which variants shorten it.
 
     python benchmarks/profile_autoencoder.py --json docs/results/NAME.json --resolutions 32 64 256 \\
         --variants plain channels_last compile --config configs/cifar10.yaml
 
-For each resolution: the share of forward and backward pass that each level of encoder and decoder takes, and the time
-of a whole step (forward, backward, optimizer) in each variant against `plain`, taken in turns. Variants are plain,
-channels_last, bf16, compile, doubled (upsampling as diffusers does it) and, joined by +, any of them together
-(channels_last+bf16+compile). The other options are the keys of train_autoencoder.py that shape the network; a batch
-has `--pixels` pixels. The images are noise: only the time is of interest.
+For each resolution: the share of each level of encoder and decoder in the forward and backward pass, and the time of a
+whole step (forward, backward, optimizer) in each variant relative to `plain`, alternating. Variants are plain,
+channels_last, bf16, compile, doubled (upsampling as in diffusers), and combinations joined by + such as
+channels_last+bf16+compile. The other options are the keys of train_autoencoder.py that shape the network. A batch has
+`--pixels` pixels of noise.
 """
 
 import argparse

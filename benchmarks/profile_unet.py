@@ -1,11 +1,11 @@
-"""Where the time of a training step of stage 2 goes, in train_unet.py itself.
+"""Measure where the time of a training step of stage 2 goes, inside train_unet.py.
 
     python benchmarks/profile_unet.py --json docs/results/NAME.json --config configs/mnist.yaml --max_train_steps 300
 
-Takes the keys of train_unet.py, runs it with a clock in what it calls, and says how a step's time is shared out:
-forward (with the loss), backward, optimizer step, and all the rest (waiting for latents, noise, clipping, averages,
-logging). The first tenth of the steps warms up. Grids, checkpoints and snapshots are left out. On a GPU each part
-waits for the card, which costs some of what it measures.
+Takes the keys of train_unet.py, runs it with timers around the functions that it calls, and reports the shares of a
+step: forward (with the loss), backward, optimizer step, and the rest (waiting for latents, noise, clipping, averages,
+logging). The first tenth of the steps is warm-up. Grids, checkpoints and snapshots are excluded. On a GPU each part is
+synchronized, which itself takes some time.
 """
 
 import argparse

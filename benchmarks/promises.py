@@ -1,14 +1,14 @@
-"""Every figure that README and docs promise: does it still hold?
+"""Check every figure that README and docs promise.
 
-    python benchmarks/promises.py --check              compares promises.yaml with the committed JSON and the pages
-    python benchmarks/promises.py --list               what can be measured, and how long it takes
-    python benchmarks/promises.py --minutes 20         measures what fits into 20 minutes, the shortest first
-    python benchmarks/promises.py --only fuzz-images   measures these, however long it takes
+    python benchmarks/promises.py --check              compare promises.yaml with the committed JSON and the pages
+    python benchmarks/promises.py --list               list what can be measured, and how long it takes
+    python benchmarks/promises.py --minutes 20         measure what fits into 20 minutes, the shortest first
+    python benchmarks/promises.py --only fuzz-images   measure these, however long it takes
 
-benchmarks/promises.yaml lists the figures by the JSON file that holds them: where in the file a figure is, the bound
-that it must keep, and the text by which pages state it. A file is measured by its own command, with a fresh JSON in
-`--work_dir`; the committed files stay as they are. What lacks its data, or the result of an earlier command, is skipped
-with the reason. The exit status is 1 if a promise is broken.
+benchmarks/promises.yaml lists the figures by the JSON file that holds them: the path in the file, the bound that the
+figure must keep, and the text by which pages state it. Each file is measured by its own command, which writes a fresh
+JSON to `--work_dir`; the committed files do not change. If data or the result of an earlier command is missing, the file is
+skipped with the reason. The exit status is 1 if a promise is broken.
 """
 
 import argparse
