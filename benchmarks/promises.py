@@ -7,8 +7,8 @@
 
 benchmarks/promises.yaml lists the figures by the JSON file that holds them: the path in the file, the bound that the
 figure must keep, and the text by which pages state it. Each file is measured by its own command, which writes a fresh
-JSON to `--work_dir`; the committed files do not change. If data or the result of an earlier command is missing, the file is
-skipped with the reason. The exit status is 1 if a promise is broken.
+JSON to `--work_dir`; the committed files do not change. If data or the result of an earlier command is missing, the
+file is skipped with the reason. The exit status is 1 if a promise is broken.
 """
 
 import argparse

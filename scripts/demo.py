@@ -1,12 +1,12 @@
-"""A page that draws with a trained pipeline: a folder, or a repository of the Hub.
+"""A browser demo of a trained pipeline: a local folder, or a repository of the Hub.
 
     python scripts/demo.py outputs/mnist/pipeline          (pip install gradio first)
     python scripts/demo.py USER/NAME --port 7861
     python scripts/demo.py USER/NAME --push_to_hub USER/NAME-demo      publishes it as a Space instead
 
-A grid from a seed, other schedulers and numbers of steps, what lies between two seeds, the film of denoising, and what
-the autoencoder makes of an image of yours. A Space is this file as it is, with pipeline_latent_ddpm.py beside it, so
-no code of a model's repository is run.
+It shows a grid for a seed, other schedulers and numbers of steps, interpolation between two seeds, the prediction after
+each step, and reconstructions of your own images. A Space consists of this file and pipeline_latent_ddpm.py, so it runs
+no code from a model's repository.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a Space the pipeline lies beside this file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in a Space the pipeline is beside this file
 
 import diffusers
 import torch
@@ -38,7 +38,7 @@ SCHEDULERS = {
     "DPM-Solver++ 2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
-FLOW_SCHEDULERS = ("as published", "DPM-Solver++ 2M", "UniPC")  # the others know no flow
+FLOW_SCHEDULERS = ("as published", "DPM-Solver++ 2M", "UniPC")  # the others do not support flow prediction
 
 
 def normal(pipeline: LatentDDPMPipeline, seed: int, count: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ def between(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tens
 
 
 def enlarged(image: Image.Image, side: int = 256) -> Image.Image:
-    """A small picture with its pixels to be seen."""
+    """Enlarge a small picture so that its pixels are visible."""
     factor = max(1, side // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
@@ -201,11 +201,11 @@ class Demo:
                 button.click(self.grid, inputs, grid, api_name="draw")
             with gr.Tab("Between two"):
                 other = gr.Number(1, label="Other seed", precision=0, minimum=0)
-                share = gr.Slider(0, 1, 0.5, step=0.05, label="From the one to the other")
+                share = gr.Slider(0, 1, 0.5, step=0.05, label="Position between the two seeds")
                 go = gr.Button("Draw", elem_id="between")
                 with gr.Row():
-                    single = gr.Image(label="There", format="png", interactive=False)
-                    strip = gr.Image(label="All the way", format="png", interactive=False)
+                    single = gr.Image(label="Image at this position", format="png", interactive=False)
+                    strip = gr.Image(label="All positions", format="png", interactive=False)
                 inputs = [seed, other, share, scheduler, steps]
                 go.click(self.interpolate, inputs, [single, strip], api_name="interpolate")
                 share.release(self.interpolate, inputs, [single, strip], api_visibility="private")
