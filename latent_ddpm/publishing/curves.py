@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from latent_ddpm.training.metrics import read_metrics
 
-# what is drawn of a stage, where it was logged, each in an axes of its own: (keys, label, logarithmic)
+# per stage, the logged figures to plot, each in its own axes: (keys, label, logarithmic)
 PANELS = {
     "autoencoder": (
         (("reconstruction_loss",), "reconstruction loss", True),
@@ -23,7 +23,7 @@ PANELS = {
     ),
 }
 STAGES = {"autoencoder": "autoencoder", "unet": "U-Net"}
-POINTS = 400  # a curve has no more; losses are means over what falls together
+POINTS = 400  # maximum number of points per curve; neighbours are averaged
 
 
 def overall_speed(path: Path) -> float:
@@ -33,14 +33,14 @@ def overall_speed(path: Path) -> float:
 
 
 def smoothed(values: Sequence[float], points: int = POINTS) -> list[float]:
-    """Means of as many neighbours as it takes to have at most `points` of them."""
+    """Means of neighbouring values, at most `points` of them."""
     width = -(-len(values) // points)
     groups = [values[start : start + width] for start in range(0, len(values), width)]
     return [sum(group) / len(group) for group in groups]
 
 
 def draw_curves(runs: dict[str, Path], picture: Path) -> Path | None:
-    """Draw the curves of runs over one another.
+    """Draw the curves of one or more runs in the same axes.
 
     Args:
         runs: by the name that stands in the legend ("" for a single one), the metrics.jsonl.

@@ -1,8 +1,8 @@
-"""Publishing: a run's folder as a repository of the Hub, filled in the background, whatever the Hub does meanwhile.
+"""Upload a run to a repository of the Hub, in the background.
 
-What is to be published is first laid out in a folder of its own (`lay_out`), so that training can go on and change
-everything else. A thread uploads it. A Hub that is slow, answers 5xx or 429 or goes away is tried again, a newer state
-takes the place of one that still waits, and no failure reaches the training.
+`lay_out` first copies everything that is published into a separate folder, so training can continue and change the
+rest. A thread uploads that folder. It tries again when the Hub is slow, answers 5xx or 429, or cannot be reached. A
+newer upload replaces one that is still waiting. No failure reaches the training.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ from latent_ddpm.publishing.private import Scrubber, is_place
 
 logger = logging.getLogger(__name__)
 
-WAITS = (2, 5, 15, 30, 60)  # seconds between attempts; the last for all that follow
-LAST_ATTEMPTS = 4  # of what is still waiting when training has ended
-LAST_SECONDS = 3600  # until what is still under way then counts as failed
-SILENCE = 120.0  # seconds that the Hub may say nothing
-REFUSALS = (400, 401, 402, 403)  # trying again does not help against these
+WAITS = (2, 5, 15, 30, 60)  # seconds between attempts; the last one for all further attempts
+LAST_ATTEMPTS = 4  # attempts after training has ended
+LAST_SECONDS = 3600  # after training, an unfinished upload then counts as failed
+SILENCE = 120.0  # seconds without an answer until a request fails
+REFUSALS = (400, 401, 402, 403)  # another attempt does not help
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -62,12 +62,12 @@ MEASURED = {
 
 
 def repo_id_of(output_dir: Path, repo_id: str | None) -> str:
-    """The repository that a run goes to: the one asked for, or one with the name of the run's folder."""
+    """The repository of a run: `repo_id`, or one named after the run's folder."""
     return repo_id or re.sub(r"[^A-Za-z0-9_-]+", "-", output_dir.resolve().name).strip("-")[:96]
 
 
 def check_repo_id(output_dir: Path, repo_id: str | None) -> None:
-    """Raises `UserError` when the name is not one of a repository."""
+    """Raises `UserError` if the name is not a valid repository name."""
     try:
         validate_repo_id(repo_id_of(output_dir, repo_id))
     except HFValidationError as error:
@@ -76,7 +76,7 @@ def check_repo_id(output_dir: Path, repo_id: str | None) -> None:
 
 
 def check_can_publish(output_dir: Path, repo_id: str | None) -> None:
-    """Refuse, before anything is trained, what could never be published.
+    """Check before training that the run can be published.
 
     Raises:
         UserError: the name is not one of a repository, there is no token at all, or the Hub is switched off.
@@ -92,10 +92,10 @@ def check_can_publish(output_dir: Path, repo_id: str | None) -> None:
 
 
 def check_others_have_encoder(encoder: str) -> None:
-    """Refuse a pipeline that names a text encoder which is on this disk only.
+    """Check that a text encoder that the pipeline only names is available to others.
 
     Raises:
-        UserError: it is.
+        UserError: it is a local folder.
     """
     if is_place(encoder):
         raise UserError(
@@ -105,7 +105,7 @@ def check_others_have_encoder(encoder: str) -> None:
 
 
 def check_before_training(config: RunConfig) -> None:
-    """Refuse, before anything is loaded, a run that asks for `push_to_hub` and could never publish its result.
+    """Check before anything is loaded that a run with `push_to_hub` can publish its result.
 
     Raises:
         UserError: see `check_can_publish` and `check_others_have_encoder`.
@@ -119,7 +119,7 @@ def check_before_training(config: RunConfig) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file that is never changed in place; a copy where the disk has no such thing."""
+    """Hard-link a file, which is never changed in place; copy it where the disk does not support links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -128,7 +128,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_variants(weights: Path, variants: Sequence[str]) -> None:
-    """Beside a float32 file of weights the same in 16 bits, named as diffusers names variants."""
+    """Write the weights in 16 bits beside a float32 file, with the names of diffusers' variants."""
     for variant in variants:
         dtype = VARIANTS[variant]
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_file(weights).items()}
@@ -141,7 +141,7 @@ def _write_variants(weights: Path, variants: Sequence[str]) -> None:
 def lay_out(
     output_dir: Path, folder: Path, scrubber: Scrubber, stage: str | None = None, variants: Sequence[str] = ()
 ) -> None:
-    """Fill `folder` with all that is published of a run, but for the card, which needs the repository's name.
+    """Fill `folder` with everything that is published of a run except the card, which needs the repository's name.
 
     Args:
         output_dir: the run.
@@ -198,14 +198,14 @@ def lay_out(
 
 
 def write_card(folder: Path, repo_id: str, license: str | None, theirs: str | None = None) -> None:
-    """Add curves and card to what was laid out; `theirs` is the card that stands in the repository."""
+    """Add curves and card to the folder; `theirs` is the present card of the repository."""
     if (folder / "metrics.jsonl").exists():
         draw_curves({"": folder / "metrics.jsonl"}, folder / "curves.png")
     (folder / "README.md").write_text(merge_cards(make_card(read_facts(folder), repo_id, license), theirs))
 
 
 def _response(error: BaseException | None) -> Any:
-    """The Hub's answer behind an error, or behind the one that caused it; None where none came."""
+    """The Hub's response of an error or of its cause; None without one."""
     while error is not None:
         if getattr(error, "response", None) is not None:
             return error.response
@@ -218,20 +218,20 @@ def _status(error: Exception) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    """An error and what caused it, in a line."""
+    """An error and its causes in one line."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return f"{said} <- {_reason(error.__cause__)}" if error.__cause__ is not None else said
 
 
 def _wait(error: Exception, attempt: int) -> float:
-    """Seconds until the next attempt: what the Hub asks for, at most five minutes, or ever longer."""
+    """Seconds until the next attempt: the Hub's Retry-After, at most five minutes, or a growing pause."""
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         return min(300.0, float(_response(error).headers.get("Retry-After")))
     return WAITS[min(attempt, len(WAITS)) - 1]
 
 
 class Publisher:
-    """Uploads states of a run to a repository, in a thread, the newest first; its methods never raise.
+    """Uploads the results of a run in a thread; a newer result replaces a waiting one. Its methods never raise.
 
     Args:
         output_dir: the run's folder.
@@ -272,7 +272,7 @@ class Publisher:
         self.thread.start()
 
     def push(self, message: str, laid_out: Path | None = None) -> None:
-        """Publish the run's folder as it is now; returns when that is laid out, long before it is uploaded.
+        """Publish the present results; returns when they are copied, before the upload.
 
         Args:
             message: of the commit.
@@ -299,7 +299,7 @@ class Publisher:
             shutil.rmtree(overtaken[0], ignore_errors=True)
 
     def finish(self, wait: bool = True) -> bool:
-        """Wait until all is published or has failed for good; returns whether it is, and says what is not.
+        """Wait until everything is published or has finally failed; reports failures and returns whether all succeeded.
 
         Args:
             wait: False only says it: for a run that was told to stop. So does a Ctrl-C meanwhile.
@@ -347,7 +347,7 @@ class Publisher:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _publish(self, folder: Path, message: str) -> None:
-        """Attempt until it is there, is refused, is overtaken, or training has ended and it still fails."""
+        """Try until the upload succeeds, is refused or replaced, or fails after training has ended."""
         attempt = attempts_after_end = 0
         while True:
             begun = time.monotonic()
@@ -390,11 +390,11 @@ class Publisher:
         except Exception as error:  # a card that its owner has made unreadable for us is left as it is
             self.say(f"The card of {self.repo_id} stays as it is: {_reason(error)}")
             (folder / "README.md").unlink(missing_ok=True)
-        stale = [f"*.{variant}.safetensors" for variant in VARIANTS]  # of weights that this state has not got
+        stale = [f"*.{variant}.safetensors" for variant in VARIANTS]  # variants that this upload does not have
         self.api.upload_folder(repo_id=self.repo_id, folder_path=folder, commit_message=message, delete_patterns=stale)
 
     def _their_card(self) -> str | None:
-        """The card as it stands in the repository, which its owner may have edited; None where there is none."""
+        """The card in the repository, which its owner may have edited; None without one."""
         place = self.folder / "card"
         try:
             path = self.api.hf_hub_download(self.repo_id, "README.md", local_dir=place, force_download=True)
@@ -408,7 +408,7 @@ class Publisher:
 def make_publisher(
     config: RunConfig, accelerator: Accelerator, stage: str, say: Callable[[str], None]
 ) -> Publisher | None:
-    """What publishes the run, in the main process of a run with push_to_hub."""
+    """The publisher of a run with push_to_hub, in its main process; None otherwise."""
     if not (config.push_to_hub and accelerator.is_main_process):
         return None
     private = True if config.hub_private_repo else None

@@ -1,4 +1,4 @@
-"""Keeping private things out of what is published: tokens, home folders, the places of other people's images."""
+"""Remove private data from published texts: tokens, home folders and local paths."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-# keys of a config whose value is a place on this machine, and what is published in its stead
+# config keys with a local path, and the word that is published instead
 PLACES = {
     "train_data_dir": "IMAGES",
     "output_dir": "RUN",
@@ -26,7 +26,7 @@ ON_THE_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def is_place(value: str) -> bool:
-    """Whether a value of NAMES is something on this disk, and not of the Hub or embedded."""
+    """Whether a value of NAMES is a local path, and not a Hub id or embedded."""
     if value.startswith(EMBEDDED):
         return False
     return not ON_THE_HUB.fullmatch(value) or value.endswith((".parquet", ".arrow")) or Path(value).exists()
@@ -67,7 +67,7 @@ class Scrubber:
                 self.places[os.path.normpath(section[key])] = shown
 
     def text(self, text: str) -> str:
-        """A text without secrets and without the places of this machine."""
+        """The text without secrets and local paths."""
         for place, shown in self.whole:
             text = place.sub(shown, text)
         for secret in self.secrets:
@@ -75,7 +75,7 @@ class Scrubber:
         return text
 
     def place(self, word: str) -> str:
-        """A word that may be a place, or in one: without it; of any other path from the root its last name."""
+        """A word without the local path in it; another absolute path is shortened to its last part."""
         normal = os.path.normpath(word)
         for place, shown in self.places.items():
             if normal == place or normal.startswith(place + "/"):
@@ -84,7 +84,7 @@ class Scrubber:
         return Path(made).name if made.startswith("/") else made
 
     def command(self, command: str) -> str:
-        """A command line without places, also where they are the value of `--flag=value`."""
+        """A command line without local paths, also in `--flag=value`."""
         try:
             words = shlex.split(command)
         except ValueError:
@@ -96,7 +96,7 @@ class Scrubber:
         return " ".join(word if re.fullmatch(r"[\w@%+=:,./\[\]~-]+", word) else shlex.quote(word) for word in made)
 
     def config(self, values: dict[str, Any]) -> dict[str, Any]:
-        """A saved config (its sections by name) without places."""
+        """A saved config (its sections by name) without local paths."""
         return {
             name: {
                 key: self.place(value) if value and (key in PLACES or key in NAMES) else value
@@ -106,7 +106,7 @@ class Scrubber:
         }
 
     def _measured(self, value: Any, key: str = "") -> Any:
-        """What scripts/evaluate.py writes, without places."""
+        """The JSON of scripts/evaluate.py without local paths."""
         if isinstance(value, dict):
             return {name: self._measured(item, name) for name, item in value.items()}
         if isinstance(value, list):
@@ -116,7 +116,7 @@ class Scrubber:
         return self.place(value) if key == "pipeline" and isinstance(value, str) else value
 
     def copy(self, source: Path, target: Path) -> None:
-        """A copy of a saved config (.yaml), of figures (.json) or of any other text without what is private."""
+        """Copy a saved config (.yaml), figures (.json) or another text without private data."""
         text = source.read_text()
         if source.suffix == ".json":
             text = json.dumps(self._measured(json.loads(text)), indent=2) + "\n"
@@ -126,7 +126,7 @@ class Scrubber:
         target.write_text(self.text(text))
 
     def copy_model_config(self, source: Path, target: Path) -> None:
-        """A copy of a config.json of diffusers without where it was loaded from."""
+        """Copy a config.json of diffusers without the path it was loaded from."""
         config = json.loads(source.read_text())
         config.pop("_name_or_path", None)
         target.parent.mkdir(parents=True, exist_ok=True)
