@@ -401,7 +401,7 @@ def test_the_export_loads_with_diffusers_alone_and_draws_the_same(trained, tmp_p
     [
         ("remove", {}, "conditioning image of .* cannot be used: there is no .*maps"),
         (9, {}, "has the value 9; conditioning_image_classes is 2, so values go from 0 to 1"),
-        ("colour", {}, "it has 3 channels, and a map of classes has one"),
+        ("colour", {}, "it has 3 channels, but a map of classes has one"),
         (None, {"conditioning_image_dir": "nowhere"}, "conditioning_image_dir nowhere is not a folder"),
     ],
 )
