@@ -34,9 +34,15 @@ class LineBar(tqdm.std.tqdm):
 
 def progress_bar(*args: Any, **options: Any) -> tqdm.std.tqdm:
     """`tqdm(...)` as wide as the terminal; a `LineBar` where stderr is neither a terminal nor a notebook."""
-    if sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    if sys.stderr is not None and (sys.stderr.isatty() or _in_notebook()):
         return tqdm.auto.tqdm(*args, dynamic_ncols=True, **options)
     return LineBar(*args, **options)
+
+
+def _in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 def close_bars() -> None:

@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from types import SimpleNamespace
 
 import tqdm
 
@@ -47,6 +48,14 @@ def test_a_terminal_gets_tqdm(monkeypatch):
     bar = progress.progress_bar(total=3, file=io.StringIO())
     assert not isinstance(bar, progress.LineBar)
     bar.close()
+
+
+def test_a_notebook_gets_tqdm(monkeypatch):
+    ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    assert progress._in_notebook()
+    ipython.get_ipython = lambda: None  # imported, and not a kernel
+    assert not progress._in_notebook()
 
 
 def test_open_bars_are_closed_before_an_error(capsys):
