@@ -39,6 +39,7 @@ from latent_ddpm.files import save_png
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
+from latent_ddpm.training.acceleration import align_state, compile_networks, next_iteration, set_layout
 from latent_ddpm.training.checkpoint import must_fit
 from latent_ddpm.training.ema import PowerEMA
 from latent_ddpm.training.launch import run
@@ -94,10 +95,14 @@ def main(argv: list[str]) -> int:
         network.to(device)
         if sharding is not None:
             sharding.cut(network)
+        else:
+            set_layout(network, config, device)
+    compile_networks([unet] if sharding is None else sharding.blocks(unet), config)
     optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
     if state:
         with must_fit(config.resume_from_checkpoint):
             load_optimizer(optimizer, state["optimizer"])
+    align_state(optimizer)
     model, optimizer = prepare(accelerator, unet, optimizer)
     training.restore_scaler()
     alphas_cumprod = noise_table(config)
@@ -144,6 +149,7 @@ def main(argv: list[str]) -> int:
         rate = learning_rate_factor(step, config)
         set_learning_rate(optimizer, rate * config.learning_rate)
         torch.manual_seed(seed_for_step(config.seed, step, accelerator.process_index))  # for dropout
+        next_iteration(config)
         total_loss = torch.zeros((), device=device)
         for _ in range(accumulation):
             numbers, clean, given = next(micro_batches)

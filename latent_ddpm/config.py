@@ -146,6 +146,8 @@ class RunConfig:
     number of processes. lr_warmup_images and lr_decay_images do the same for their keys."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """no, bf16 or fp16; unset uses the setting of `accelerate launch`."""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass instead of storing them: less memory, more time."""
     heartbeat_timeout: float = 20.0
     """seconds without a heartbeat after which a process counts as dead and the others exit; 0 waits forever."""
 
@@ -153,6 +155,25 @@ class RunConfig:
         _require_positive(self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
         _require_positive_or_null(self, "max_train_images")
         _require_nonnegative(self, "heartbeat_timeout")
+
+    # ------------------------------------------------------------------------------------------------------ speed
+
+    torch_compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """compile the networks with torch.compile, in one of its modes. The first steps take minutes, the others less time.
+    reduce-overhead and max-autotune use CUDA graphs."""
+    channels_last: bool | None = None
+    """store images and convolutions with the channels innermost, the layout of a GPU's matrix units; unset does so on a
+    GPU."""
+    deterministic: bool = True
+    """use deterministic algorithms only, so that a resumed run repeats the bits of an uninterrupted one on the same
+    machine; false lets the GPU choose the fastest algorithms."""
+
+    def _check_speed(self) -> None:
+        if self.torch_compile == "max-autotune" and self.deterministic:
+            raise UserError(
+                "torch_compile max-autotune chooses kernels by their time, which can differ after a resume: set "
+                "deterministic false, or torch_compile default."
+            )
 
     # ---------------------------------------------------------------------------------- optimizer and learning rate
 
@@ -232,6 +253,7 @@ class RunConfig:
         self._check_run()
         self._check_data()
         self._check_batch()
+        self._check_speed()
         self._check_optimizer()
         self._check_logging()
 
@@ -514,8 +536,6 @@ class UNetConfig(RunConfig):
     unet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     """how time and class enter a residual block: `default` adds their embedding to the activations, `scale_shift` also
     scales these (adaptive group normalization, arXiv 2105.05233)."""
-    gradient_checkpointing: bool = False
-    """recompute the U-Net's activations in the backward pass instead of storing them: less memory, more time."""
 
     def _check_unet(self) -> None:
         _require_positive(self, "unet_layers_per_block", "unet_norm_num_groups", "unet_attention_head_dim")
@@ -796,7 +816,7 @@ FREE_KEYS = {
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots", "guidance_scale"),
     *("text_encoder", "export_text_encoder"),  # only its location: the key of the embeddings identifies the encoder
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_variants", "hub_license"),
-    "gradient_checkpointing",
+    *("gradient_checkpointing", "torch_compile", "channels_last", "deterministic"),  # only the last bits differ
 }
 
 

@@ -3,10 +3,12 @@
 The generator has no state, so a run resumes at any step without replaying earlier draws, and any number of
 processes draws the same numbers for the same examples. It is Philox4x32-10
 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), written in int64 tensor operations
-so that a whole batch is drawn at once on its device.
+so that a whole batch is drawn at once on its device. On a GPU with Triton, one kernel computes the same bits.
 """
 
 import enum
+import functools
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import TypeVar
@@ -67,9 +69,19 @@ def _rounds(c0: Word, c1: Word, c2: Word, c3: Word, k0: int, k1: int) -> tuple[W
     return c0, c1, c2, c3
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether GPU kernels can be compiled here; there is no Triton for Windows in torch's own packages."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _words(seed: int, stream: Stream, numbers: torch.Tensor, count: int) -> torch.Tensor:
     """`count` words for each of the example `numbers` (B,): int64 (B, count) in [0, 2**32)."""
     blocks = -(-count // 4)
+    if numbers.is_cuda and has_triton():
+        from latent_ddpm.philox_kernel import philox_words
+
+        return philox_words(seed, int(stream), numbers, blocks)[:, :count]
     n = numbers.to(torch.int64)
     counter = torch.empty((len(n), blocks, 4), dtype=torch.int64, device=n.device)
     counter[..., 0] = torch.arange(blocks, device=n.device)

@@ -17,6 +17,7 @@ from torch import nn
 
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.random import Stream, integers, normal, uniform
+from latent_ddpm.training.acceleration import reads_are_free
 from latent_ddpm.training.distributed import all_gather_rows, all_reduce_sum, process_count, process_index
 
 VECTORS_PER_CODE = 16  # for k-means, when the codebook enters a trained network
@@ -232,7 +233,8 @@ class Quantizer(nn.Module, ABC):
             nearest = nearest_code(vectors.detach(), table.detach())
             codes = table[nearest]
             if self.training:
-                self.new_count += torch.bincount(nearest, minlength=self.num_embeddings)
+                # not bincount, which synchronizes a GPU
+                self.new_count.index_add_(0, nearest, torch.ones_like(nearest, dtype=torch.float32))
                 self._recent = vectors.detach()
                 self._collect(self._recent, nearest)
             commitment = commitment_loss(vectors, codes)
@@ -301,22 +303,24 @@ class RevivingQuantizer(Quantizer):
         self.decay, self.revive_below, self.seed = decay, revive_below, seed
         self.register_buffer("mean_count", torch.ones(num_embeddings))  # moving average of uses per step
 
-    def _revived(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _revived(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Update the moving average with a step's counts and find the dead codes.
 
         The outputs come from the joint batch: each process fills in its own rows, and the sum completes them.
 
         Returns:
-            The dead codes (M,), whose use is reset to the mean, and an encoder output (M, D) for each.
+            Which codes are dead, bool (K,), whose use is reset to the mean, and an encoder output (K, D) for each code.
+            None if there are no outputs. On the CPU also if no code is dead: on a GPU, looking would synchronize.
         """
         self.mean_count.lerp_(counts, (1 - self.decay) * kept)
         mean = self.mean_count.mean()
-        dead = (kept & (self.mean_count < self.revive_below * mean)).nonzero()[:, 0]
-        if len(dead) == 0 or self._recent is None:
-            return dead[:0], self.mean_count.new_zeros(0, self.embedding_dim)
-        self.mean_count[dead] = mean
+        dead = kept & (self.mean_count < self.revive_below * mean)
+        if self._recent is None or (reads_are_free(dead) and not dead.any()):
+            return None
+        self.mean_count.copy_(torch.where(dead, mean, self.mean_count))
         mine = len(self._recent)
-        picks = integers(self.seed, Stream.CODEBOOK, dead + self.num_embeddings * (step + 1), mine * process_count())
+        codes = torch.arange(self.num_embeddings, device=dead.device)
+        picks = integers(self.seed, Stream.CODEBOOK, codes + self.num_embeddings * (step + 1), mine * process_count())
         local = picks - mine * process_index()
         here = (local >= 0) & (local < mine)
         return dead, all_reduce_sum(torch.where(here[:, None], self._recent[local.clamp(0, mine - 1)], 0.0))
@@ -356,8 +360,9 @@ class EMACodebook(RevivingQuantizer):
         sums = torch.where(kept, all_reduce_sum(self.new_sum.clone()), 0.0)
         self.mean_sum.lerp_(sums, (1 - self.decay) * kept)
         self.new_sum.zero_()
-        dead, outputs = self._revived(counts, step, kept)
-        self.mean_sum[dead] = outputs * self.mean_count[dead, None]
+        if (revived := self._revived(counts, step, kept)) is not None:
+            dead, outputs = revived
+            self.mean_sum.copy_(torch.where(dead[:, None], outputs * self.mean_count[:, None], self.mean_sum))
         self.codebook.copy_(self.mean_sum / self.mean_count.clamp_min(1e-8)[:, None])
 
 
@@ -393,10 +398,11 @@ class SimVQ(RevivingQuantizer):
         self.mean_count.fill_(count / self.num_embeddings)
 
     def _move(self, counts: torch.Tensor, step: int, kept: torch.Tensor) -> None:
-        dead, outputs = self._revived(counts, step, kept)
-        if len(dead):
-            inverse = torch.linalg.pinv(self.map.weight.double()).to(outputs)
-            self.basis[dead] = (outputs - self.map.bias) @ inverse.T
+        if (revived := self._revived(counts, step, kept)) is not None:
+            dead, outputs = revived
+            inverse = torch.linalg.inv_ex(self.map.weight.double()).inverse.to(outputs)  # inv would synchronize
+            moved = (outputs - self.map.bias) @ inverse.T
+            self.basis.copy_(torch.where(dead[:, None] & moved.isfinite(), moved, self.basis))
 
 
 class FSQ(Quantizer):
@@ -424,6 +430,7 @@ class FSQ(Quantizer):
         self.register_buffer("mean_count", torch.ones(self.num_embeddings))  # moving average of uses per step
         grids = torch.meshgrid(*[fsq_values(count) for count in reversed(self.levels)], indexing="ij")
         self.register_buffer("grid", torch.stack([grid.flatten() for grid in reversed(grids)], dim=1))
+        self.register_buffer("values", torch.cat([fsq_values(count) for count in self.levels]), persistent=False)
 
     def table(self) -> torch.Tensor:
         return self.grid
@@ -451,8 +458,8 @@ class FSQ(Quantizer):
         """
         use = self.mean_count / self.mean_count.mean()
         value = use.clamp_min(0.01).log()[None]  # (N or 1, codes of the remaining channels)
-        for channel, levels in enumerate(self.levels):  # the first varies fastest
-            values = fsq_values(levels).to(vectors)
+        per_channel = zip(self.levels, self.values.split(self.levels), strict=True)
+        for channel, (levels, values) in enumerate(per_channel):  # the first varies fastest
             deviation = 0.5 * (values[-1] - values[0]) / (levels - 1)
             shares = (-0.5 * ((vectors[:, channel, None] - values) / deviation).pow(2)).softmax(1)  # (N, levels)
             value = torch.einsum("nkl,nl->nk", value.view(len(value), -1, levels).expand(len(shares), -1, -1), shares)

@@ -27,6 +27,7 @@ from latent_ddpm.autoencoder.losses import (
 from latent_ddpm.autoencoder.vqvae import Autoencoder, AutoencoderOutput
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.errors import UserError
+from latent_ddpm.training.acceleration import align_state, compile_networks, next_iteration, set_layout, uncompiled
 from latent_ddpm.training.checkpoint import must_fit
 from latent_ddpm.training.ema import EMA
 from latent_ddpm.training.optim import clip_gradients, make_optimizer, set_learning_rate
@@ -69,6 +70,8 @@ class AutoencoderStep:
         self.config, self.accelerator, saved = config, accelerator, state or {}
         torch.manual_seed(config.seed)
         self.autoencoder = Autoencoder(config)
+        if config.gradient_checkpointing:
+            self.autoencoder.enable_gradient_checkpointing()
         optimizer = make_optimizer(self.autoencoder.parameters(), config, config.learning_rate, config.optimizer)
         self.discriminator = disc_optimizer = None
         self._disc_rate = config.learning_rate if config.disc_learning_rate is None else config.disc_learning_rate
@@ -85,10 +88,15 @@ class AutoencoderStep:
         self.disc_begins = max(config.disc_start, first_step)
         if state:
             self._load(state, optimizer, disc_optimizer)
+        for network in (self.autoencoder, self.ema.model, self.discriminator, lpips):
+            if network is not None:
+                set_layout(network, config, accelerator.device)
         self._model, self._optimizer = accelerator.prepare(self.autoencoder, optimizer)
+        align_state(optimizer)
         self._disc_model = self._disc_optimizer = None
         if self.discriminator is not None:
             self._disc_model, self._disc_optimizer = accelerator.prepare(self.discriminator, disc_optimizer)
+            align_state(disc_optimizer)
         scaled, device = accelerator.scaler is not None, accelerator.device
         if scaled and self.discriminator is not None and config.gradient_accumulation_steps > 1:
             raise UserError(  # both networks share one scale, which may change between their last backward passes
@@ -98,6 +106,11 @@ class AutoencoderStep:
         self.ema.model.to(device)
         self.epoch_counts = self.epoch_counts.to(device)
         self._lpips = lpips.to(device) if lpips is not None else None
+        # The quantizer stays as it is: it is cheap, and changes at codebook_start. torch.compile cannot differentiate
+        # twice, which the R1 penalty needs.
+        compiled_discriminator = self.discriminator if config.disc_r1_weight == 0 else None
+        parts = (self.autoencoder.encoder, self.autoencoder.decoder, compiled_discriminator, self._lpips)
+        compile_networks(parts, config)
         self.skipped = {
             "skipped": SkippedSteps("autoencoder", saved.get("skipped"), device, scaled),
             "disc_skipped": SkippedSteps("discriminator", saved.get("disc_skipped"), device, scaled),
@@ -150,7 +163,8 @@ class AutoencoderStep:
             images: (B, C, R, R) in [-1, 1], this process's share.
         """
         learned = self.config.codebook_start > 0
-        self.autoencoder.initialize(images, learned)
+        with uncompiled():
+            self.autoencoder.initialize(images, learned)
         if learned:
             self.ema.restart(
                 self.autoencoder
@@ -169,6 +183,7 @@ class AutoencoderStep:
             The losses, as means over this process's micro-batches.
         """
         config, losses = self.config, {}
+        next_iteration(config)
         set_learning_rate(self._optimizer, rate * config.learning_rate)
         transform = transform_of(config.seed, step, config.equivariance_share)
         # The discriminator learns what whole, upright images look like.
@@ -180,7 +195,8 @@ class AutoencoderStep:
         networks = [network for network in (self._model, self._disc_model) if network is not None]
         for number, (images, examples) in enumerate(batches):
             if entered and step == self.disc_begins and number == 0:
-                self.discriminator.initialize(images)
+                with uncompiled():
+                    self.discriminator.initialize(images)
             with self.accelerator.accumulate(*networks):
                 made, reconstruction = self.generator_step(images, examples, transform, since_entry)
                 if since_entry is not None:
@@ -262,9 +278,11 @@ class AutoencoderStep:
         The weight is the adaptive weight, measured or held, times disc_weight times the ramp after the entry.
         """
         config = self.config
+        self.discriminator.requires_grad_(False)  # compiled code would compute the gradients of its weights too
         with self.accelerator.autocast():
             loss = generator_loss(self.discriminator(pixels).float(), config.disc_loss)
         adversarial = input_gradient(loss, pixels)
+        self.discriminator.requires_grad_(True)
         weight = self._held_weight.held(since_entry)
         if weight is None:
             weight = adaptive_weight(output.features, self.autoencoder.decoder.conv_out, gradient, adversarial)

@@ -12,12 +12,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from latent_ddpm.autoencoder.equivariance import Transform, with_noise
 from latent_ddpm.autoencoder.posterior import KLPosterior, Posterior
 from latent_ddpm.autoencoder.quantizers import Quantized, decoder_metric, make_quantizer, unquantized
 from latent_ddpm.config import AutoencoderConfig
 
+SUMMED_TAPS_DEVICES = {"cpu"}  # where the fewer multiplications of `Upsample` take less time
 _EPS = 1e-6  # epsilon of the group norms, as in VQModel
 
 
@@ -88,8 +90,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour doubling and a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W).
 
-    Computed as one transposed convolution of stride 2 (arXiv 1609.07009). Doubled pixels have equal values, so the
-    kernel taps that multiply them are summed first: 16 instead of 36 multiplications per input pixel and channel pair.
+    On a CPU, computed as one transposed convolution of stride 2 (arXiv 1609.07009). Doubled pixels have equal values,
+    so the kernel taps that multiply them are summed first: 16 instead of 36 multiplications per input pixel and channel
+    pair.
     """
 
     def __init__(self, channels: int) -> None:
@@ -97,13 +100,18 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type not in SUMMED_TAPS_DEVICES:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         padded = F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1))
         taps = 4 * F.avg_pool2d(padded, 2, stride=1)  # (C_out, C_in, 4, 4), sums of neighbouring taps
         return F.conv_transpose2d(x, taps.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution and the sampler to the next. `samplers` is VQModel's name for its list."""
+    """The residual blocks of one resolution and the sampler to the next. `samplers` is VQModel's name for its list.
+
+    With `recompute`, a block's activations are computed again in the backward pass (arXiv 1604.06174).
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, layers: int, groups: int, samplers: str, sampler: nn.Module | None
@@ -111,12 +119,15 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
         self.resnets = nn.ModuleList([ResnetBlock(a, b, groups) for a, b in pairwise(widths)])
-        self._samplers = samplers
+        self._samplers, self.recompute = samplers, False
         self.add_module(samplers, nn.ModuleList([sampler] if sampler is not None else []))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for resnet in self.resnets:
-            x = resnet(x)
+            if self.recompute and self.training:
+                x = checkpoint(resnet, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = resnet(x)
         for sampler in getattr(self, self._samplers):
             x = sampler(x)
         return x
@@ -147,7 +158,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, latent_channels, R/f, R/f) -> (B, image_channels, R, R)."""
+    """(B, latent_channels, R/f, R/f) -> (B, image_channels, R, R), and the input of the last layer."""
 
     def __init__(
         self, in_channels: int, out_channels: int, channels: Sequence[int], layers: int, groups: int, attention: bool
@@ -170,8 +181,10 @@ class Decoder(nn.Module):
             x = block(x)
         return F.silu(self.conv_norm_out(x))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv_out(self.features(x))
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image (B, image_channels, R, R), and the input of the last layer, (B, channels[0], R, R)."""
+        features = self.features(x)
+        return self.conv_out(features), features
 
 
 class AutoencoderOutput(NamedTuple):
@@ -243,7 +256,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
         """Codes, or the latents of a KL-VAE, (B, D, R/f, R/f) -> images (B, C, R, R) in about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(quantized))
+        return self.decoder(self.post_quant_conv(quantized))[0]
 
     def forward(
         self, images: torch.Tensor, numbers: torch.Tensor | None = None, transform: Transform | None = None
@@ -267,5 +280,11 @@ class Autoencoder(nn.Module):
         if noisy and is_kl:
             noised = with_noise(quantized.latents, numbers, self.seed, self.latent_noise)
             quantized = quantized._replace(latents=noised)
-        features = self.decoder.features(self.post_quant_conv(quantized.latents))
-        return AutoencoderOutput(self.decoder.conv_out(features).float(), quantized, features)
+        reconstruction, features = self.decoder(self.post_quant_conv(quantized.latents))
+        return AutoencoderOutput(reconstruction.float(), quantized, features)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the residual blocks' activations in the backward pass instead of storing them."""
+        for module in self.modules():
+            if isinstance(module, Level):
+                module.recompute = True

@@ -19,6 +19,7 @@ import pipeline_latent_ddpm
 from latent_ddpm.autoencoder.stock import StockAutoencoder, code_count
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import replace_folder, write_whole
+from latent_ddpm.training.acceleration import contiguous
 
 STOCK, OWN = "LDMPipeline", ["pipeline", "LatentDDPMPipeline"]  # `_class_name` in model_index.json
 
@@ -98,7 +99,7 @@ def export_pipeline(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kind = stock or pipeline_latent_ddpm.LatentDDPMPipeline
-            pipeline = kind(vqvae=autoencoder, unet=unet, scheduler=scheduler, **conditions)
+            pipeline = kind(vqvae=autoencoder, unet=contiguous(unet), scheduler=scheduler, **conditions)
             pipeline.save_pretrained(aside, safe_serialization=True)
         if stock is None:
             _set_class(aside, OWN)

@@ -164,7 +164,9 @@ class PowerEMA:
             path = folder / f"ema-{step:08d}-{rel:g}.safetensors"
             aside = aside_name(path)
             # clamped: the weights of a diverging run may exceed the range of float16
-            half = {name: p.cpu().clamp(-FLOAT16_MAX, FLOAT16_MAX).half() for name, p in parameters.items()}
+            half = {
+                name: p.cpu().clamp(-FLOAT16_MAX, FLOAT16_MAX).half().contiguous() for name, p in parameters.items()
+            }
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(half, aside, {"average": json.dumps({"sigma_rel": rel, "gamma": gamma, "step": averaged_at})})

@@ -28,6 +28,7 @@ from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
 from latent_ddpm.progress import close_bars
+from latent_ddpm.training.acceleration import set_arithmetic, take_compile_request
 from latent_ddpm.training.distributed import Heartbeat, joining
 from latent_ddpm.training.sharding import Sharding
 from latent_ddpm.training.tracking import check_tracker
@@ -96,13 +97,11 @@ def check_before_loading(config: RunConfig, stage: str) -> Path:
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """The accelerator of a run, with deterministic arithmetic."""
+    """The accelerator of a run, with its arithmetic."""
     for noise in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view"):
         warnings.filterwarnings("ignore", message=noise)  # DDP's warnings, which a user cannot act on
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False  # it may choose other algorithms after a resume
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    set_arithmetic(config.deterministic)
+    take_compile_request(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault(
             "ACCELERATE_USE_CPU", "true"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from latent_ddpm.config import RunConfig
+from latent_ddpm.training.acceleration import reads_are_free
 from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
 from latent_ddpm.training.sharding import part_of, whole_tensor
 
@@ -27,9 +28,13 @@ def orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    # On a GPU, TF32 rounds the Gram matrix so much that the iteration on it diverges.
-    long = wide.shape[2] > 2 * wide.shape[1] and wide.device.type == "cpu"
-    wide = _iterate_on_gram(wide, iterations) if long else _iterate(wide, iterations)
+    # A GPU iterates in bf16, as Muon's authors do. There, the iteration on the rounded Gram matrix would diverge.
+    if wide.device.type != "cpu":
+        wide = _iterate(wide.bfloat16(), iterations).float()
+    elif wide.shape[2] > 2 * wide.shape[1]:
+        wide = _iterate_on_gram(wide, iterations)
+    else:
+        wide = _iterate(wide, iterations)
     return wide if matrices.shape[1] <= matrices.shape[2] else wide.mT
 
 
@@ -122,22 +127,23 @@ class Muon(torch.optim.AdamW):
         device = matrices["params"][0].device if matrices["params"] else None
         broken = torch.zeros((), device=device) if found_inf is None else found_inf.to(device)
         rate = matrices["lr"] * (1 - broken)
-        on_cpu = device is not None and device.type == "cpu"
-        changed, updates = [], []
-        for p in matrices["params"]:
-            if p.grad is None or (on_cpu and broken):
-                continue
+        reads_free = device is not None and reads_are_free(broken)
+        changed = [p for p in matrices["params"] if p.grad is not None and not (reads_free and broken)]
+        for p in changed:
             if not self.state[p]:  # AdamW expects a "step" in every state that it loads
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
-            momentum = self.state[p]["momentum"]
-            # on a GPU, reading the flag would synchronize
-            gradient = p.grad if on_cpu else torch.where(broken > 0, momentum, p.grad)
-            momentum.lerp_(gradient, 1 - _MUON_MOMENTUM)
-            changed.append(p)
-            updates.append(whole_tensor(gradient.lerp(momentum, _MUON_MOMENTUM)).flatten(1).float())
-        for p, update in zip(changed, orthogonalize_all(updates), strict=True):
+        momenta, gradients = [self.state[p]["momentum"] for p in changed], [p.grad for p in changed]
+        updates: list[torch.Tensor] = []
+        if changed:
+            if not reads_free:  # a gradient that is not finite must not reach the momentum
+                pairs = zip(gradients, momenta, strict=True)
+                gradients = [torch.where(broken > 0, momentum, gradient) for gradient, momentum in pairs]
+            torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
+            nesterov = torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM)
+            updates = [whole_tensor(update).flatten(1).float() for update in nesterov]
             if matrices["weight_decay"]:
-                p.mul_(1 - rate * matrices["weight_decay"])
+                torch._foreach_mul_(changed, 1 - rate * matrices["weight_decay"])
+        for p, update in zip(changed, orthogonalize_all(updates), strict=True):
             step = rate * 0.2 * max(update.shape) ** 0.5
             p.addcmul_(part_of(update.reshape(p.shape), p), step, value=-1)
         self.param_groups = [others]
@@ -175,7 +181,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[t
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = whole_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-    if norm.device.type != "cpu" or norm > max_norm:  # on a GPU, reading the norm costs more than multiplying by 1
+    if not reads_are_free(norm) or norm > max_norm:  # on a GPU, reading the norm costs more than multiplying by 1
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     kept = norm.isfinite()
     optimizer.found_inf = (~kept).float()

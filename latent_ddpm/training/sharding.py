@@ -66,9 +66,13 @@ class Sharding:
         """Shard the U-Net's weights over all processes, in place and block by block; it must be on its device."""
         from torch.distributed.fsdp import fully_shard
 
-        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
-            if block is not None:
-                fully_shard(block, reshard_after_forward=self.reshard_after_forward)
+        for block in (*self.blocks(unet), unet):
+            fully_shard(block, reshard_after_forward=self.reshard_after_forward)
+
+    def blocks(self, unet: "StockUNet") -> list[nn.Module]:
+        """The blocks that are sharded, and compiled, one by one."""
+        blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+        return [block for block in blocks if block is not None]
 
 
 def prepare(
