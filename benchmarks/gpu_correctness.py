@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -172,18 +172,31 @@ def wanted(rehearse: bool) -> list[Run]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     fsdp = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     fsdp += [str(ROOT / "configs" / "accelerate" / "fsdp2.yaml"), "--num_processes", "1"]
+    graphs = [*bf16, "--torch_compile", "reduce-overhead", "--gradient_accumulation_steps", "2"]
     return [
         Run("bf16", bf16),
         Run("bf16-killed", bf16, killed=True),
-        Run("compiled", compiled),
-        Run("compiled-killed", compiled, killed=True),
-        Run("float32", ["--mixed_precision", "no"]),
-        Run("fp16", ["--mixed_precision", "fp16"]),
         Run("free", [*bf16, *free]),
         Run("free-killed", [*bf16, *free], killed=True),
+        Run("fp16", ["--mixed_precision", "fp16"]),
+        Run("float32", ["--mixed_precision", "no"]),
+        Run("compiled", compiled),
+        Run("compiled-killed", compiled, killed=True),
         Run("nccl", bf16, launcher=torchrun),
         Run("fsdp2", bf16, launcher=fsdp),
+        Run("graphs", graphs),
     ]
+
+
+_children: list[int] = []  # process groups
+
+
+def end_children(signum: int, frame: object) -> None:
+    """End the runs with this process."""
+    for group in _children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    os._exit(128 + signum)
 
 
 def train(run: Run, stage: str, folder: Path, steps: int, until_checkpoint: bool) -> tuple[int, str, float]:
@@ -194,6 +207,7 @@ def train(run: Run, stage: str, folder: Path, steps: int, until_checkpoint: bool
     begun, log = time.monotonic(), folder.parent / f"{run.name}-{stage}.log"
     with log.open("a") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        _children.append(process.pid)
         try:
             while process.poll() is None and time.monotonic() - begun < 300:
                 if until_checkpoint and list((folder / "checkpoints").glob(f"{stage}-*")):
@@ -264,6 +278,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", help="names of runs; the default is all")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--at_once", type=int, help="runs side by side; the default is one for two cores")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.rehearse else "cpu")
@@ -279,28 +294,30 @@ def main() -> None:
     }
     runs = [run for run in wanted(options.rehearse) if not options.runs or run.name in options.runs]
     steps = 12 if options.rehearse else options.steps
-    with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 4)) as pool:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        futures = {run.name: pool.submit(make, run, Path(root), steps) for run in runs}
+    signal.signal(signal.SIGTERM, end_children)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    workers = options.at_once or max(2, (os.cpu_count() or 2) // 2)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        root = Path(folder)
+        futures = {pool.submit(make, run, root, steps): run.name for run in runs}
         checks: tuple[Callable[[torch.device], dict], ...] = (random_numbers, objective, networks, sampling)
         for check in checks:
             try:
                 result["mathematics"][check.__name__] = check(device)
             except Exception:
                 result["mathematics"][check.__name__] = {"error": traceback.format_exc()[-2000:]}
-        write_json(options.json, result)
-        for name, future in futures.items():
+            write_json(options.json, result)
+        for future in as_completed(futures):
+            name = futures[future]
             try:
                 result["runs"][name] = future.result()
+                plain = name.removesuffix("-killed")
+                if {plain, f"{plain}-killed"} <= set(result["runs"]):
+                    pair = (root / plain, root / f"{plain}-killed")
+                    result["resumed"][plain] = {stage: difference(*pair, stage) for stage in ("autoencoder", "unet")}
             except Exception:
                 result["runs"][name] = {"error": traceback.format_exc()[-2000:]}
             write_json(options.json, result)
-        for name in futures:
-            if name.endswith("-killed") and name.removesuffix("-killed") in futures:
-                pair = [Path(root) / n for n in (name.removesuffix("-killed"), name)]
-                result["resumed"][name.removesuffix("-killed")] = {
-                    stage: difference(*pair, stage) for stage in ("autoencoder", "unet")
-                }
     write_json(options.json, result)
     print(json.dumps({key: result[key] for key in ("mathematics", "resumed")}))
     print(json.dumps({name: {stage: (f.get("status"), f.get("seconds"), f.get("first_loss"), f.get("last_loss"))

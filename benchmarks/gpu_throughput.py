@@ -46,6 +46,16 @@ from latent_ddpm.training.optim import clip_gradients, make_optimizer, set_learn
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16, dense
+KINDS = {  # of kernels, by parts of their names
+    "convolution": ("implicit_gemm", "fprop", "dgrad", "wgrad", "convolve", "cudnn::cnn", "winograd"),
+    "attention": ("sdpa", "flash", "fmha"),
+    "product": ("nvjet", "gemm", "cutlass", "Gemm"),
+    "fused": ("triton_",),
+    "layout": ("nchwToNhwc", "nhwcToNchw"),
+    "optimizer, averages, clipping": ("multi_tensor_apply",),
+    "copy": ("copy_kernel", "CatArray", "Memcpy", "Memset"),
+    "indexing": ("index",),
+}
 POOL = 4  # batches of made-up data
 
 # Variants of our step: keys, and switches of the library that have no key.
@@ -67,6 +77,11 @@ VARIANTS: dict[str, dict] = {
         "gradient_checkpointing": True,
     },
     "reduce-overhead, channels_last": {"channels_last": True, "torch_compile": "reduce-overhead"},
+    "reduce-overhead, channels_last, any algorithm": {
+        "channels_last": True,
+        "torch_compile": "reduce-overhead",
+        "deterministic": False,
+    },
 }
 FULL = "compiled, channels_last"
 
@@ -97,19 +112,20 @@ def cases(rehearse: bool) -> dict[str, Case]:
         words = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
         return [*words, "--train_data_dir", "null", "--dataset_name", "none"]  # the data is made up
 
-    most = [FULL, "eager", "eager, channels_last", "compiled", "compiled, channels_last, any algorithm"]
+    free, graphs = "compiled, channels_last, any algorithm", "reduce-overhead, channels_last"
+    most = [FULL, free, "eager, channels_last", "eager", "compiled"]
     late = ["--disc_start", "0", "--disc_adaptive_steps", "1"]
     no_gan, no_lpips = ["--disc_weight", "0"], ["--lpips_weight", "0"]
     summed = "compiled, channels_last, summed taps"
     return {
         "unet_256": Case("unet", of("celebahq_256"), 32, most),
-        "autoencoder_256_all": Case("autoencoder", of("celebahq_256") + late, 6, [*most, summed]),
+        "autoencoder_256_all": Case("autoencoder", of("celebahq_256") + late, 6, [*most[:3], summed, *most[3:]]),
         "autoencoder_256_lpips": Case("autoencoder", of("celebahq_256") + no_gan, 6, [FULL]),
         "autoencoder_256_plain": Case("autoencoder", of("celebahq_256") + no_gan + no_lpips, 6, [FULL]),
-        "unet_64": Case("unet", of("image_folder_64"), 128, [FULL, "reduce-overhead, channels_last", "eager"]),
-        "unet_cifar10": Case("unet", of("cifar10"), 512, [FULL, "eager"]),
+        "unet_64": Case("unet", of("image_folder_64"), 128, [graphs, FULL, "eager"]),
+        "unet_cifar10": Case("unet", of("cifar10"), 512, [graphs, FULL, "eager"]),
         "autoencoder_64_all": Case("autoencoder", of("image_folder_64") + late, 64, [FULL, "eager"]),
-        "autoencoder_cifar10": Case("autoencoder", of("cifar10"), 256, [FULL, "eager"]),
+        "autoencoder_cifar10": Case("autoencoder", of("cifar10"), 256, [graphs, FULL, "eager"]),
     }
 
 
@@ -312,12 +328,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def kernels(work: Callable[[], object], device: torch.device) -> tuple[int, list[dict]]:
-    """Kernels launched by `work`, and those that take most time; on a CPU the operators, without times."""
+def kernels(work: Callable[[], object], device: torch.device) -> dict:
+    """Kernels launched by `work`: their count, milliseconds by kind, and those that take most time.
+
+    On a CPU the count is that of operators.
+    """
     if device.type != "cuda":
         with OperatorCount() as counter:
             work()
-        return counter.count, []
+        return {"count": counter.count}
     from torch.profiler import ProfilerActivity, profile
 
     synchronize(device)
@@ -325,13 +344,15 @@ def kernels(work: Callable[[], object], device: torch.device) -> tuple[int, list
         work()
         synchronize(device)
     found = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
-    total = sum(event.self_device_time_total for event in found)
     found.sort(key=lambda event: -event.self_device_time_total)
     top = [
-        {"kernel": e.key[:110], "share": round(e.self_device_time_total / total, 4), "count": e.count}
-        for e in found[:24]
+        {"kernel": e.key[:110], "ms": round(e.self_device_time_total / 1000, 3), "count": e.count} for e in found[:24]
     ]
-    return sum(event.count for event in found), top
+    kinds: dict[str, float] = {}
+    for event in found:
+        kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "other")
+        kinds[kind] = kinds.get(kind, 0.0) + event.self_device_time_total / 1000
+    return {"count": sum(event.count for event in found), "ms": kinds, "top": top}
 
 
 def seconds_of(work: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -468,7 +489,7 @@ class Bench:
             except Exception:
                 found["variants"][variant] = {"error": traceback.format_exc()[-3000:]}
                 traceback.print_exc()
-            shown = {key: value for key, value in found["variants"][variant].items() if key != "top_kernels"}
+            shown = {key: value for key, value in found["variants"][variant].items() if key != "kernels"}
             print(name, variant, json.dumps(shown), flush=True)
             self.write()
             self.forget()
@@ -489,12 +510,13 @@ class Bench:
                 found["flops_per_step"] = counter.count
             measured |= self.rates(case, variant, stock, ours)
             measured["peak_gib"] = as_gib(peak_bytes(ours.step, self.device))
-            count, top = kernels(ours.step, self.device)
-            measured |= {"kernels_per_step": count, "top_kernels": top}
+            measured["kernels"] = kernels(ours.step, self.device)
+            if "stock_kernels" not in found:
+                found["stock_kernels"] = kernels(stock.step, self.device)
             if hasattr(ours, "parts"):
                 measured["parts"] = {
                     part: {
-                        "kernels": kernels(work, self.device)[0],
+                        "kernels": kernels(work, self.device)["count"],
                         "seconds": seconds_of(work, self.repeats, self.device),
                     }
                     for part, work in ours.parts().items()

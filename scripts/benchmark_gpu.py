@@ -20,6 +20,7 @@ the other packages.
 import argparse
 import fcntl
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -110,7 +111,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--data", help="folder of CIFAR-10's parquet files, for quality")
-    parser.add_argument("--throughput", nargs=argparse.REMAINDER, default=[], help="further words for that part; last")
+    parser.add_argument("--correctness", type=shlex.split, default=[], help="further words for that part, in quotes")
+    parser.add_argument("--throughput", type=shlex.split, default=[], help="likewise")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     out, begun = options.out, time.monotonic()
@@ -129,7 +131,7 @@ def main() -> int:
     common = ["--rehearse"] if options.rehearse else []
     with (out / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        running = [Part("correctness", out, common)] if "correctness" in parts else []
+        running = [Part("correctness", out, [*common, *options.correctness])] if "correctness" in parts else []
         if "throughput" in parts:
             words = [*common, *minutes("throughput"), "--lock", str(out / "lock"), *options.throughput]
             for name, cases in THROUGHPUT.items() if not options.rehearse else {"rehearsal": []}.items():

@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import importlib
 import os
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from latent_ddpm.config import Config, RunConfig
@@ -87,6 +89,58 @@ def contiguous(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
 
 
+def double_pixels(x: torch.Tensor) -> torch.Tensor:
+    """Nearest-neighbour doubling, (B, C, H, W) -> (B, C, 2H, 2W), as an expansion in the layout channels last.
+
+    torch.compile turns `interpolate` into an indexing, whose deterministic gradient took a quarter of a step on a GPU.
+    """
+    batch, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # (B, H, 1, W, 1, C)
+    doubled = rows.expand(batch, height, 2, width, 2, channels)
+    return doubled.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
+def group_norm(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    """Group normalization (arXiv 1803.08494) of (B, C, ...) in float32, in operations that keep the memory layout.
+
+    torch's own makes a compiled network convert its activations between the layouts at every convolution.
+    """
+    grouped = x.float().unflatten(1, (norm.num_groups, -1))  # (B, G, C/G, ...)
+    variance, mean = torch.var_mean(grouped, tuple(range(2, grouped.ndim)), correction=0, keepdim=True)
+    normalized = ((grouped - mean) * (variance + norm.eps).rsqrt()).flatten(1, 2)
+    if norm.weight is None:
+        return normalized
+    per_channel = (1, -1) + (1,) * (x.ndim - 2)
+    return normalized * norm.weight.view(per_channel) + norm.bias.view(per_channel)
+
+
+def _doubling(upsampler: nn.Module, x: torch.Tensor, output_size: object = None, **words: object) -> torch.Tensor:
+    """The forward pass of diffusers' Upsample2D with `double_pixels`."""
+    doubled = double_pixels(x) if output_size is None else F.interpolate(x, size=output_size, mode="nearest")
+    return upsampler.conv(doubled)
+
+
+def _shortcut(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a 1x1 convolution whose input diffusers has made contiguous."""
+    if convolution.weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, convolution.weight, convolution.bias)
+
+
+def prepare_for_compiler(network: nn.Module) -> None:
+    """Replace forward passes that torch.compile translates badly by equal ones, in place; parameters stay."""
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
+
+    for module in network.modules():
+        if type(module) is nn.GroupNorm:
+            module.forward = functools.partial(group_norm, module)
+        elif type(module) is Upsample2D and module.use_conv and not module.use_conv_transpose and module.norm is None:
+            module.forward = functools.partial(_doubling, module)
+        elif type(module) is ResnetBlock2D and module.conv_shortcut is not None:
+            module.conv_shortcut.forward = functools.partial(_shortcut, module.conv_shortcut)
+
+
 def compile_networks(networks: Iterable[nn.Module | None], config: RunConfig) -> None:
     """Compile the forward passes of networks in place, if the config asks for it; None is skipped.
 
@@ -101,6 +155,7 @@ def compile_networks(networks: Iterable[nn.Module | None], config: RunConfig) ->
         options.deterministic = config.deterministic
     for network in networks:
         if network is not None:
+            prepare_for_compiler(network)
             network.compile(mode=None if config.torch_compile == "default" else config.torch_compile, dynamic=False)
 
 
