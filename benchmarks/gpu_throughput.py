@@ -6,8 +6,8 @@ The stock recipe is the loop of diffusers' examples around its own UNet2DModel, 
 discriminator as in its VQGAN example, under accelerate in bf16. Stock and ours have the same network and batch, and
 take turns in one process. A variant is our step with some keys changed. FLOPs are counted on one eager step; the share
 of the card's peak follows from them. Every figure is written as soon as it is measured. `--rehearse` runs everything on
-a CPU at toy size. `--cases` and `--variants` choose. `--lock FILE` times only while it holds that lock, so that several
-of these processes can compile side by side.
+a CPU at toy size. `--cases` and `--variants` choose. `--lock FILE` is for several of these processes: they compile side
+by side, and one measures while the others wait.
 """
 
 import argparse
@@ -47,8 +47,8 @@ from latent_ddpm.training.optim import clip_gradients, make_optimizer, set_learn
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}  # bf16, dense
 KINDS = {  # of kernels, by parts of their names
-    "convolution": ("implicit_gemm", "fprop", "dgrad", "wgrad", "convolve", "cudnn::cnn", "winograd"),
     "attention": ("sdpa", "flash", "fmha"),
+    "convolution": ("implicit_gemm", "fprop", "dgrad", "wgrad", "convolve", "cudnn::cnn", "winograd"),
     "product": ("nvjet", "gemm", "cutlass", "Gemm"),
     "fused": ("triton_",),
     "layout": ("nchwToNhwc", "nhwcToNchw"),
@@ -461,13 +461,13 @@ class Bench:
         return time.perf_counter() - begun
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the lock: no other part measures."""
+    def holding(self, kind: int) -> Iterator[None]:
+        """Hold the lock: shared to compile, exclusive to measure."""
         if self.options.lock is None:
             yield
             return
         with self.options.lock.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
             yield
 
     def measure(self, name: str, case: Case) -> None:
@@ -475,8 +475,9 @@ class Bench:
         found = self.result["cases"].setdefault(name, {"batch": case.batch, "variants": {}})
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = False  # torch's default
-        stock = stock_loop(*self.arguments(case))
-        found["stock_warm_up_s"] = self.warm_up(stock)
+        with self.holding(fcntl.LOCK_SH):
+            stock = stock_loop(*self.arguments(case))
+            found["stock_warm_up_s"] = self.warm_up(stock)
         found["stock_peak_gib"] = as_gib(peak_bytes(stock.step, self.device))
         for variant in case.variants:
             if self.options.variants and variant not in self.options.variants:
@@ -501,14 +502,22 @@ class Bench:
         return config, shape_of(config, case.stage, case.batch, case.words), self.accelerator
 
     def measure_variant(self, case: Case, variant: str, stock: object, our_loop: type, found: dict) -> dict:
-        ours = self.build(case, our_loop, VARIANTS[variant])
-        measured: dict = {"warm_up_s": self.warm_up(ours)}
-        with self.alone():
+        with self.holding(fcntl.LOCK_SH):
+            ours = self.build(case, our_loop, VARIANTS[variant])
+            measured: dict = {"warm_up_s": self.warm_up(ours)}
+        with self.holding(fcntl.LOCK_EX):
             if "flops_per_step" not in found:
                 with FlopCount() as counter, uncompiled():
                     ours.step()
                 found["flops_per_step"] = counter.count
             measured |= self.rates(case, variant, stock, ours)
+            if self.device.type == "cuda":  # cuDNN may measure its algorithms: the choice can differ between runs
+                torch.backends.cudnn.benchmark = True
+                seconds_of(ours.step, 2, self.device)
+                measured["images_per_s_with_cudnn_benchmark"] = case.batch / seconds_of(
+                    ours.step, self.repeats, self.device
+                )
+                torch.backends.cudnn.benchmark = False
             measured["peak_gib"] = as_gib(peak_bytes(ours.step, self.device))
             measured["kernels"] = kernels(ours.step, self.device)
             if "stock_kernels" not in found:
@@ -559,7 +568,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--cases", nargs="+")
     parser.add_argument("--variants", nargs="+")
-    parser.add_argument("--steps", type=int, default=8, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=6, help="steps of a turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--lock", type=Path)
     parser.add_argument("--rehearse", action="store_true")

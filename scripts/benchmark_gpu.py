@@ -13,7 +13,7 @@ The parts, in order of worth, each a program of its own in benchmarks/:
 
 Each part writes OUT/<part>.json as it goes, so what is measured stays when a part fails or the time ends. A failing
 part does not stop the next. The processes of `throughput` compile while `correctness` runs; a lock lets one at a time
-measure. gpu.json sums up, gpu.png draws it. docs/gpu.md says how to run this on a machine that has torch, but none of
+measure, while nothing else runs. gpu.json sums up, gpu.png draws it. docs/gpu.md says how to run this on a machine that has torch, but none of
 the other packages.
 """
 
@@ -130,7 +130,7 @@ def main() -> int:
 
     common = ["--rehearse"] if options.rehearse else []
     with (out / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         running = [Part("correctness", out, [*common, *options.correctness])] if "correctness" in parts else []
         if "throughput" in parts:
             words = [*common, *minutes("throughput"), "--lock", str(out / "lock"), *options.throughput]

@@ -27,7 +27,14 @@ from latent_ddpm.autoencoder.losses import (
 from latent_ddpm.autoencoder.vqvae import Autoencoder, AutoencoderOutput
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.errors import UserError
-from latent_ddpm.training.acceleration import align_state, compile_networks, next_iteration, set_layout, uncompiled
+from latent_ddpm.training.acceleration import (
+    align_state,
+    compile_networks,
+    next_iteration,
+    reads_are_free,
+    set_layout,
+    uncompiled,
+)
 from latent_ddpm.training.checkpoint import must_fit
 from latent_ddpm.training.ema import EMA
 from latent_ddpm.training.optim import clip_gradients, make_optimizer, set_learning_rate
@@ -254,9 +261,9 @@ class AutoencoderStep:
             self.skipped["skipped"].add(self._kept)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        # Held until the next step. Freed here, the C library would return their memory to the system, and on a CPU each
+        # Held until the next step, on a CPU. Freed here, the C library would return their memory to the system, and on a CPU each
         # step would fault in new pages (3 times as many page faults, 8 % of the time, with configs/mnist.yaml).
-        self._held = output, pixels, gradient
+        self._held = (output, pixels, gradient) if reads_are_free(pixels) else None
         return _detached(losses), reconstruction
 
     def _pixel_losses(self, pixels: torch.Tensor, images: torch.Tensor) -> tuple[Losses, torch.Tensor]:
