@@ -13,8 +13,8 @@ The parts, in order of worth, each a program of its own in benchmarks/:
 
 Each part writes OUT/<part>.json as it goes, so what is measured stays when a part fails or the time ends. A failing
 part does not stop the next. The processes of `throughput` compile while `correctness` runs; a lock lets one at a time
-measure, while nothing else runs. gpu.json sums up, gpu.png draws it. docs/gpu.md says how to run this on a machine that has torch, but none of
-the other packages.
+measure, while nothing else runs. gpu.json sums up, gpu.png draws it. docs/gpu.md says how to run this on a machine that
+has torch, but none of the other packages.
 """
 
 import argparse

@@ -261,7 +261,7 @@ class AutoencoderStep:
             self.skipped["skipped"].add(self._kept)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        # Held until the next step, on a CPU. Freed here, the C library would return their memory to the system, and on a CPU each
+        # On a CPU, held until the next step. Freed here, the C library would return their memory to the system, and each
         # step would fault in new pages (3 times as many page faults, 8 % of the time, with configs/mnist.yaml).
         self._held = (output, pixels, gradient) if reads_are_free(pixels) else None
         return _detached(losses), reconstruction
