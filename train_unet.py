@@ -39,7 +39,7 @@ from latent_ddpm.files import save_png
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
-from latent_ddpm.training.acceleration import align_state, compile_networks, next_iteration, set_layout
+from latent_ddpm.training.acceleration import align_state, compile_networks, next_iteration, set_layout, strict
 from latent_ddpm.training.checkpoint import must_fit
 from latent_ddpm.training.ema import PowerEMA
 from latent_ddpm.training.launch import run
@@ -158,7 +158,8 @@ def main(argv: list[str]) -> int:
             noisy, words = unet_inputs(batch.noisy, given)
             with accelerator.accumulate(model):
                 loss = batch.loss(model(noisy, batch.timesteps, **words).sample)
-                accelerator.backward(loss)
+                with strict(config):
+                    accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
                     grad_norm, kept = clip_gradients(optimizer.optimizer, config.max_grad_norm)

@@ -19,6 +19,7 @@ from latent_ddpm.config import AutoencoderConfig, UNetConfig, parse_config
 from latent_ddpm.diffusion.noise_schedule import sampling_scheduler
 from latent_ddpm.diffusion.unet import make_unet
 from latent_ddpm.files import write_json
+from latent_ddpm.training.acceleration import prepare_for_compiler
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,9 +73,9 @@ def main() -> None:
         pipeline = make_pipeline(name, small if options.rehearse else []).to(device, dtype)
         for compiled in (False, True):
             if compiled:
-                pipeline.unet.to(memory_format=torch.channels_last)
-                pipeline.unet.compile(dynamic=False)
-                pipeline.vqvae.decoder.compile(dynamic=False)
+                for network in (pipeline.unet, pipeline.vqvae.decoder):
+                    prepare_for_compiler(network.to(memory_format=torch.channels_last))
+                    network.compile(backend="aot_eager" if options.rehearse else "inductor", dynamic=False)
             for steps in STEPS:
                 if time.monotonic() > ends:
                     result.setdefault("left_out", []).append([name, compiled, steps])

@@ -33,6 +33,7 @@ from latent_ddpm.training.acceleration import (
     next_iteration,
     reads_are_free,
     set_layout,
+    strict,
     uncompiled,
 )
 from latent_ddpm.training.checkpoint import must_fit
@@ -251,7 +252,8 @@ class AutoencoderStep:
         quantizer_loss = output.quantized.loss(config)
         losses["loss"] = pixel_loss.detach() + quantizer_loss.detach()
         # The derivative of this scalar with respect to the reconstruction is `gradient`.
-        accelerator.backward((reconstruction * gradient).sum() + quantizer_loss)
+        with strict(config):
+            accelerator.backward((reconstruction * gradient).sum() + quantizer_loss)
         if accelerator.sync_gradients:
             accelerator.unscale_gradients(self._optimizer)
             norm, self._kept = clip_gradients(self._optimizer.optimizer, config.max_grad_norm)
@@ -261,8 +263,8 @@ class AutoencoderStep:
             self.skipped["skipped"].add(self._kept)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        # On a CPU, held until the next step. Freed here, the C library would return their memory to the system, and each
-        # step would fault in new pages (3 times as many page faults, 8 % of the time, with configs/mnist.yaml).
+        # On a CPU, held until the next step. Freed here, the C library would return their memory to the system, and
+        # each step would fault in new pages (3 times as many page faults, 8 % of the time, with configs/mnist.yaml).
         self._held = (output, pixels, gradient) if reads_are_free(pixels) else None
         return _detached(losses), reconstruction
 

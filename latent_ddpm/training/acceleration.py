@@ -14,6 +14,8 @@ from torch import nn
 from latent_ddpm.config import Config, RunConfig
 from latent_ddpm.errors import UserError
 
+# Another backend of torch.compile, aot_eager, captures the same graphs but compiles nothing: for tests.
+BACKEND = os.environ.get("LATENT_DDPM_COMPILE_BACKEND", "inductor")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
@@ -29,8 +31,27 @@ def set_arithmetic(deterministic: bool) -> None:
     # Otherwise deterministic algorithms also fill every new tensor with NaN, one more pass over its memory.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not deterministic
+    # cuDNN's attention has no deterministic gradient in some versions. Flash attention has one, see `strict`.
+    torch.backends.cuda.enable_cudnn_sdp(not deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextlib.contextmanager
+def strict(config: RunConfig) -> Iterator[None]:
+    """Make every operation deterministic or an error, if the config asks for determinism; for a backward pass.
+
+    torch's attention takes its deterministic gradient only then. `warn_only`, which is set elsewhere for the operations
+    that have none, would give the fast one.
+    """
+    if not config.deterministic:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def take_compile_request(config: Config) -> None:
@@ -177,7 +198,10 @@ def compile_networks(networks: Iterable[nn.Module | None], config: RunConfig) ->
     for network in networks:
         if network is not None:
             prepare_for_compiler(network)
-            network.compile(mode=None if config.torch_compile == "default" else config.torch_compile, dynamic=False)
+            if BACKEND == "inductor":
+                network.compile(mode=None if config.torch_compile == "default" else config.torch_compile, dynamic=False)
+            else:
+                network.compile(backend=BACKEND, dynamic=False)
 
 
 def next_iteration(config: RunConfig) -> None:

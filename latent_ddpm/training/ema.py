@@ -21,11 +21,19 @@ UPDATE_OFTEN_UNTIL = 256  # up to this step, every step updates the averages
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
-def _lerp(averaged: nn.Module, model: nn.Module, share: float) -> None:
-    """averaged <- averaged + share * (model - averaged) for parameters; buffers are copied."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), share)
-    for mine, theirs in zip(averaged.buffers(), model.buffers(), strict=True):
-        mine.copy_(theirs)
+class _Pairs:
+    """The tensors of an average and of its model, listed once: on a GPU, listing them takes longer than the update."""
+
+    def __init__(self, averaged: nn.Module, model: nn.Module) -> None:
+        self.model = model
+        self.parameters = list(averaged.parameters()), list(model.parameters())
+        self.buffers = list(averaged.buffers()), list(model.buffers())
+
+    def lerp(self, share: float) -> None:
+        """averaged <- averaged + share * (model - averaged) for parameters; buffers are copied."""
+        torch._foreach_lerp_(*self.parameters, share)
+        if self.buffers[0]:
+            torch._foreach_copy_(*self.buffers)
 
 
 class EMA:
@@ -41,6 +49,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self._pairs: _Pairs | None = None
 
     def decay_at(self, step: int) -> float:
         """The decay of the update after optimizer step `step`, counted from 0."""
@@ -49,12 +58,17 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """ema <- decay * ema + (1 - decay) * model."""
-        _lerp(self.model, model, 1 - self.decay_at(step))
+        self._lerp(model, 1 - self.decay_at(step))
 
     @torch.no_grad()
     def restart(self, model: nn.Module) -> None:
         """Restart the average: ema <- model."""
-        _lerp(self.model, model, 1.0)
+        self._lerp(model, 1.0)
+
+    def _lerp(self, model: nn.Module, share: float) -> None:
+        if self._pairs is None or self._pairs.model is not model:
+            self._pairs = _Pairs(self.model, model)
+        self._pairs.lerp(share)
 
 
 # ----------------------------------------------------------------------------------------- power-function averages
@@ -114,6 +128,7 @@ class PowerEMA:
         self.sigma_rels = list(sigma_rels)
         self.gammas = [gamma_of(sigma_rel) for sigma_rel in sigma_rels]
         self.models = [copy.deepcopy(model).eval().requires_grad_(False) for _ in sigma_rels]
+        self._pairs: list[_Pairs] = []
 
     @property
     def model(self) -> nn.Module:
@@ -127,8 +142,10 @@ class PowerEMA:
         since = 1 if t <= UPDATE_OFTEN_UNTIL else UPDATE_STEPS
         if t % since:
             return
-        for gamma, averaged in zip(self.gammas, self.models, strict=True):
-            _lerp(averaged, model, 1 - (1 - since / t) ** (gamma + 1))
+        if not self._pairs or self._pairs[0].model is not model:
+            self._pairs = [_Pairs(averaged, model) for averaged in self.models]
+        for gamma, pairs in zip(self.gammas, self._pairs, strict=True):
+            pairs.lerp(1 - (1 - since / t) ** (gamma + 1))
 
     def state_dict(self) -> dict:
         """The averages, for a checkpoint."""
