@@ -40,6 +40,7 @@ from latent_ddpm.evaluation.grids import reconstruction_grid
 from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder
 from latent_ddpm.files import replace_folder
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
+from latent_ddpm.training.acceleration import pinned
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.loop import TrainingRun
 from latent_ddpm.training.optim import learning_rate_factor
@@ -173,8 +174,8 @@ def open_datasets(
 def on_device(batches: Iterator[dict[str, torch.Tensor]], device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
     """Images (B, C, R, R) in [-1, 1] and example numbers (B,) of each micro-batch, on the device."""
     for batch in batches:
-        images = to_float(batch["image"].to(device, non_blocking=True))
-        yield images, batch["example"].to(device, non_blocking=True)
+        images, examples = (pinned(batch[key], device).to(device, non_blocking=True) for key in ("image", "example"))
+        yield to_float(images), examples
 
 
 def log(

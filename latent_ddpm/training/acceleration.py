@@ -79,6 +79,14 @@ def reads_are_free(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor in page-locked memory if `device` is a GPU: a copy from there to it does not make Python wait."""
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):  # in a new thread, the first GPU would be the current one
+        return tensor.pin_memory()
+
+
 @contextlib.contextmanager
 def in_any_order() -> Iterator[None]:
     """Allow a GPU to do sums in any order: for integers, whose sum does not depend on it."""
