@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "diffusion": GROUND | {"training", "data"},
     "evaluation": GROUND | {"training", "autoencoder", "data"},
     "publishing": GROUND | {"training", "autoencoder"},
+    "planning": GROUND | {"training", "autoencoder", "data", "diffusion"},
 }
 PIPELINE_USERS = {"data", "diffusion", "publishing"}  # may import pipeline_latent_ddpm, which imports nothing of ours
 NOT_A_DEPENDENCY = {"train_autoencoder", "train_unet", "scripts", "benchmarks", "tests"}

@@ -1,20 +1,25 @@
-"""benchmarks/count_memory.py: the counts agree with real tensors, with closed forms, and with each other."""
+"""latent_ddpm/planning/counting.py: the counts agree with real tensors, with closed forms, and with each other."""
 
 import json
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import run_script
 from torch import nn
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import count_memory
-from count_memory import GIB, PeakBytes, bytes_of, count_autoencoder, count_unet, fake_cuda, largest_batch
 
 from latent_ddpm.autoencoder import vqvae
 from latent_ddpm.autoencoder.vqvae import Autoencoder
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
+from latent_ddpm.planning import counting
+from latent_ddpm.planning.counting import (
+    GIB,
+    PeakBytes,
+    bytes_of,
+    count_autoencoder,
+    count_unet,
+    fake_cuda,
+    largest_batch,
+)
 
 SMALL = {"dataset_name": "embedded:mnist", "resolution": 32}
 AUTOENCODER = {"block_out_channels": [16, 32], "latent_channels": 4, **SMALL}
@@ -22,13 +27,13 @@ UNET = {"unet_block_out_channels": [32, 64], "unet_attention_levels": [1], **SMA
 
 
 def test_fake_tensors_save_what_real_ones_save(monkeypatch):
-    monkeypatch.setattr(vqvae, "SUMMED_TAPS_DEVICES", set())  # a CPU upsamples by another formula than a GPU
+    monkeypatch.setattr(vqvae, "SUMMED_TAPS_DEVICES", set())  # a CPU doubles images in another way
     config, found = AutoencoderConfig(**AUTOENCODER, quantizer="kl"), []
 
     def saved_by_two_images():
         network, images = Autoencoder(config), torch.zeros(2, 3, 32, 32)
-        weights = count_memory.parameters_of(network)
-        tensors, flops = count_memory.saved_for_backward(lambda: network(images, torch.arange(2)), weights)
+        weights = counting.parameters_of(network)
+        tensors, flops = counting.saved_for_backward(lambda: network(images, torch.arange(2)), weights)
         found.append((bytes_of(tensors), flops))
 
     saved_by_two_images()
@@ -39,9 +44,9 @@ def test_fake_tensors_save_what_real_ones_save(monkeypatch):
 
 
 def test_bf16_convolution_saves_its_input_and_a_copy_of_its_weights():
-    with fake_cuda(), count_memory.autocast():
+    with fake_cuda(), counting.autocast():
         layer, images = nn.Conv2d(16, 32, 3, padding=1), torch.empty(2, 16, 8, 8)
-        saved, flops = count_memory.saved_for_backward(lambda: layer(images), [*layer.parameters()])
+        saved, flops = counting.saved_for_backward(lambda: layer(images), [*layer.parameters()])
     assert bytes_of(saved) == 2 * (2 * 16 * 8 * 8 + 32 * 16 * 9)
     assert flops == 2 * 2 * 32 * 16 * 9 * 8 * 8
 
@@ -94,21 +99,31 @@ def test_stage_2_with_and_without_checkpointing_and_with_muon():
     assert muon["bytes_per_image"] == plain["bytes_per_image"]
 
 
+def test_stage_1_with_checkpointing():
+    plain, saving = (
+        count_autoencoder(AutoencoderConfig(**AUTOENCODER, layers_per_block=3, gradient_checkpointing=value))
+        for value in (False, True)
+    )
+    assert saving["bytes_per_image"] < 0.8 * plain["bytes_per_image"]
+    assert 3 * saving["flops_per_image"] == 4 * plain["flops_per_image"]
+    assert saving["forward_flops_per_image"] == plain["forward_flops_per_image"]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bytes_are_linear_in_the_batch(checkpointing, monkeypatch):
     seen = {}
-    monkeypatch.setattr(count_memory, "_figures", lambda *args: seen.update(args[2]) or {})
+    monkeypatch.setattr(counting, "_figures", lambda *args: seen.update(args[2]) or {})
     count_unet(UNetConfig(**UNET), AutoencoderConfig(**AUTOENCODER), checkpointing)
     config, two = AutoencoderConfig(**AUTOENCODER), {}
     with fake_cuda():
         network = Autoencoder(config)
         network.plain = True
-        two = {n: count_memory._autoencoder_step(config, network, None, None, n)[0] for n in (1, 2, 4)}
+        two = {n: counting._autoencoder_step(config, network, None, None, n)[0] for n in (1, 2, 4)}
     assert two[4] - two[2] == 2 * (two[2] - two[1])
     assert seen[2] > seen[1] > 0
 
 
-def test_command(tmp_path):
+def test_benchmark_count_memory(tmp_path):
     path, result = tmp_path / "tiny.yaml", tmp_path / "memory.json"
     path.write_text(
         "dataset_name: embedded:mnist\nresolution: 16\n"
