@@ -36,6 +36,7 @@ from latent_ddpm.diffusion.unet import StockUNet, check_latents_fit, make_unet
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.grids import make_grid
 from latent_ddpm.files import save_png
+from latent_ddpm.planning.batch import fitting_images
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
@@ -69,7 +70,10 @@ def main(argv: list[str]) -> int:
 
     # ---------------------------------------------------------------------------------------------- latents
     sharding = Sharding.take_request()
-    config = training.start_processes()
+    latent_shape = (autoencoder.config.latent_channels, latent_size)
+    config = training.start_processes(
+        lambda config, free, processes: fitting_images(config, latent_shape, free, processes if sharding else 1)
+    )
     if training.is_finished("pipeline/model_index.json"):
         return 0
     training.claim()

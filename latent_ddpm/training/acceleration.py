@@ -170,7 +170,7 @@ def _doubling(upsampler: nn.Module, x: torch.Tensor, output_size: object = None,
     return upsampler.conv(doubled)
 
 
-def _shortcut(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+def _pointwise(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """The forward pass of a 1x1 convolution whose input diffusers has made contiguous."""
     if convolution.weight.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -180,15 +180,22 @@ def _shortcut(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def prepare_for_compiler(network: nn.Module) -> None:
     """Replace forward passes that torch.compile translates badly by equal ones, in place; parameters stay."""
     from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.models.upsampling import Upsample2D
+
+    def keep_layout(convolution: nn.Module | None) -> None:
+        if isinstance(convolution, nn.Conv2d):
+            convolution.forward = functools.partial(_pointwise, convolution)
 
     for module in network.modules():
         if type(module) is nn.GroupNorm:
             module.forward = functools.partial(group_norm, module)
         elif type(module) is Upsample2D and module.use_conv and not module.use_conv_transpose and module.norm is None:
             module.forward = functools.partial(_doubling, module)
-        elif type(module) is ResnetBlock2D and module.conv_shortcut is not None:
-            module.conv_shortcut.forward = functools.partial(_shortcut, module.conv_shortcut)
+        elif type(module) is ResnetBlock2D:
+            keep_layout(module.conv_shortcut)
+        elif type(module) is Transformer2DModel:
+            keep_layout(module.proj_out)
 
 
 def compile_networks(networks: Iterable[nn.Module | None], config: RunConfig) -> None:
