@@ -48,7 +48,7 @@ class Part:
         with (out / f"{self.name}.log").open("w") as file:
             environment = dict(os.environ)
             if "--rehearse" in words:  # capture the graphs, but compile nothing
-                environment["LATENT_DDPM_COMPILE_BACKEND"] = "aot_eager"
+                environment |= {"LATENT_DDPM_COMPILE_BACKEND": "aot_eager", "OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
 
     def wait(self, seconds: float) -> dict:

@@ -442,6 +442,35 @@ def test_clipping_inside_adamw_is_clipping_before_it(monkeypatch, max_norm):
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
+def muon_steps(steps=6, broken=None):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Conv2d(16, 16, 3), nn.Linear(24, 4))
+    optimizer = optim.Muon(layers.parameters(), lr=0.02, weight_decay=0.1, fused=True)
+    for number in range(steps):
+        for p in layers.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number + p.numel()))
+        if number == broken:
+            layers[2].weight.grad[0] = torch.nan
+        clip_gradients(optimizer, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    momenta = [optimizer.state[p]["momentum"] for p in layers.parameters() if "momentum" in optimizer.state[p]]
+    return [p.detach() for p in layers.parameters()], momenta
+
+
+@pytest.mark.parametrize("broken", [None, 0, 3])
+def test_muon_on_a_gpu_is_muon_in_bf16(monkeypatch, broken):
+    """Updates agree as far as bf16 does, momenta to rounding; a gradient that is not finite changes nothing."""
+    found = []
+    for free in (True, False):
+        monkeypatch.setattr(optim, "reads_are_free", lambda tensor, free=free: free)
+        found.append(muon_steps(broken=broken))
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert torch.linalg.vector_norm(one - other) < 0.02 * torch.linalg.vector_norm(one)
+
+
 PHILOX = """
 import torch
 from latent_ddpm import philox_kernel
