@@ -3,8 +3,9 @@
     python benchmarks/check_compile.py --json docs/results/gpu/compile.json --config configs/mnist.yaml
 
 For each stage: the same run eager and compiled, with a validation and a checkpoint in the middle; then each one's
-checkpoint goes on in the other mode. Reports the largest relative difference of the losses, and how many graphs were
-compiled after the first validation, which should be none. Further words are keys of both stages.
+checkpoint goes on in the other mode, and the compiled one also compiled again. Reports the largest relative difference
+of the losses, whether the compiled run resumed with the same bits, and how many graphs were compiled after the first
+validation, which should be none. Further words are keys of both stages.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
@@ -66,7 +68,7 @@ def check(stage: str, root: Path, words: list[str], steps: int) -> dict:
     middle, runs = steps // 2, {}
     for mode in ("off", "default"):
         runs[mode] = train(stage, root / mode, words, mode)
-    for mode, other in (("off", "default"), ("default", "off")):  # the checkpoint of one goes on in the other mode
+    for mode, other in (("off", "default"), ("default", "off"), ("default", "default")):
         folder = root / f"{mode}-then-{other}"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(root / mode, folder)
@@ -74,10 +76,16 @@ def check(stage: str, root: Path, words: list[str], steps: int) -> dict:
             shutil.rmtree(late)
         runs[folder.name] = train(stage, folder, words, other)
     graphs = runs["default"]["graphs"]
+    last = [
+        next((root / name / "checkpoints").glob(f"{stage}-*{steps}")) for name in ("default", "default-then-default")
+    ]
+    one, other = (load_file(path / "state.safetensors") for path in last)
+    equal = sum(torch.equal(value, other[name]) for name, value in one.items())
     return {
         "losses_relative": difference(runs["off"], runs["default"], 1),
         "eager_then_compiled_relative": difference(runs["off"], runs["off-then-default"], middle + 1),
         "compiled_then_eager_relative": difference(runs["off"], runs["default-then-off"], middle + 1),
+        "resumed_compiled_tensors_equal": [equal, len(one)],
         "graphs_compiled": graphs[steps],
         "graphs_compiled_after_first_validation": graphs[steps] - graphs[middle],
         "seconds": {name: made["seconds"] for name, made in runs.items()},

@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import functools
-import importlib
+import importlib.util
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -72,6 +73,19 @@ def take_compile_request(config: Config) -> None:
     if config.torch_compile == "off":
         config.torch_compile = mode
         config.validate()
+
+
+def check_compiler(config: RunConfig) -> None:
+    """Raises `UserError` if torch_compile lacks what it needs on this machine."""
+    if config.torch_compile == "off" or BACKEND != "inductor":
+        return
+    on_gpu, off = torch.cuda.is_available(), "or set torch_compile off."
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        raise UserError(f"torch_compile needs the package triton on a GPU. Install it, {off}")
+    variable, usual = ("CC", ("gcc", "clang", "cc")) if on_gpu else ("CXX", ("g++", "clang++", "c++", "cl"))
+    if not any(shutil.which(name) for name in (os.environ.get(variable, ""), *usual) if name):
+        language = "C" if on_gpu else "C++"
+        raise UserError(f"torch_compile needs a {language} compiler ({usual[0]}). Install one, {off}")
 
 
 def reads_are_free(tensor: torch.Tensor) -> bool:

@@ -29,7 +29,7 @@ from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
 from latent_ddpm.progress import close_bars
-from latent_ddpm.training.acceleration import set_arithmetic, take_compile_request
+from latent_ddpm.training.acceleration import check_compiler, set_arithmetic, take_compile_request
 from latent_ddpm.training.distributed import Heartbeat, joining
 from latent_ddpm.training.sharding import Sharding
 from latent_ddpm.training.tracking import check_tracker
@@ -106,6 +106,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         warnings.filterwarnings("ignore", message=noise)  # DDP's warnings, which a user cannot act on
     set_arithmetic(config.deterministic)
     take_compile_request(config)
+    check_compiler(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault(
             "ACCELERATE_USE_CPU", "true"

@@ -32,6 +32,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.training import acceleration, optim
 from latent_ddpm.training.acceleration import (
     align_state,
+    check_compiler,
     compile_networks,
     contiguous,
     double_pixels,
@@ -237,6 +238,19 @@ def test_modes_that_the_key_lacks_are_refused(monkeypatch):
     with pytest.raises(UserError, match="deterministic"):
         UNetConfig(dataset_name="embedded:mnist", torch_compile="max-autotune").validate()
     UNetConfig(dataset_name="embedded:mnist", torch_compile="max-autotune", deterministic=False).validate()
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    config = UNetConfig(dataset_name="embedded:mnist", torch_compile="default")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler \(g\+\+\). Install one, or set torch_compile off"):
+        check_compiler(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(acceleration.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package triton"):
+        check_compiler(config)
+    check_compiler(UNetConfig(dataset_name="embedded:mnist"))
 
 
 def stage_1(state=None, first_step=0, accumulation=1, **keys):
