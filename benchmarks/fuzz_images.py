@@ -143,7 +143,7 @@ def serve(pipe: Connection) -> None:
     """In a process of its own: decode what comes, answer with what came of it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while (content := pipe.recv_bytes()) != b"end":
-        square = decode_square(BytesSource(content), 0, RESOLUTION, 3, CENTRE, False)
+        square = decode_square(BytesSource(content), 0, RESOLUTION, 3, CENTRE)
         if isinstance(square, str):
             pipe.send(square)
         else:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
         channels: 1 or 3.
 
     Returns:
-        An image of mode "L" (1 channel) or "RGB" (3 channels).
+        An image of mode "L" (1 channel) or "RGB" (3 channels); `image` itself if nothing has to change.
 
     Raises:
         ValueError: `channels` is neither 1 nor 3.
@@ -82,6 +82,9 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
+            image.load()
+            if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                return image  # exif_transpose would copy it
             return ImageOps.exif_transpose(image)
     except Exception as error:  # a damaged EXIF block does not make the image unusable
         logger.debug("ignored the EXIF block of an image: %s", error)
@@ -102,10 +105,8 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
-def resize_and_crop(
-    image: Image.Image, resolution: int, crop: tuple[float, float] = CENTRE, flip: bool = False
-) -> np.ndarray:
-    """Resizes the shorter side to `resolution` (Lanczos, antialiased), takes a square window, mirrors it.
+def resize_and_crop(image: Image.Image, resolution: int, crop: tuple[float, float] = CENTRE) -> np.ndarray:
+    """Resizes the shorter side to `resolution` (Lanczos, antialiased) and takes a square window.
 
     The window alone is resampled, so the cost does not grow with the aspect ratio. An image whose shorter side
     already is `resolution` is cut at whole pixels and keeps its values.
@@ -114,7 +115,6 @@ def resize_and_crop(
         image: mode "L" or "RGB", of any size.
         resolution: side of the result in pixels.
         crop: offset of the window to the right and down, as fractions of the slack; (0.5, 0.5) is the centre.
-        flip: mirror left to right, after the crop.
 
     Returns:
         uint8 (resolution, resolution, C), C-contiguous.
@@ -129,8 +129,7 @@ def resize_and_crop(
         # Pillow's taps reach beyond the box, so this equals resizing the whole image and cropping then.
         box = (left, top, left + side, top + side)
         image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    pixels = np.asarray(image).reshape(resolution, resolution, -1)  # (H, W, C)
-    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+    return np.asarray(image).reshape(resolution, resolution, -1)
 
 
 def nearest_square(image: Image.Image, resolution: int) -> np.ndarray:
@@ -172,10 +171,10 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def square(
-    load: Callable[[], Image.Image], resolution: int, channels: int, crop: tuple[float, float], flip: bool
+    load: Callable[[], Image.Image], resolution: int, channels: int, crop: tuple[float, float]
 ) -> np.ndarray | str:
     """The image that `load` decodes as uint8 (H, W, C), or the reason why it cannot be decoded."""
     try:
-        return resize_and_crop(as_seen(load(), channels), resolution, crop, flip)
+        return resize_and_crop(as_seen(load(), channels), resolution, crop)
     except Exception as error:  # Pillow's plugins raise nearly every class there is on damaged files
         return f"{type(error).__name__}: {error}"

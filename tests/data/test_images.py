@@ -212,6 +212,28 @@ def test_exif_orientation(orientation):
     np.testing.assert_allclose(corners, [colours[c] for c in ORIENTATIONS[orientation]], atol=2)
 
 
+@pytest.mark.parametrize("options", [{}, {"exif": exif(1)}])
+def test_an_upright_image_is_not_copied(options):
+    image = stored(ramp(16, 8), "jpeg", **options)
+    assert as_seen(image, 3) is image
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+def test_an_orientation_that_does_not_exist_changes_nothing(orientation):
+    image = stored(ramp(16, 8), "jpeg", exif=exif(orientation))
+    np.testing.assert_array_equal(np.asarray(as_seen(image, 3)), np.asarray(image))
+
+
+def test_orientation_that_follows_the_pixels():
+    file = io.BytesIO()
+    ramp(16, 8).save(file, "png", exif=exif(6))
+    start, length = file.getvalue().index(b"eXIf") - 4, len(exif(6).tobytes()) - 6 + 12
+    data = file.getvalue()
+    chunk, rest = data[start : start + length], data[:start] + data[start + length :]
+    moved = rest[:-12] + chunk + rest[-12:]  # before IEND
+    assert as_seen(Image.open(io.BytesIO(moved)), 3).size == (8, 16)
+
+
 def test_orientation_of_a_16_bit_image():
     image = Image.fromarray((np.arange(6, dtype=np.uint16) * 257).reshape(2, 3))
     seen = as_seen(stored(image, "png", exif=exif(6)), 1)
@@ -278,11 +300,6 @@ def test_window_of_an_image_whose_shorter_side_fits(crop, offset):
     np.testing.assert_array_equal(tall, np.asarray(ramp(16, 24))[offset : offset + 16])
 
 
-def test_flip_mirrors_after_the_crop():
-    window = resize_and_crop(ramp(24, 16), 16, (0.25, 0.5))
-    np.testing.assert_array_equal(resize_and_crop(ramp(24, 16), 16, (0.25, 0.5), flip=True), window[:, ::-1])
-
-
 @pytest.mark.parametrize(("crop", "left"), [(0.0, 0), (0.5, 16), (1.0, 32)])
 def test_window_equals_resizing_first_and_cropping_then(crop, left):
     image = decode(photo(256, 128))
@@ -304,12 +321,11 @@ def test_downscaling_is_antialiased():
     resolution=st.integers(1, 48),
     channels=st.sampled_from([1, 3]),
     crop=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    flip=st.booleans(),
 )
-def test_result_is_always_a_square(width, height, resolution, channels, crop, flip):
+def test_result_is_always_a_square(width, height, resolution, channels, crop):
     value = 77 if channels == 1 else (77, 88, 99)
     image = Image.new("L" if channels == 1 else "RGB", (width, height), value)
-    square = resize_and_crop(image, resolution, crop, flip)
+    square = resize_and_crop(image, resolution, crop)
     assert square.shape == (resolution, resolution, channels)
     assert square.dtype == np.uint8 and square.flags.c_contiguous
     assert (square == np.array(value)).all()  # a flat image stays flat

@@ -242,7 +242,7 @@ def _decode(value: Any, config: RunConfig) -> np.ndarray | str:
     """The square of a row's image, uint8 (R, R, C), or the reason why it cannot be decoded."""
     return square(
         lambda: decode(image_bytes(value), at_least=2 * config.resolution),
-        config.resolution, config.image_channels, CENTRE, False,
+        config.resolution, config.image_channels, CENTRE,
     )  # fmt: skip
 
 
