@@ -27,7 +27,7 @@ import skimage.data
 from PIL import Image
 
 from latent_ddpm.data.dataset import decode_square
-from latent_ddpm.data.images import CENTRE, decode
+from latent_ddpm.data.images import CENTRE, decode, resizer
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.files import write_json
@@ -143,7 +143,7 @@ def serve(pipe: Connection) -> None:
     """In a process of its own: decode what comes, answer with what came of it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while (content := pipe.recv_bytes()) != b"end":
-        square = decode_square(BytesSource(content), 0, RESOLUTION, 3, CENTRE)
+        square = decode_square(BytesSource(content), 0, RESOLUTION, 3, CENTRE, resizer(None))
         if isinstance(square, str):
             pipe.send(square)
         else:

@@ -9,10 +9,28 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from latent_ddpm.errors import UserError
+
 logger = logging.getLogger(__name__)
 
-TRANSFORM_VERSION = 1  # raise it when the resulting pixels change: it is part of every cache key
+# By the library that resizes. Change a number when the resulting pixels change: it is part of every cache key.
+TRANSFORM_VERSIONS = {"pillow": 1, "pytorch": 2}
+PYTORCH_RESIZES = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")  # from PyTorch 2.12 on
 CENTRE = (0.5, 0.5)
+
+
+def resizer(wanted: str | None) -> str:
+    """The library that resizes, "pytorch" or "pillow": the wanted one, or by default the faster one that can do it.
+
+    Raises:
+        UserError: PyTorch is wanted but too old.
+    """
+    if wanted == "pytorch" and not PYTORCH_RESIZES:
+        raise UserError(
+            f"image_resize pytorch needs PyTorch 2.12 or later, this is {torch.__version__}. Update PyTorch, or start "
+            "a new run with image_resize pillow."
+        )
+    return wanted or ("pytorch" if PYTORCH_RESIZES else "pillow")
 
 
 def decode(data: bytes, at_least: int | None = None) -> Image.Image:
@@ -105,16 +123,23 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
-def resize_and_crop(image: Image.Image, resolution: int, crop: tuple[float, float] = CENTRE) -> np.ndarray:
+def resize_and_crop(
+    image: Image.Image, resolution: int, crop: tuple[float, float] = CENTRE, library: str = "pillow"
+) -> np.ndarray:
     """Resizes the shorter side to `resolution` (Lanczos, antialiased) and takes a square window.
 
     The window alone is resampled, so the cost does not grow with the aspect ratio. An image whose shorter side
     already is `resolution` is cut at whole pixels and keeps its values.
 
+    PyTorch is several times faster than Pillow. It has the filter of Pillow-SIMD, whose weights have 16 bits where
+    Pillow's have 32: a value differs by at most 2 from Pillow's. It knows no window, so the image is cut first, at
+    whole pixels, and the filter does not see what lies outside; Pillow's does.
+
     Args:
         image: mode "L" or "RGB", of any size.
         resolution: side of the result in pixels.
         crop: offset of the window to the right and down, as fractions of the slack; (0.5, 0.5) is the centre.
+        library: that resizes, from `resizer`.
 
     Returns:
         uint8 (resolution, resolution, C), C-contiguous.
@@ -122,14 +147,19 @@ def resize_and_crop(image: Image.Image, resolution: int, crop: tuple[float, floa
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) * crop[0], (height - side) * crop[1]
-    if side == resolution:
-        left, top = round(left), round(top)
-        image = image.crop((left, top, left + side, top + side))
-    else:
+    if library == "pillow" and side != resolution:
         # Pillow's taps reach beyond the box, so this equals resizing the whole image and cropping then.
         box = (left, top, left + side, top + side)
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(image).reshape(resolution, resolution, -1)
+        resized = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+        return np.asarray(resized).reshape(resolution, resolution, -1)
+    left, top = round(left), round(top)
+    pixels = np.asarray(image).reshape(height, width, -1)[top : top + side, left : left + side].copy()  # (S, S, C)
+    if side == resolution:
+        return pixels
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, S, S), channels innermost: the fast case
+    size = (resolution, resolution)
+    resized = torch.nn.functional.interpolate(planes, size, mode="lanczos", antialias=True)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
 def nearest_square(image: Image.Image, resolution: int) -> np.ndarray:
@@ -171,10 +201,14 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def square(
-    load: Callable[[], Image.Image], resolution: int, channels: int, crop: tuple[float, float]
+    load: Callable[[], Image.Image],
+    resolution: int,
+    channels: int,
+    crop: tuple[float, float] = CENTRE,
+    library: str = "pillow",
 ) -> np.ndarray | str:
     """The image that `load` decodes as uint8 (H, W, C), or the reason why it cannot be decoded."""
     try:
-        return resize_and_crop(as_seen(load(), channels), resolution, crop)
+        return resize_and_crop(as_seen(load(), channels), resolution, crop, library)
     except Exception as error:  # Pillow's plugins raise nearly every class there is on damaged files
         return f"{type(error).__name__}: {error}"

@@ -317,7 +317,8 @@ class ConditioningImages(ImageDataset):
         # unlike a damaged image, a damaged conditioning image has no replacement: it would belong to another image
         name = self.name(i)
         if self.classes is None:
-            pixels = decode_square(self.of, self.source_index(i), self.resolution, self.channels, crop)
+            k = self.source_index(i)
+            pixels = decode_square(self.of, k, self.resolution, self.channels, crop, self.library)
             if isinstance(pixels, str):
                 raise UserError(f"The conditioning image of {name} cannot be used: {pixels}")
             return pixels, i

@@ -28,7 +28,7 @@ from PIL import Image
 
 from latent_ddpm.config import RunConfig
 from latent_ddpm.data.bad_images import BadImages
-from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSION, decode, square
+from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSIONS, decode, resizer, square
 from latent_ddpm.data.indexing import AllBut, digest, digest_of_many, narrow
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.hub import (
@@ -57,7 +57,8 @@ class BrokenStream(Exception):
 def stream_folder(config: RunConfig) -> Path:
     """The folder of a run's stream."""
     named = (config.dataset_name, config.dataset_config_name, config.image_column)
-    key = digest("stream", *named, config.resolution, config.image_channels, TRANSFORM_VERSION)
+    version = TRANSFORM_VERSIONS[resizer(config.image_resize)]
+    key = digest("stream", *named, config.resolution, config.image_channels, version)
     return Path(config.output_dir) / "cache" / f"stream-{key}"
 
 
@@ -242,7 +243,7 @@ def _decode(value: Any, config: RunConfig) -> np.ndarray | str:
     """The square of a row's image, uint8 (R, R, C), or the reason why it cannot be decoded."""
     return square(
         lambda: decode(image_bytes(value), at_least=2 * config.resolution),
-        config.resolution, config.image_channels, CENTRE,
+        config.resolution, config.image_channels, CENTRE, resizer(config.image_resize),
     )  # fmt: skip
 
 
