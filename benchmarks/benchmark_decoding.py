@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 
 from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.dataset import ImageDataset
-from latent_ddpm.data.images import CENTRE, decode, to_float
+from latent_ddpm.data.images import CENTRE, as_seen, decode, resize_and_crop, to_float
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.files import write_json
 from latent_ddpm.progress import progress_bar
@@ -145,19 +145,18 @@ def difference(ours: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
 
 
 def differences(files: list[bytes]) -> dict[str, dict[str, float]]:
-    """How far the pixels of our path are from those of other paths with the same filter."""
+    """How far the pixels that PyTorch resizes, or a JPEG that is decoded at reduced size, are from those without."""
     compared = paths(files)
     by_pytorch = torch.stack([compared["ours"](i, False) for i in range(len(files))])
     by_pillow = torch.stack([compared["ours by Pillow"](i, False) for i in range(len(files))])
-    floats = torch.stack([compared["plain lanczos"](i, False) for i in range(len(files))])
-    of_plain = ((floats + 1) * 127.5).round().to(torch.uint8)
+    squares = [resize_and_crop(as_seen(decode(file), 3), RESOLUTION) for file in files]
+    of_all_pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)  # the JPEG decoder has reduced nothing
     border = 4  # where the filter reaches beyond the window
     inner = (..., slice(border, -border), slice(border, -border))
     return {
         "pytorch_to_pillow": difference(by_pytorch, by_pillow),
         "pytorch_to_pillow_4_pixels_from_the_border": difference(by_pytorch[inner], by_pillow[inner]),
-        "pytorch_to_plain": difference(by_pytorch, of_plain),
-        "pillow_to_plain": difference(by_pillow, of_plain),
+        "reduced_to_all_pixels": difference(by_pillow, of_all_pixels),
     }
 
 

@@ -142,7 +142,7 @@ def resize_and_crop(
         library: that resizes, from `resizer`.
 
     Returns:
-        uint8 (resolution, resolution, C), C-contiguous.
+        uint8 (resolution, resolution, C). PyTorch's is a view of (C, resolution, resolution), the order of a batch.
     """
     width, height = image.size
     side = min(width, height)
@@ -159,7 +159,7 @@ def resize_and_crop(
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, S, S), channels innermost: the fast case
     size = (resolution, resolution)
     resized = torch.nn.functional.interpolate(planes, size, mode="lanczos", antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def nearest_square(image: Image.Image, resolution: int) -> np.ndarray:
