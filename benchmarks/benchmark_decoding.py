@@ -16,6 +16,7 @@ larger canvas, with JPEG's usual 4:2:0 subsampling.
 import argparse
 import io
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -160,19 +161,20 @@ def differences(files: list[bytes]) -> dict[str, dict[str, float]]:
     }
 
 
-def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float | list[float]]]:
-    """Medians of milliseconds and images per second, and how many times as many images ours makes in each round."""
-    found: dict[str, dict[str, float | list[float]]] = {}
-    for name, of_path in times.items():
-        found[name] = {"ms": statistics.median(of_path), "images_per_second": 1000 / statistics.median(of_path)}
-        if name.startswith("plain"):
-            for ours in (other for other in times if other.startswith("ours")):
-                ratios = [a / b for a, b in zip(of_path, times[ours], strict=True)]
-                low, middle, high = statistics.quantiles(ratios, n=4)
-                found[name][f"{ours}, times as many"] = middle
-                found[name][f"{ours}, quartiles"] = [low, high]
-                found[name][f"{ours}, range"] = [min(ratios), max(ratios)]
-    return found
+def spread(values: list[float]) -> dict[str, float | list[float]]:
+    """Median, quartiles and range."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "quartiles": [low, high], "range": [min(values), max(values)]}
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, dict]:
+    """Milliseconds for each image by path, and how many times as many images ours make as plain paths in a round."""
+    plains, ours = ([name for name in times if name.startswith(word)] for word in ("plain", "ours"))
+    ratios = {
+        name: {other: spread([a / b for a, b in zip(times[name], times[other], strict=True)]) for other in ours}
+        for name in plains
+    }
+    return {"ms": {name: spread(of_path) for name, of_path in times.items()}, "times_as_many_as": ratios}
 
 
 def main(argv: list[str]) -> int:
@@ -187,6 +189,7 @@ def main(argv: list[str]) -> int:
     result: dict = {
         "command": "python benchmarks/benchmark_decoding.py " + shlex.join(argv),
         "versions": {"pillow": PIL.__version__, "torch": torch.__version__},
+        "load_at_start": os.getloadavg()[0],
         "sizes": {},
     }
     for size in options.sizes:
