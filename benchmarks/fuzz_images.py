@@ -27,11 +27,12 @@ import skimage.data
 from PIL import Image
 
 from latent_ddpm.data.dataset import decode_square
-from latent_ddpm.data.images import CENTRE, decode, resizer
+from latent_ddpm.data.images import CENTRE, decode
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.files import write_json
 from latent_ddpm.progress import progress_bar
+from latent_ddpm.resizing import resizer
 from latent_ddpm.training.launch import run
 
 PATIENCE = 30  # seconds that a file may take

@@ -23,8 +23,8 @@ from conftest import (
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel, VQModel
 from PIL import Image
 
-from latent_ddpm.data.images import PYTORCH_RESIZES
 from latent_ddpm.publishing.card import read_facts
+from latent_ddpm.resizing import PYTORCH_RESIZES
 from latent_ddpm.training.checkpoint import CheckpointFolder
 
 GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_adaptive_steps": 2, "disc_channels": 8, "disc_layers": 1}

@@ -24,12 +24,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latent_ddpm.data.bad_images import BadImages
-from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSIONS, resizer, square
+from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSIONS, square
 from latent_ddpm.data.indexing import digest, digest_of_many
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.errors import UserError
 from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import Stream, permutation, scattered, uniform
+from latent_ddpm.resizing import resizer
 
 logger = logging.getLogger(__name__)
 

@@ -9,28 +9,11 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from latent_ddpm.errors import UserError
-
 logger = logging.getLogger(__name__)
 
 # By the library that resizes. Change a number when the resulting pixels change: it is part of every cache key.
 TRANSFORM_VERSIONS = {"pillow": 1, "pytorch": 2}
-PYTORCH_RESIZES = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")  # from PyTorch 2.12 on
 CENTRE = (0.5, 0.5)
-
-
-def resizer(wanted: str | None) -> str:
-    """The library that resizes, "pytorch" or "pillow": the wanted one, or by default the faster one that can do it.
-
-    Raises:
-        UserError: PyTorch is wanted but too old.
-    """
-    if wanted == "pytorch" and not PYTORCH_RESIZES:
-        raise UserError(
-            f"image_resize pytorch needs PyTorch 2.12 or later, this is {torch.__version__}. Update PyTorch, or start "
-            "a new run with image_resize pillow."
-        )
-    return wanted or ("pytorch" if PYTORCH_RESIZES else "pillow")
 
 
 def decode(data: bytes, at_least: int | None = None) -> Image.Image:
@@ -139,7 +122,7 @@ def resize_and_crop(
         image: mode "L" or "RGB", of any size.
         resolution: side of the result in pixels.
         crop: offset of the window to the right and down, as fractions of the slack; (0.5, 0.5) is the centre.
-        library: that resizes, from `resizer`.
+        library: that resizes, from `resizing.resizer`.
 
     Returns:
         uint8 (resolution, resolution, C). PyTorch's is a view of (C, resolution, resolution), the order of a batch.

@@ -25,10 +25,10 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from safetensors import SafetensorError
 
 from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same_batch
-from latent_ddpm.data.images import resizer
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
 from latent_ddpm.progress import close_bars
+from latent_ddpm.resizing import resizer
 from latent_ddpm.training.acceleration import set_arithmetic, take_compile_request
 from latent_ddpm.training.distributed import Heartbeat, joining
 from latent_ddpm.training.sharding import Sharding

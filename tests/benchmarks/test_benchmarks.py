@@ -14,8 +14,8 @@ from PIL import Image
 from preloaded import Script
 
 from latent_ddpm.autoencoder.stock import load_autoencoder
-from latent_ddpm.data.images import PYTORCH_RESIZES
 from latent_ddpm.errors import UserError
+from latent_ddpm.resizing import PYTORCH_RESIZES
 
 TINY = ["--resolution", "16", "--block_out_channels", "[8,16]", "--norm_num_groups", "4", "--num_vq_embeddings", "32"]
 TINY += ["--train_batch_size", "8", "--lr_warmup_steps", "2", "--dataloader_num_workers", "0"]

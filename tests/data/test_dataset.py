@@ -19,12 +19,13 @@ from PIL import Image, ImageOps
 from latent_ddpm.data import dataset
 from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.dataset import ExampleOrder, eval_batches, train_batches
-from latent_ddpm.data.images import PYTORCH_RESIZES, resize_and_crop, to_float, to_uint8
+from latent_ddpm.data.images import resize_and_crop, to_float, to_uint8
 from latent_ddpm.data.indexing import digest
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.errors import UserError
 from latent_ddpm.random import Stream, permutation, scattered, uniform
+from latent_ddpm.resizing import PYTORCH_RESIZES
 
 needs_pytorch = pytest.mark.skipif(not PYTORCH_RESIZES, reason="PyTorch before 2.12 has no Lanczos filter")
 

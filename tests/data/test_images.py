@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from latent_ddpm.data import images
+from latent_ddpm import resizing
 from latent_ddpm.data.images import as_seen, decode, resize_and_crop
 from latent_ddpm.errors import UserError
 
@@ -291,7 +291,7 @@ def ramp(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack((x, y, 0 * x), axis=-1).astype(np.uint8))
 
 
-needs_pytorch = pytest.mark.skipif(not images.PYTORCH_RESIZES, reason="PyTorch before 2.12 has no Lanczos filter")
+needs_pytorch = pytest.mark.skipif(not resizing.PYTORCH_RESIZES, reason="PyTorch before 2.12 has no Lanczos filter")
 both_libraries = pytest.mark.parametrize("library", ["pillow", pytest.param("pytorch", marks=needs_pytorch)])
 
 
@@ -360,12 +360,12 @@ def test_the_libraries_differ_at_the_border_of_a_crop_only():
 
 
 def test_which_library_resizes(monkeypatch):
-    monkeypatch.setattr(images, "PYTORCH_RESIZES", True)
-    assert [images.resizer(wanted) for wanted in (None, "pytorch", "pillow")] == ["pytorch", "pytorch", "pillow"]
-    monkeypatch.setattr(images, "PYTORCH_RESIZES", False)
-    assert [images.resizer(wanted) for wanted in (None, "pillow")] == ["pillow", "pillow"]
+    monkeypatch.setattr(resizing, "PYTORCH_RESIZES", True)
+    assert [resizing.resizer(wanted) for wanted in (None, "pytorch", "pillow")] == ["pytorch", "pytorch", "pillow"]
+    monkeypatch.setattr(resizing, "PYTORCH_RESIZES", False)
+    assert [resizing.resizer(wanted) for wanted in (None, "pillow")] == ["pillow", "pillow"]
     with pytest.raises(UserError, match=r"2\.12"):
-        images.resizer("pytorch")
+        resizing.resizer("pytorch")
 
 
 @settings(max_examples=150, deadline=None)
@@ -375,7 +375,7 @@ def test_which_library_resizes(monkeypatch):
     resolution=st.integers(1, 48),
     channels=st.sampled_from([1, 3]),
     crop=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    library=st.sampled_from(["pillow", "pytorch"] if images.PYTORCH_RESIZES else ["pillow"]),
+    library=st.sampled_from(["pillow", "pytorch"] if resizing.PYTORCH_RESIZES else ["pillow"]),
 )
 def test_result_is_always_a_square(width, height, resolution, channels, crop, library):
     value = 77 if channels == 1 else (77, 88, 99)

@@ -28,7 +28,7 @@ from PIL import Image
 
 from latent_ddpm.config import RunConfig
 from latent_ddpm.data.bad_images import BadImages
-from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSIONS, decode, resizer, square
+from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSIONS, decode, square
 from latent_ddpm.data.indexing import AllBut, digest, digest_of_many, narrow
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.hub import (
@@ -42,6 +42,7 @@ from latent_ddpm.data.sources.hub import (
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers, write_json, write_whole
 from latent_ddpm.progress import progress_bar
+from latent_ddpm.resizing import resizer
 
 logger = logging.getLogger(__name__)
 
