@@ -32,6 +32,7 @@ from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.files import write_json
 from latent_ddpm.progress import progress_bar
+from latent_ddpm.resizing import resizer
 from latent_ddpm.training.launch import run
 
 PATIENCE = 30  # seconds that a file may take
@@ -143,7 +144,7 @@ def serve(pipe: Connection) -> None:
     """In a process of its own: decode what comes, answer with what came of it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while (content := pipe.recv_bytes()) != b"end":
-        square = decode_square(BytesSource(content), 0, RESOLUTION, 3, CENTRE, False)
+        square = decode_square(BytesSource(content), 0, RESOLUTION, 3, CENTRE, resizer(None))
         if isinstance(square, str):
             pipe.send(square)
         else:

@@ -102,6 +102,9 @@ class RunConfig:
     """images are resized to a square of this many pixels per side."""
     image_channels: int = 3
     """1 (grayscale) or 3 (RGB)."""
+    image_resize: Literal["pytorch", "pillow"] | None = None
+    """library that resizes the images, with nearly equal results; unset keeps what the run in output_dir began with,
+    and takes the faster one, pytorch, for a new run."""
     center_crop: bool = True
     """crop the centre; false crops at a random position (stage 1 only: the latent cache holds the centre)."""
     random_flip: bool = False
@@ -818,7 +821,22 @@ def parse_config(config_class: type[Config], argv: Sequence[str]) -> Config:
         raise UserError(_explain(error)) from error
     config = config_class(**{key: getattr(namespace, key) for key in known})
     config.validate()
+    if config.image_resize is None:
+        config.image_resize = _resize_of_run(config)
     return config
+
+
+def _resize_of_run(config: Config) -> str | None:
+    """`image_resize` of the run in output_dir, or of the one whose checkpoint it resumes from; None for a new run."""
+    folders = [Path(config.output_dir)]
+    if config.resume_from_checkpoint not in (None, "latest"):
+        folders.append(Path(config.resume_from_checkpoint).parent.parent)
+    stages = (type(config), *SECTION_OF)  # its own first; both stages of a run see the same images
+    saved = ((folder / f"{SECTION_OF[stage]}.yaml", stage) for folder in folders for stage in stages)
+    for path, stage in saved:
+        if path.is_file():
+            return read_yaml(path, stage).get("image_resize", "pillow")  # which resized all images before the key was
+    return None
 
 
 def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:

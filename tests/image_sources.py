@@ -38,6 +38,7 @@ def config(**changes) -> SimpleNamespace:
         "seed": 3,
         "resolution": 8,
         "image_channels": 3,
+        "image_resize": None,
         "center_crop": True,
         "random_flip": False,
         "image_cache_gib": 1.0,

@@ -171,3 +171,39 @@ def test_help_describes_the_keys(capsys):
         parse_config(UNetConfig, ["--help"])
     assert stopped.value.code == 0
     assert "make the last noise level pure noise" in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_library_that_resizes_its_images(tmp_path):
+    def words(folder, *more):
+        return [*DATA, "--output_dir", str(tmp_path / folder), *more]
+
+    def library(kind, *arguments):
+        return parse_config(kind, words(*arguments)).image_resize
+
+    def save(folder, stage, **keys):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{stage}.yaml").write_text(yaml.safe_dump({stage: {"seed": 0, **keys}}))
+
+    for kind in (AutoencoderConfig, UNetConfig):
+        assert library(kind, "new") is None  # the library of new runs
+        assert library(kind, "new", "--image_resize", "pillow") == "pillow"
+    save("before", "train_autoencoder")  # it began before the key was
+    save("after", "train_autoencoder", image_resize="pytorch")
+    save("mixed", "train_autoencoder")
+    save("mixed", "train_unet", image_resize="pytorch")  # stage 2 has been told to
+    for kind in (AutoencoderConfig, UNetConfig):
+        assert library(kind, "before") == "pillow"
+        assert library(kind, "after") == "pytorch"
+        checkpoint = tmp_path / "before" / "checkpoints" / "autoencoder-00000010"
+        assert library(kind, "new", "--resume_from_checkpoint", str(checkpoint)) == "pillow"
+        assert library(kind, "after", "--resume_from_checkpoint", str(checkpoint)) == "pytorch"
+    assert (library(AutoencoderConfig, "mixed"), library(UNetConfig, "mixed")) == ("pillow", "pytorch")
+
+
+def test_a_run_cannot_change_the_library_that_resizes_its_images(tmp_path):
+    config = parse_config(UNetConfig, [*DATA, "--output_dir", str(tmp_path), "--image_resize", "pytorch"])
+    save_config(config, tmp_path / "train_unet.yaml")
+    check_same_run(parse_config(UNetConfig, [*DATA, "--output_dir", str(tmp_path)]), tmp_path / "train_unet.yaml")
+    other = parse_config(UNetConfig, [*DATA, "--output_dir", str(tmp_path), "--image_resize", "pillow"])
+    with pytest.raises(UserError, match="image_resize was 'pytorch', is 'pillow'"):
+        check_same_run(other, tmp_path / "train_unet.yaml")

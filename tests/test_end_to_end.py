@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel, VQModel
 from PIL import Image
 
 from latent_ddpm.publishing.card import read_facts
+from latent_ddpm.resizing import PYTORCH_RESIZES
 from latent_ddpm.training.checkpoint import CheckpointFolder
 
 GAN = {"disc_weight": 0.5, "disc_start": 4, "disc_adaptive_steps": 2, "disc_channels": 8, "disc_layers": 1}
@@ -99,6 +100,27 @@ def test_stage_1_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(trained
     assert losses(output_dir, "autoencoder") == losses(tmp_path, "autoencoder")
     weights = "autoencoder/diffusion_pytorch_model.safetensors"
     assert (output_dir / weights).read_bytes() == (tmp_path / weights).read_bytes()
+
+
+@pytest.mark.skipif(not PYTORCH_RESIZES, reason="PyTorch before 2.12 has no Lanczos filter")
+def test_a_run_begun_before_pytorch_resized_goes_on_bit_for_bit(tmp_path):
+    (tmp_path / "noise").mkdir()
+    for i in range(48):
+        pixels = np.random.default_rng(i).integers(0, 256, (27, 38, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "noise" / f"{i}.png")
+    flags = {"train_data_dir": tmp_path / "noise", "resolution": 16, "max_train_steps": 6, "checkpointing_steps": 3}
+    launch("train_autoencoder.py", tmp_path / "new", **flags)
+    launch("train_autoencoder.py", tmp_path / "whole", image_resize="pillow", **flags)
+    launch("train_autoencoder.py", tmp_path / "old", image_resize="pillow", **flags | {"max_train_steps": 3})
+    saved = tmp_path / "old" / "train_autoencoder.yaml"
+    saved.write_text(saved.read_text().replace("  image_resize: pillow\n", ""))  # as it was written before the key was
+    launch("train_autoencoder.py", tmp_path / "old", **flags)
+    assert "image_resize: pillow" in saved.read_text()
+    whole, old = (checkpoint_tensors(tmp_path / name, "autoencoder", 6) for name in ("whole", "old"))
+    assert_same_tensors(whole, old)
+    assert losses(tmp_path / "whole", "autoencoder") == losses(tmp_path / "old", "autoencoder")
+    assert losses(tmp_path / "whole", "autoencoder") != losses(tmp_path / "new", "autoencoder")
+    assert "image_resize: pytorch" in (tmp_path / "new" / "train_autoencoder.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latent_ddpm.data.bad_images import BadImages
-from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSION, square
+from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSIONS, square
 from latent_ddpm.data.indexing import digest, digest_of_many
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.errors import UserError
 from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import Stream, permutation, scattered, uniform
+from latent_ddpm.resizing import resizer
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class ImageDataset(Dataset):
         # usually all of them: then nothing has to be stored
         self.kept = None if kept is None or len(kept) == len(source) else np.asarray(kept, dtype=np.int64)
         self.class_names, self.labels = source.class_names, source.labels
-        self.fingerprint = _cache_key(source, cfg.resolution, cfg.image_channels)
+        self.library = resizer(cfg.image_resize)
+        self.fingerprint = _cache_key(source, cfg)
         if self.kept is not None:
             self.labels = None if self.labels is None else self.labels[self.kept]
             self.fingerprint = digest_of_many(self.fingerprint, rows=self.kept)
@@ -93,25 +95,25 @@ class ImageDataset(Dataset):
         return self.source.name(self.source_index(i))
 
     def get(self, i: int, crop: tuple[float, float] = CENTRE, flip: bool = False) -> torch.Tensor:
-        """Image i, or its replacement: uint8 (C, H, W). `crop`, `flip`: see `resize_and_crop`."""
+        """Image i, or its replacement: uint8 (C, H, W). `crop`: see `resize_and_crop`; `flip` mirrors it then."""
         return self._get(i, crop, flip)[0]
 
     def _get(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[torch.Tensor, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         if self.images is not None and crop == CENTRE:
-            pixels, used = np.array(self.images[i]), i
-            pixels = pixels[:, ::-1] if flip else pixels
+            pixels, used = np.asarray(self.images[i]), i
         else:
-            pixels, used = self._decode_from(i, crop, flip)
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), used
+            pixels, used = self._decode_from(i, crop)
+        # Mirroring costs nothing in this copy, but four times as much in one whose channels stay innermost.
+        planes = pixels.transpose(2, 0, 1)  # (C, H, W)
+        return torch.from_numpy((planes[:, :, ::-1] if flip else planes).copy()), used
 
-    def _decode_from(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[np.ndarray, int]:
+    def _decode_from(self, i: int, crop: tuple[float, float]) -> tuple[np.ndarray, int]:
         for candidate in range(i, i + len(self)):
             candidate %= len(self)
-            pixels = decode_square(
-                self.source, self.source_index(candidate), self.resolution, self.channels, crop, flip
-            )
+            k = self.source_index(candidate)
+            pixels = decode_square(self.source, k, self.resolution, self.channels, crop, self.library)
             if not isinstance(pixels, str):
                 return pixels, candidate
             self.bad_images.add(self.name(candidate), pixels)
@@ -155,13 +157,12 @@ class ImageDataset(Dataset):
         index = torch.from_numpy(np.array(indices, dtype=np.int64))
         example = index.clone() if numbers is None else torch.from_numpy(np.array(numbers, dtype=np.int64))
         # In numpy: torch would split these small copies over threads, which costs more than the copies (10x measured).
-        pixels = np.asarray(self.images[indices])  # (B, H, W, C)
+        pixels = np.asarray(self.images[indices]).transpose(0, 3, 1, 2).copy()  # (B, C, H, W)
         if numbers is not None and self.random_flip:
             flips = self._flips(example).numpy()
-            pixels[flips] = pixels[flips, :, ::-1]
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))  # (B, C, H, W)
+            pixels[flips] = pixels[flips, :, :, ::-1]
         return {
-            "image": image,
+            "image": torch.from_numpy(pixels),
             "index": index,
             "label": torch.full_like(index, -1)
             if self.labels is None
@@ -171,11 +172,16 @@ class ImageDataset(Dataset):
 
 
 def decode_square(
-    source: ImageSource, k: int, resolution: int, channels: int, crop: tuple[float, float], flip: bool
+    source: ImageSource,
+    k: int,
+    resolution: int,
+    channels: int,
+    crop: tuple[float, float] = CENTRE,
+    library: str = "pillow",
 ) -> np.ndarray | str:
     """Image k of the source as uint8 (H, W, C), or the reason why it cannot be decoded."""
     # Twice the resolution leaves enough detail for antialiasing after the JPEG decoder has reduced the size.
-    return square(lambda: source.load(k, at_least=2 * resolution), resolution, channels, crop, flip)
+    return square(lambda: source.load(k, at_least=2 * resolution), resolution, channels, crop, library)
 
 
 def open_image_dataset(
@@ -194,8 +200,8 @@ def open_image_dataset(
 
     Args:
         source: the images.
-        cfg: has `resolution`, `image_channels` (1 or 3), `center_crop`, `random_flip`, `image_cache_gib`,
-            `dataloader_num_workers`, `seed`.
+        cfg: has `resolution`, `image_channels` (1 or 3), `image_resize`, `center_crop`, `random_flip`,
+            `image_cache_gib`, `dataloader_num_workers`, `seed`.
         cache_dir: folder for decoded images, on a disk that all processes see.
         bad_images: list to which undecodable images are added.
         train: whether `dataset[n, i]` augments.
@@ -211,7 +217,7 @@ def open_image_dataset(
     size = len(source) * cfg.resolution**2 * cfg.image_channels  # bytes
     if size > cfg.image_cache_gib * 2**30 or not (cfg.center_crop or not train):
         return ImageDataset(source, cfg, bad_images, train)
-    folder = Path(cache_dir) / f"images-{_cache_key(source, cfg.resolution, cfg.image_channels)}"
+    folder = Path(cache_dir) / f"images-{_cache_key(source, cfg)}"
     if is_main and not folder.is_dir():
         _write_cache(folder, source, cfg, bad_images, size)
     wait()
@@ -232,21 +238,23 @@ def open_image_dataset(
     return ImageDataset(source, cfg, bad_images, train, images, sidecar["kept"])
 
 
-def _cache_key(source: ImageSource, resolution: int, channels: int) -> str:
-    return digest(source.fingerprint, resolution, channels, TRANSFORM_VERSION)
+def _cache_key(source: ImageSource, cfg: Any) -> str:
+    version = TRANSFORM_VERSIONS[resizer(cfg.image_resize)]
+    return digest(source.fingerprint, cfg.resolution, cfg.image_channels, version)
 
 
 class _Squares(Dataset):
     """k, and image k at the centre crop or the reason why there is none; for the workers that fill a cache."""
 
-    def __init__(self, source: ImageSource, resolution: int, channels: int) -> None:
-        self.source, self.resolution, self.channels = source, resolution, channels
+    def __init__(self, source: ImageSource, cfg: Any) -> None:
+        self.source, self.resolution, self.channels = source, cfg.resolution, cfg.image_channels
+        self.library = resizer(cfg.image_resize)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, k: int) -> tuple[int, np.ndarray | str]:
-        return k, decode_square(self.source, k, self.resolution, self.channels, CENTRE, False)
+        return k, decode_square(self.source, k, self.resolution, self.channels, CENTRE, self.library)
 
 
 def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadImages, size: int) -> None:
@@ -260,7 +268,7 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
         )
     logger.info("decoding %d images to %s", len(source), folder)
     squares = DataLoader(
-        _Squares(source, cfg.resolution, cfg.image_channels),
+        _Squares(source, cfg),
         batch_size=64,
         collate_fn=list,
         num_workers=cfg.dataloader_num_workers,

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 logger = logging.getLogger(__name__)
 
-TRANSFORM_VERSION = 1  # raise it when the resulting pixels change: it is part of every cache key
+# By the library that resizes. Change a number when the resulting pixels change: it is part of every cache key.
+TRANSFORM_VERSIONS = {"pillow": 1, "pytorch": 2}
 CENTRE = (0.5, 0.5)
 
 
@@ -53,7 +54,7 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
         channels: 1 or 3.
 
     Returns:
-        An image of mode "L" (1 channel) or "RGB" (3 channels).
+        An image of mode "L" (1 channel) or "RGB" (3 channels); `image` itself if nothing has to change.
 
     Raises:
         ValueError: `channels` is neither 1 nor 3.
@@ -82,6 +83,9 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
+            image.load()
+            if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                return image  # exif_transpose would copy it
             return ImageOps.exif_transpose(image)
     except Exception as error:  # a damaged EXIF block does not make the image unusable
         logger.debug("ignored the EXIF block of an image: %s", error)
@@ -103,34 +107,42 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
 
 
 def resize_and_crop(
-    image: Image.Image, resolution: int, crop: tuple[float, float] = CENTRE, flip: bool = False
+    image: Image.Image, resolution: int, crop: tuple[float, float] = CENTRE, library: str = "pillow"
 ) -> np.ndarray:
-    """Resizes the shorter side to `resolution` (Lanczos, antialiased), takes a square window, mirrors it.
+    """Resizes the shorter side to `resolution` (Lanczos, antialiased) and takes a square window.
 
     The window alone is resampled, so the cost does not grow with the aspect ratio. An image whose shorter side
     already is `resolution` is cut at whole pixels and keeps its values.
+
+    PyTorch is several times faster than Pillow. It has the filter of Pillow-SIMD, whose weights have 16 bits where
+    Pillow's have 32: a value differs by at most 2 from Pillow's. It knows no window, so the image is cut first, at
+    whole pixels, and the filter does not see what lies outside; Pillow's does.
 
     Args:
         image: mode "L" or "RGB", of any size.
         resolution: side of the result in pixels.
         crop: offset of the window to the right and down, as fractions of the slack; (0.5, 0.5) is the centre.
-        flip: mirror left to right, after the crop.
+        library: that resizes, from `resizing.resizer`.
 
     Returns:
-        uint8 (resolution, resolution, C), C-contiguous.
+        uint8 (resolution, resolution, C). PyTorch's is a view of (C, resolution, resolution), the order of a batch.
     """
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) * crop[0], (height - side) * crop[1]
-    if side == resolution:
-        left, top = round(left), round(top)
-        image = image.crop((left, top, left + side, top + side))
-    else:
+    if library == "pillow" and side != resolution:
         # Pillow's taps reach beyond the box, so this equals resizing the whole image and cropping then.
         box = (left, top, left + side, top + side)
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    pixels = np.asarray(image).reshape(resolution, resolution, -1)  # (H, W, C)
-    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+        resized = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+        return np.asarray(resized).reshape(resolution, resolution, -1)
+    left, top = round(left), round(top)
+    pixels = np.asarray(image).reshape(height, width, -1)[top : top + side, left : left + side].copy()  # (S, S, C)
+    if side == resolution:
+        return pixels
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, C, S, S), channels innermost: the fast case
+    size = (resolution, resolution)
+    resized = torch.nn.functional.interpolate(planes, size, mode="lanczos", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def nearest_square(image: Image.Image, resolution: int) -> np.ndarray:
@@ -172,10 +184,14 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def square(
-    load: Callable[[], Image.Image], resolution: int, channels: int, crop: tuple[float, float], flip: bool
+    load: Callable[[], Image.Image],
+    resolution: int,
+    channels: int,
+    crop: tuple[float, float] = CENTRE,
+    library: str = "pillow",
 ) -> np.ndarray | str:
     """The image that `load` decodes as uint8 (H, W, C), or the reason why it cannot be decoded."""
     try:
-        return resize_and_crop(as_seen(load(), channels), resolution, crop, flip)
+        return resize_and_crop(as_seen(load(), channels), resolution, crop, library)
     except Exception as error:  # Pillow's plugins raise nearly every class there is on damaged files
         return f"{type(error).__name__}: {error}"

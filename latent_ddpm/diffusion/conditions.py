@@ -313,11 +313,12 @@ class ConditioningImages(ImageDataset):
         self.of, self.classes = ConditioningSource(images.source, config), config.conditioning_image_classes
         super().__init__(self.of, config, images.bad_images, train=False, kept=images.kept)
 
-    def _decode_from(self, i: int, crop: tuple[float, float], flip: bool) -> tuple[np.ndarray, int]:
+    def _decode_from(self, i: int, crop: tuple[float, float]) -> tuple[np.ndarray, int]:
         # unlike a damaged image, a damaged conditioning image has no replacement: it would belong to another image
         name = self.name(i)
         if self.classes is None:
-            pixels = decode_square(self.of, self.source_index(i), self.resolution, self.channels, crop, flip)
+            k = self.source_index(i)
+            pixels = decode_square(self.of, k, self.resolution, self.channels, crop, self.library)
             if isinstance(pixels, str):
                 raise UserError(f"The conditioning image of {name} cannot be used: {pixels}")
             return pixels, i

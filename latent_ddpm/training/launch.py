@@ -29,6 +29,7 @@ from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
 from latent_ddpm.progress import close_bars
+from latent_ddpm.resizing import resizer
 from latent_ddpm.training.acceleration import check_compiler, set_arithmetic, take_compile_request
 from latent_ddpm.training.distributed import Heartbeat, joining
 from latent_ddpm.training.sharding import Sharding
@@ -89,6 +90,7 @@ def check_before_loading(config: RunConfig, stage: str) -> Path:
         sys.argv = [word.replace(config.hub_token, "***") for word in sys.argv]  # trackers record the command line
         config.hub_token = None
     check_tracker(config.report_to)
+    config.image_resize = resizer(config.image_resize)  # is saved with the run, which keeps it
     saved = Path(config.output_dir) / f"train_{stage}.yaml"
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise UserError(f"output_dir {config.output_dir} is a file.")

@@ -15,6 +15,7 @@ from preloaded import Script
 
 from latent_ddpm.autoencoder.stock import load_autoencoder
 from latent_ddpm.errors import UserError
+from latent_ddpm.resizing import PYTORCH_RESIZES
 
 TINY = ["--resolution", "16", "--block_out_channels", "[8,16]", "--norm_num_groups", "4", "--num_vq_embeddings", "32"]
 TINY += ["--train_batch_size", "8", "--lr_warmup_steps", "2", "--dataloader_num_workers", "0"]
@@ -207,6 +208,17 @@ def test_stage_2_gives_the_dataset_back(photos, small_autoencoder, tmp_path):
     done = finished([sys.executable, "-c", HELD_AT_THE_END, *map(str, words)])
     assert done.stdout.splitlines()[-1] == "held 0 [False]", done.stderr[-2000:]
     assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
+
+
+@pytest.mark.skipif(not PYTORCH_RESIZES, reason="PyTorch before 2.12 has no Lanczos filter")
+def test_benchmark_decoding(tmp_path):
+    script(
+        "benchmark_decoding.py", "--rounds", 2, "--seconds", 0.01, "--sizes", "500x400", "--json", tmp_path / "r.json"
+    )
+    found = json.loads((tmp_path / "r.json").read_text())["sizes"]["500x400"]
+    assert found["times_as_many_as"]["plain lanczos"]["ours"]["median"] > 0
+    assert found["differences"]["pytorch_to_pillow_4_pixels_from_the_border"]["max"] <= 2
+    assert found["differences"]["reduced_to_all_pixels"]["max"] == 0  # 400 pixels are too few to halve
 
 
 def test_benchmark_checkpoint(photos, tmp_path):

@@ -14,16 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_sources import CACHED, LAZY, Flat, both_ways, colour, fill, opened, shown
-from PIL import Image
+from PIL import Image, ImageOps
 
 from latent_ddpm.data import dataset
 from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.dataset import ExampleOrder, eval_batches, train_batches
-from latent_ddpm.data.images import to_float, to_uint8
+from latent_ddpm.data.images import resize_and_crop, to_float, to_uint8
+from latent_ddpm.data.indexing import digest
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.errors import UserError
 from latent_ddpm.random import Stream, permutation, scattered, uniform
+from latent_ddpm.resizing import PYTORCH_RESIZES
+
+needs_pytorch = pytest.mark.skipif(not PYTORCH_RESIZES, reason="PyTorch before 2.12 has no Lanczos filter")
 
 # ---------------------------------------------------------------------------------------------------------------
 # Bad images
@@ -333,6 +337,43 @@ def test_get_from_a_cached_dataset_honours_crop_and_flip(tmp_path):
     for crop in ((0.5, 0.5), (0.0, 0.5), (1.0, 0.5)):
         for flip in (False, True):
             assert torch.equal(cached.get(1, crop, flip), lazy.get(1, crop, flip))
+
+
+def photos(folder: Path) -> FolderSource:
+    """Five JPEG files of noise, larger than the resolution; the last one is stored on its side."""
+    folder.mkdir()
+    for k in range(5):
+        tags = Image.Exif()
+        tags[0x0112] = 6 if k == 4 else 1
+        pixels = np.random.default_rng(k).integers(0, 256, (19, 27, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.jpg", quality=95, exif=tags)
+    return FolderSource(folder)
+
+
+@both_ways
+@pytest.mark.parametrize("library", ["pillow", pytest.param("pytorch", marks=needs_pytorch)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_what_is_resized_and_mirrored(tmp_path, way, library, workers):
+    way = way | {"random_flip": True, "image_resize": library, "dataloader_num_workers": workers}
+    dataset = opened(photos(tmp_path / "photos"), tmp_path, **way)
+    (batch,) = train_batches(dataset, ExampleOrder(5, 3), 0, 1, 20, num_workers=workers)
+    flips = uniform(3, Stream.FLIP, batch["example"]) < 0.5
+    assert 0 < flips.sum() < 20
+    for image, index, flip in zip(batch["image"], batch["index"], flips, strict=True):
+        upright = ImageOps.exif_transpose(Image.open(tmp_path / "photos" / f"{index}.jpg"))
+        square = resize_and_crop(upright, 8, library=library)
+        assert torch.equal(image, torch.from_numpy((square[:, ::-1] if flip else square).transpose(2, 0, 1).copy()))
+
+
+@needs_pytorch
+def test_pillow_keeps_the_cache_that_it_wrote_before_pytorch_resized(tmp_path):
+    source = photos(tmp_path / "photos")
+    by_pillow, by_pytorch, by_default = (
+        opened(source, tmp_path, image_resize=library) for library in ("pillow", "pytorch", None)
+    )
+    assert by_pillow.fingerprint == digest(source.fingerprint, 8, 3, 1) != by_pytorch.fingerprint
+    assert by_default.fingerprint == by_pytorch.fingerprint
+    assert not np.array_equal(by_pillow.images, by_pytorch.images)
 
 
 def test_lazy_dataset_can_be_sent_to_a_worker(tmp_path):

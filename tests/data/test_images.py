@@ -4,11 +4,14 @@ import io
 
 import numpy as np
 import pytest
+import skimage.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
+from latent_ddpm import resizing
 from latent_ddpm.data.images import as_seen, decode, resize_and_crop
+from latent_ddpm.errors import UserError
 
 WHITE, BLACK, RED, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 255)
 
@@ -212,6 +215,28 @@ def test_exif_orientation(orientation):
     np.testing.assert_allclose(corners, [colours[c] for c in ORIENTATIONS[orientation]], atol=2)
 
 
+@pytest.mark.parametrize("options", [{}, {"exif": exif(1)}])
+def test_an_upright_image_is_not_copied(options):
+    image = stored(ramp(16, 8), "jpeg", **options)
+    assert as_seen(image, 3) is image
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+def test_an_orientation_that_does_not_exist_changes_nothing(orientation):
+    image = stored(ramp(16, 8), "jpeg", exif=exif(orientation))
+    np.testing.assert_array_equal(np.asarray(as_seen(image, 3)), np.asarray(image))
+
+
+def test_orientation_that_follows_the_pixels():
+    file = io.BytesIO()
+    ramp(16, 8).save(file, "png", exif=exif(6))
+    start, length = file.getvalue().index(b"eXIf") - 4, len(exif(6).tobytes()) - 6 + 12
+    data = file.getvalue()
+    chunk, rest = data[start : start + length], data[:start] + data[start + length :]
+    moved = rest[:-12] + chunk + rest[-12:]  # before IEND
+    assert as_seen(Image.open(io.BytesIO(moved)), 3).size == (8, 16)
+
+
 def test_orientation_of_a_16_bit_image():
     image = Image.fromarray((np.arange(6, dtype=np.uint16) * 257).reshape(2, 3))
     seen = as_seen(stored(image, "png", exif=exif(6)), 1)
@@ -266,21 +291,22 @@ def ramp(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack((x, y, 0 * x), axis=-1).astype(np.uint8))
 
 
-def test_an_image_that_fits_is_untouched():
-    np.testing.assert_array_equal(resize_and_crop(ramp(16, 16), 16), np.asarray(ramp(16, 16)))
+needs_pytorch = pytest.mark.skipif(not resizing.PYTORCH_RESIZES, reason="PyTorch before 2.12 has no Lanczos filter")
+both_libraries = pytest.mark.parametrize("library", ["pillow", pytest.param("pytorch", marks=needs_pytorch)])
 
 
+@both_libraries
+def test_an_image_that_fits_is_untouched(library):
+    np.testing.assert_array_equal(resize_and_crop(ramp(16, 16), 16, library=library), np.asarray(ramp(16, 16)))
+
+
+@both_libraries
 @pytest.mark.parametrize(("crop", "offset"), [(0.0, 0), (0.25, 2), (0.5, 4), (0.9999, 8), (1.0, 8)])
-def test_window_of_an_image_whose_shorter_side_fits(crop, offset):
-    wide = resize_and_crop(ramp(24, 16), 16, (crop, 0.7))
+def test_window_of_an_image_whose_shorter_side_fits(crop, offset, library):
+    wide = resize_and_crop(ramp(24, 16), 16, (crop, 0.7), library)
     np.testing.assert_array_equal(wide, np.asarray(ramp(24, 16))[:, offset : offset + 16])
-    tall = resize_and_crop(ramp(16, 24), 16, (0.7, crop))
+    tall = resize_and_crop(ramp(16, 24), 16, (0.7, crop), library)
     np.testing.assert_array_equal(tall, np.asarray(ramp(16, 24))[offset : offset + 16])
-
-
-def test_flip_mirrors_after_the_crop():
-    window = resize_and_crop(ramp(24, 16), 16, (0.25, 0.5))
-    np.testing.assert_array_equal(resize_and_crop(ramp(24, 16), 16, (0.25, 0.5), flip=True), window[:, ::-1])
 
 
 @pytest.mark.parametrize(("crop", "left"), [(0.0, 0), (0.5, 16), (1.0, 32)])
@@ -291,10 +317,55 @@ def test_window_equals_resizing_first_and_cropping_then(crop, left):
     assert np.abs(resize_and_crop(image, 32, (crop, 0.5)).astype(int) - expected).max() <= 1
 
 
-def test_downscaling_is_antialiased():
+@both_libraries
+def test_downscaling_is_antialiased(library):
     board = np.indices((64, 64)).sum(0) % 2 * 255
-    small = resize_and_crop(Image.fromarray(board.astype(np.uint8)), 8)
+    small = resize_and_crop(Image.fromarray(board.astype(np.uint8)), 8, library=library)
     assert np.abs(small[1:-1, 1:-1].astype(int) - 127).max() <= 2  # without a low pass: all black or all white
+
+
+def picture(mode: str, width: int, height: int) -> Image.Image:
+    """A photograph of this size."""
+    return ImageOps.fit(Image.fromarray(skimage.data.coffee()), (width, height)).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_pillow_gives_the_bits_of_its_plain_path(mode):
+    image = picture(mode, 500, 400)
+    resized = image.resize((320, 256), Image.Resampling.LANCZOS).crop((32, 0, 288, 256))
+    square = resize_and_crop(image, 256)
+    np.testing.assert_array_equal(square.squeeze(), np.asarray(resized))
+
+
+@needs_pytorch
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(500, 400), (400, 501), (300, 257), (257, 600), (96, 96), (200, 100), (30, 40)])
+def test_pytorch_resizes_the_window_as_pillow_does(mode, size):
+    image, side = picture(mode, *size), min(size)
+    for crop in (0.0, 0.5, 0.8):
+        left, top = round((size[0] - side) * crop), round((size[1] - side) * crop)
+        window = image.crop((left, top, left + side, top + side))
+        expected = np.asarray(window.resize((256, 256), Image.Resampling.LANCZOS)).reshape(256, 256, -1)
+        distance = np.abs(resize_and_crop(image, 256, (crop, crop), "pytorch").astype(int) - expected)
+        assert distance.max() <= 2 and distance.mean() < 0.05
+
+
+@needs_pytorch
+def test_the_libraries_differ_at_the_border_of_a_crop_only():
+    image = picture("RGB", 500, 400)
+    by_pillow, by_pytorch = (resize_and_crop(image, 256, library=library) for library in ("pillow", "pytorch"))
+    distance = np.abs(by_pillow.astype(int) - by_pytorch)
+    assert distance[:, 4:-4].max() <= 2  # the window is 4 pixels away from neither top nor bottom of the image
+    assert distance.mean() < 0.05
+
+
+def test_which_library_resizes(monkeypatch):
+    monkeypatch.setattr(resizing, "PYTORCH_RESIZES", True)
+    assert [resizing.resizer(wanted) for wanted in (None, "pytorch", "pillow")] == ["pytorch", "pytorch", "pillow"]
+    monkeypatch.setattr(resizing, "PYTORCH_RESIZES", False)
+    assert [resizing.resizer(wanted) for wanted in (None, "pillow")] == ["pillow", "pillow"]
+    with pytest.raises(UserError, match=r"2\.12"):
+        resizing.resizer("pytorch")
 
 
 @settings(max_examples=150, deadline=None)
@@ -304,12 +375,12 @@ def test_downscaling_is_antialiased():
     resolution=st.integers(1, 48),
     channels=st.sampled_from([1, 3]),
     crop=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    flip=st.booleans(),
+    library=st.sampled_from(["pillow", "pytorch"] if resizing.PYTORCH_RESIZES else ["pillow"]),
 )
-def test_result_is_always_a_square(width, height, resolution, channels, crop, flip):
+def test_result_is_always_a_square(width, height, resolution, channels, crop, library):
     value = 77 if channels == 1 else (77, 88, 99)
     image = Image.new("L" if channels == 1 else "RGB", (width, height), value)
-    square = resize_and_crop(image, resolution, crop, flip)
+    square = resize_and_crop(image, resolution, crop, library)
     assert square.shape == (resolution, resolution, channels)
-    assert square.dtype == np.uint8 and square.flags.c_contiguous
+    assert square.dtype == np.uint8
     assert (square == np.array(value)).all()  # a flat image stays flat

@@ -22,7 +22,8 @@ from latent_ddpm.errors import UserError
 
 def settings(**changes):
     base = {"resolution": 16, "image_channels": 3, "center_crop": True, "random_flip": True, "image_cache_gib": 1.0}
-    return SimpleNamespace(**{**base, "dataloader_num_workers": 0, "seed": 0, **changes})
+    base |= {"image_resize": None, "dataloader_num_workers": 0, "seed": 0}
+    return SimpleNamespace(**{**base, **changes})
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from PIL import Image
 
 from latent_ddpm.config import RunConfig
 from latent_ddpm.data.bad_images import BadImages
-from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSION, decode, square
+from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSIONS, decode, square
 from latent_ddpm.data.indexing import AllBut, digest, digest_of_many, narrow
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.hub import (
@@ -42,6 +42,7 @@ from latent_ddpm.data.sources.hub import (
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers, write_json, write_whole
 from latent_ddpm.progress import progress_bar
+from latent_ddpm.resizing import resizer
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class BrokenStream(Exception):
 def stream_folder(config: RunConfig) -> Path:
     """The folder of a run's stream."""
     named = (config.dataset_name, config.dataset_config_name, config.image_column)
-    key = digest("stream", *named, config.resolution, config.image_channels, TRANSFORM_VERSION)
+    version = TRANSFORM_VERSIONS[resizer(config.image_resize)]
+    key = digest("stream", *named, config.resolution, config.image_channels, version)
     return Path(config.output_dir) / "cache" / f"stream-{key}"
 
 
@@ -242,7 +244,7 @@ def _decode(value: Any, config: RunConfig) -> np.ndarray | str:
     """The square of a row's image, uint8 (R, R, C), or the reason why it cannot be decoded."""
     return square(
         lambda: decode(image_bytes(value), at_least=2 * config.resolution),
-        config.resolution, config.image_channels, CENTRE, False,
+        config.resolution, config.image_channels, CENTRE, resizer(config.image_resize),
     )  # fmt: skip
 
 
