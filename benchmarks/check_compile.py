@@ -4,9 +4,9 @@
 
 For each stage: the same run eager and compiled, with a validation and a checkpoint in the middle; then each one's
 checkpoint goes on in the other mode, and the compiled one also compiled again. A control, eager with two micro-batches
-of half the size, shows how fast other rounding errors alone grow: with discrete codes, training is chaotic. Reports the largest relative difference
-of the losses, whether the compiled run resumed with the same bits, and how many graphs were compiled after the first
-validation, which should be none. Further words are keys of both stages.
+of half the size, shows how fast other rounding errors alone grow: with discrete codes, training is chaotic. Reports the
+largest relative difference of the losses, whether the compiled run resumed with the same bits, and how many graphs were
+compiled after the first validation, which should be none. Further words are keys of both stages.
 """
 
 import argparse
@@ -106,6 +106,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--stages", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     options, words = parser.parse_known_args(argv)
     half = str(options.steps // 2)
     words += ["--max_train_steps", str(options.steps), "--logging_steps", "1", "--checkpoints_total_limit", "9"]
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> int:
     result = {"command": command, "torch": torch.__version__, "stages": {}}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for stage in ("autoencoder", "unet"):
+        for stage in options.stages:
             of_stage = [*words, *(["--autoencoder", str(root / "off" / "autoencoder")] if stage == "unet" else [])]
             result["stages"][stage] = check(stage, root, of_stage, options.steps)
             print(json.dumps({stage: result["stages"][stage]}), flush=True)

@@ -165,9 +165,10 @@ def main() -> int:
 
 def rehearse(out: Path, parts: list[str]) -> list[str]:
     """Run the parts side by side at toy size, on a CPU; returns those that failed."""
-    suffix = {"throughput": "-rehearsal"}
-    words = ["--rehearse"]
-    running = [Part(name, out, words, suffix.get(name, "")) for name in parts]
+    running = []
+    for name in parts:
+        words = ["--rehearse", *(["--minutes", "9"] if name != "correctness" else [])]
+        running.append(Part(name, out, words, "-rehearsal" if name == "throughput" else ""))
     failed = [part.name for part in running if part.wait(300)["status"] != 0]
     merge_throughput(out)
     if "throughput" in parts:

@@ -45,7 +45,14 @@ STAGE_2 = {
 
 
 # These files take minutes each. They start first, so that the two workers of `make test` end at about the same time.
-LONG = ("test_reliability.py", "test_end_to_end.py", "test_hub.py", "test_benchmarks.py", "test_conditions.py")
+LONG = (
+    "test_benchmark_gpu.py",
+    "test_reliability.py",
+    "test_end_to_end.py",
+    "test_hub.py",
+    "test_benchmarks.py",
+    "test_conditions.py",
+)
 LONG += ("test_sharding.py", "test_captions.py", "test_evaluate_pipeline.py", "test_export.py", "test_streaming.py")
 
 
