@@ -101,12 +101,14 @@ class Promise:
         about: what is measured, in a sentence.
         minutes: that the command takes on two cores.
         figures: the promised ones.
+        gpu: whether it needs a GPU. Such a figure is not measured here, but by scripts/benchmark_gpu.py.
     """
 
     file: str
     about: str
     minutes: float
     figures: list[Figure]
+    gpu: bool = False
 
     @property
     def name(self) -> str:
@@ -125,6 +127,8 @@ class Promise:
 
     def lacks(self) -> str | None:
         """What the command needs and this machine does not have, or None."""
+        if self.gpu:
+            return "it needs a GPU: run scripts/benchmark_gpu.py"
         words = shlex.split(self.content()["command"])
         parts = [(before, part) for before, word in zip(["", *words], words, strict=False) for part in word.split()]
         for before, part in parts:
