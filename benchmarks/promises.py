@@ -121,6 +121,8 @@ class Promise:
     def command(self, result: Path) -> list[str]:
         """The words that measure it anew and write `result`."""
         words = shlex.split(self.content()["command"])
+        if self.gpu:
+            return words
         at = words.index("--json") if "--json" in words else len(words)
         words[at : at + 2] = ["--json", str(result)]
         return [sys.executable, *words[1:]] if words[0] == "python" else words
