@@ -74,7 +74,7 @@ def merge_throughput(out: Path) -> None:
     results = [json.loads(path.read_text()) for path in found if path.exists()]
     if results:
         cases = {name: case for result in results for name, case in result["cases"].items()}
-        merged = results[0] | {"cases": cases, "command": f"python scripts/benchmark_gpu.py {' '.join(sys.argv[1:])}"}
+        merged = results[0] | {"cases": cases, "command": f"python scripts/benchmark_gpu.py {shlex.join(sys.argv[1:])}"}
         (out / "throughput.json").write_text(json.dumps(merged, indent=1) + "\n")
         for path in found:
             path.unlink(missing_ok=True)

@@ -41,7 +41,7 @@ def test_commands_name_scripts_and_flags_that_exist(promise):
     script = next(Path(word) for word in words if word.endswith(".py"))
     tree = ast.parse((ROOT / script).read_text())
     own = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    for other in ("scripts/evaluate.py", "latent_ddpm/diffusion/guidance.py"):  # which scripts pass options on to
+    for other in ("scripts/evaluate.py", "latent_ddpm/diffusion/guidance.py", "benchmarks/gpu_correctness.py"):
         own |= set(re.findall(r'"(--\w+)"', (ROOT / other).read_text()))
     own |= {"--cpu", "--num_processes"} if "accelerate" in words else set()
     keys = {f"--{key}" for kind in (AutoencoderConfig, UNetConfig) for key in keys_of(kind)} | {"--config"}
