@@ -9,9 +9,10 @@ make some steps of each phase, validate, write checkpoints and export, in a temp
 (beside output_dir, because disks differ). That takes about --seconds (60). With a card's name it computes from FLOPs
 and bytes, and says what it assumes.
 
---hours says what fits that many hours, --price (per hour) what it costs. --images N is for a card, where the data is
-not here. --json FILE writes the plan. Takes the keys of both training scripts. The run is that of one process from the
-start, without compiling a model card. output_dir, the Hub and trackers stay untouched.
+--hours says what fits that many hours, --price (of a GPU and hour) what it costs. For a card, --images N is the number
+of images where the data is not here, and --gpus N the number of cards. --json FILE writes the plan. Takes the keys of
+both training scripts. The run is one from the start; scripts/evaluate.py is not part of it. output_dir, the Hub and
+trackers stay untouched.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def of_stage(words: Sequence[str], stage: str) -> list[str]:
     return chosen
 
 
-def configs_of(words: Sequence[str]) -> dict[str, RunConfig]:
+def configs_of(words: Sequence[str], processes: int = 1) -> dict[str, RunConfig]:
     """The configs of the stages that the run has, in steps; a given autoencoder leaves stage 2 alone.
 
     Raises:
@@ -76,7 +77,7 @@ def configs_of(words: Sequence[str]) -> dict[str, RunConfig]:
     configs: dict[str, RunConfig] = {}
     if unet.autoencoder is None:
         configs["autoencoder"] = parse_config(AutoencoderConfig, of_stage(words, "autoencoder"))
-    return {name: in_steps(config, 1) for name, config in (configs | {"unet": unet}).items()}
+    return {name: in_steps(config, processes) for name, config in (configs | {"unet": unet}).items()}
 
 
 # ----------------------------------------------------------------------------------------------------- measuring
@@ -215,7 +216,7 @@ def number_of_images(config: RunConfig, given: int | None) -> tuple[int, int]:
 
 
 def computed_plan(
-    configs: dict[str, RunConfig], words: Sequence[str], device: str, images: int | None
+    configs: dict[str, RunConfig], words: Sequence[str], device: str, images: int | None, gpus: int
 ) -> tuple[dict[str, Any], Callable[[str, RunConfig], float]]:
     """Count the stages for a card; returns the plan, and the seconds of a stage with another config."""
     from latent_ddpm.planning import cards
@@ -231,10 +232,11 @@ def computed_plan(
 
     def stage_plan(stage: str, config: RunConfig) -> dict[str, Any]:
         half = encoder["forward_flops_per_image"] / 2
-        return cards.forecast_on_card(card, config, figures[stage], counts, half)
+        return cards.forecast_on_card(card, config, figures[stage], counts, half, gpus)
 
     plan = {
         "device": card.name,
+        "gpus": gpus,
         "measured": False,
         "tflops": card.tflops,
         "precision": card.precision,
@@ -244,7 +246,7 @@ def computed_plan(
         "disk_bytes": cards.disk_on_card(configs, figures | {"autoencoder": encoder}, counts),
     }
     for stage, config in configs.items():
-        fits = cards.fitting_batch(config, figures[stage], card.memory_gib)
+        fits = cards.fitting_batch(config, figures[stage], card.memory_gib)  # the images of a step on each GPU
         plan["stages"][stage]["fitting_batch"] = fits
     return plan, lambda stage, config: stage_plan(stage, config)["seconds"]
 
@@ -273,10 +275,9 @@ def proposal(
     late = {}
     autoencoder = chosen.get("autoencoder")
     if isinstance(autoencoder, AutoencoderConfig):
-        keys = ["codebook_start"] + (["disc_start"] if autoencoder.disc_weight > 0 else [])
-        late = {
-            key: round(share * getattr(autoencoder, key)) for key in keys if getattr(autoencoder, key) and share < 1
-        }
+        begins = {"codebook_start": autoencoder.codebook_start}
+        begins |= {"disc_start": autoencoder.disc_start} if autoencoder.disc_weight > 0 else {}
+        late = {key: round(share * step) for key, step in begins.items() if step and share < 1}
     return {
         "hours": hours,
         "share_of_config": share,
@@ -313,24 +314,24 @@ def money(seconds: float, price: float | None) -> str:
 def report_stage(stage: str, config: RunConfig, figures: dict[str, Any], price: float | None) -> list[str]:
     """The sentences about a stage."""
     low = figures.get("seconds_of_kernels")
-    between = f"; {duration(low)} where starting kernels takes no time" if low else ""
+    between = f" ({duration(low)} on a machine that starts kernels fast)" if low else ""
     steps = figures["steps"]
+    shown = [(name, value) for name, value in figures["parts"].items() if value >= 0.001 * figures["seconds"]]
     lines = [
-        f"{NAMES[stage]}: {duration(figures['seconds'])}{between}{money(figures['seconds'], price)}.",
+        f"{NAMES[stage]}: {duration(figures['seconds'])}{money(figures['seconds'], price)}{between}.",
         f"  {steps} steps of {figures['images_per_step']} images, {figures['epochs']:.1f} epochs of "
         f"{figures['training_images']} images.",
         f"  {figures['images_per_second']:.4g} images/s, {figures['seconds_per_step']:.3g} s a step, "
         f"{duration(figures['seconds_per_epoch'])} an epoch.",
-        "  Time: " + ", ".join(f"{name} {duration(value)}" for name, value in figures["parts"].items()) + ".",
+        "  Time: " + ", ".join(f"{name} {duration(value)}" for name, value in shown) + ".",
     ]
     device, resident = figures["device_memory_bytes"], figures.get("memory_bytes")
     total = figures["device_bytes"]
     needed = device or resident
     where = "of the GPU" if device else "of this machine"
     fits = "fits" if needed <= LEAST_SHARE * total else "does not fit"
-    memory = (
-        f"  Memory: {size(needed)} {where}'s {size(total)}, with train_batch_size {config.train_batch_size}: {fits}."
-    )
+    batch = config.train_batch_size
+    memory = f"  Memory: {size(needed)} {where}'s {size(total)}, with train_batch_size {batch}: {fits}."
     if device and resident:
         memory += f" The process takes {size(resident)} beside it."
     lines.append(memory)
@@ -362,30 +363,31 @@ def report(plan: dict[str, Any], configs: dict[str, RunConfig], price: float | N
         lines.append(f"Measured here ({plan['device']}) in {duration(plan['measuring_seconds'])}.")
     else:
         percent = "; ".join(
-            f"{NAMES[stage]} {share:.0%} of the peak by the clock, {plan['share_of_kernels'][stage]:.0%} in its kernels"
+            f"{stage} {share:.0%} by the clock, {plan['share_of_kernels'][stage]:.0%} in its kernels"
             for stage, share in plan["share_by_clock"].items()
         )
+        cards = f"{plan['gpus']} times" if plan["gpus"] > 1 else "one"
+        peak = f"{plan['tflops']:g} TFLOP/s, dense {plan['precision']}"
         lines += [
-            f"Computed for one {plan['device']} ({plan['tflops']:g} TFLOP/s dense in {plan['precision']}), not measured.",
-            f"Assumed, as measured on one H100 with the networks of configs/celebahq_256.yaml: {percent}. Small",
-            "networks have at least 0.3 ms a step for each parameter tensor, to start their kernels. Decoding of images",
-            "and disks are assumed to keep up.",
+            f"Computed for {cards} {plan['device']} ({peak}), not measured.",
+            f"Assumed shares of the peak: {percent}, as measured on one H100",
+            "with the networks of configs/celebahq_256.yaml.",
+            "Small networks take at least 0.3 ms a step for each parameter tensor, to start their kernels.",
+            "Decoding of images, disks and the exchange of gradients are assumed to keep up.",
         ]
         other = {config.mixed_precision for config in configs.values()} - {plan["precision"]}
         if other:
             lines.append(f"That needs --mixed_precision {plan['precision']}, which the config does not have.")
     for stage, config in configs.items():
         lines += ["", *report_stage(stage, config, plan["stages"][stage], price)]
-    disk = plan["disk_bytes"]
-    at_end = sum(value for name, value in disk.items() if name != "while a checkpoint is written")
+    disk = dict(plan["disk_bytes"])
+    beside = disk.pop("while a checkpoint is written")
     lines += [
         "",
-        f"Disk: {size(at_end)} at the end, and {size(disk['while a checkpoint is written'])} more while a checkpoint is "
-        "written.",
-        "  " + ", ".join(f"{name} {size(v)}" for name, v in disk.items() if name != "while a checkpoint is written")
-        + ".",
+        f"Disk: {size(sum(disk.values()))} at the end, and {size(beside)} more while a checkpoint is written.",
+        "  " + ", ".join(f"{name} {size(value)}" for name, value in disk.items()) + ".",
         f"Together: {duration(plan['seconds'])}{money(plan['seconds'], price)}.",
-    ]  # fmt: skip
+    ]
     if "proposal" in plan:
         lines += ["", *report_proposal(plan, price)]
     return "\n".join(lines)
@@ -418,6 +420,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--price", type=float)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--images", type=int)
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--json", type=Path)
     if {"-h", "--help"} & set(argv):
         print(__doc__)
@@ -426,20 +429,21 @@ def main(argv: list[str]) -> int:
         options, rest = parser.parse_known_args(argv)
     except SystemExit as error:
         raise UserError("see the message above") from error
-    for name in ("hours", "price", "seconds", "images"):
+    for name in ("hours", "price", "seconds", "images", "gpus"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name} is {value:g}; it must be greater than 0.")
-    configs = configs_of(rest)
+    configs = configs_of(rest, options.gpus)
     if options.device in (None, "cpu", "cuda"):
-        if options.images is not None:
-            raise UserError("--images is for a card's name; what is measured here has its own images.")
+        if options.images is not None or options.gpus > 1:
+            raise UserError("--images and --gpus are for a card's name; here one process is measured on your images.")
         plan, seconds = measured_plan(configs, rest, options.seconds, options.device)
     else:
-        plan, seconds = computed_plan(configs, rest, options.device, options.images)
+        plan, seconds = computed_plan(configs, rest, options.device, options.images, options.gpus)
     plan["seconds"] = sum(figures["seconds"] for figures in plan["stages"].values())
     if options.price is not None:
         plan["price"] = options.price
+        options.price *= options.gpus
         plan["cost"] = plan["seconds"] / 3600 * options.price
     if options.hours is not None:
         plan["hours"] = options.hours

@@ -140,9 +140,17 @@ def stage_flops(config: RunConfig, figures: dict[str, Any], images: dict[str, in
 
 
 def forecast_on_card(
-    card: Card, config: RunConfig, figures: dict[str, Any], images: dict[str, int], encoder_flops: float
+    card: Card, config: RunConfig, figures: dict[str, Any], images: dict[str, int], encoder_flops: float, gpus: int = 1
 ) -> dict[str, Any]:
     """The forecast of a stage on a card, as `forecast_stage` makes it from a rehearsal.
+
+    Args:
+        card: the card.
+        config: of the stage, in steps.
+        figures: from `count_stage`.
+        images: train, validation, versions.
+        encoder_flops: of encoding one image.
+        gpus: number of cards, each with a process; the exchange of gradients takes no time.
 
     Returns:
         The same keys. `seconds` is by the wall clock of a machine as slow as ours; `seconds_of_kernels` is that of one
@@ -157,13 +165,15 @@ def forecast_on_card(
         ("seconds_of_kernels", SHARE_OF_KERNELS[stage], START_OF_KERNELS),
     ):
         parts = {part: value / (card.tflops * 1e12 * share) for part, value in flops.items()}
+        for part in parts.keys() - {"steps", "grid"} - ({"evaluation"} if stage == "unet" else set()):
+            parts[part] /= gpus  # the others are of each process, or of the first one alone
         parts["steps"] = max(parts["steps"], micro_batches * figures["parameter_tensors"] * start)
         if "grid" in parts:
             calls = times_due(config, config.validation_steps) * config.num_inference_steps
             parts["grid"] = max(parts["grid"], calls * figures["parameter_tensors"] * start / 3)
         parts["start and end"] = START_SECONDS / 2
         times[name] = {part: value for part, value in parts.items() if value}
-    batch, train = images_per_step(config), images["train"]
+    batch, train = gpus * images_per_step(config), images["train"]
     per_step = times["seconds"]["steps"] / config.max_train_steps
     memory = figures["fixed_bytes"] + max(
         config.train_batch_size * figures["bytes_per_image"], figures["optimizer_step_bytes"], figures["drawing_bytes"]
