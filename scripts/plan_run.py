@@ -32,6 +32,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, in_steps, keys_of, parse_config
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
@@ -166,6 +168,12 @@ def rehearse_here(words: list[str]) -> int:
     return rehearse(script, about["stage"], words[1:], about["seconds"], about["decode"], Path(about["result"]))
 
 
+def busy_seconds() -> float:
+    """Seconds that the processors of this machine have worked since it started."""
+    times = psutil.cpu_times()
+    return times.user + times.system
+
+
 def measured_plan(
     configs: dict[str, RunConfig], words: Sequence[str], seconds: float, device: str | None
 ) -> tuple[dict[str, Any], Callable[[str, RunConfig], float]]:
@@ -174,7 +182,7 @@ def measured_plan(
 
     found: dict[str, dict[str, Any]] = {}
     decode: dict[str, int] = {}
-    begun = time.monotonic()
+    begun, busy_before = time.monotonic(), busy_seconds()
     with folder_beside(Path(configs["unet"].output_dir)) as folder:
         for number, (stage, config) in enumerate(configs.items()):
             print(f"{NAMES[stage]}: measuring ...", file=sys.stderr, flush=True)
@@ -183,10 +191,13 @@ def measured_plan(
             found[stage] = measure(stage, config, words, folder, budget, decode, device)
             decode = found[stage]["decode"]
         disk = forecast_disk(folder / "run", configs, found)
+    taken, busy = time.monotonic() - begun, busy_seconds() - busy_before
     plan = {
         "device": found["unet"]["device"],
         "measured": True,
-        "measuring_seconds": time.monotonic() - begun,
+        "measuring_seconds": taken,
+        "cores_of_others": max(0.0, busy - sum(stage["cores"] * stage["wall_seconds"] for stage in found.values()))
+        / taken,
         "stages": {stage: forecast_stage(config, found[stage]) for stage, config in configs.items()},
         "disk_bytes": disk,
     }
@@ -361,6 +372,11 @@ def report(plan: dict[str, Any], configs: dict[str, RunConfig], price: float | N
     lines = []
     if plan["measured"]:
         lines.append(f"Measured here ({plan['device']}) in {duration(plan['measuring_seconds'])}.")
+        if plan["cores_of_others"] > 0.1 * (os.cpu_count() or 1):
+            lines.append(
+                f"Meanwhile other programs used {plan['cores_of_others']:.1f} of {os.cpu_count()} cores: times are of a "
+                "machine that stays as busy."
+            )
     else:
         percent = "; ".join(
             f"{stage} {share:.0%} by the clock, {plan['share_of_kernels'][stage]:.0%} in its kernels"

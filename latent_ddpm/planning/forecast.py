@@ -106,6 +106,7 @@ def forecast_stage(config: RunConfig, found: dict[str, Any]) -> dict[str, Any]:
         "memory_bytes": resident,
         "device_memory_bytes": found["device_peak_bytes"],
         "device_bytes": found["device_bytes"],
+        "cores": found["cores"],
     }
 
 

@@ -374,8 +374,10 @@ class Rehearsal:
         phases: seconds per step and number of rehearsed steps, of each phase. stops: further steps. events: seconds and
         units of each part. images: numbers of images of the whole data. decode: images of each split that were decoded
         ahead. peak_bytes: the largest memory of this process, and on a GPU of the device (`device_peak_bytes`).
+        cores: seconds of the processor per second.
         """
         gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        used = resource.getrusage(resource.RUSAGE_SELF)
         unit = 1 if sys.platform == "darwin" else 1024
         found = {
             "phases": self.phases,
@@ -383,7 +385,8 @@ class Rehearsal:
             "events": self.events,
             "images": self.images | {"decoded": self.decoded},
             "decode": self.decode,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            "peak_bytes": used.ru_maxrss * unit,
+            "cores": (used.ru_utime + used.ru_stime) / (time.time() - self.begun),
             "mapped_bytes": self._mapped(whole=False),
             "mapped_bytes_of_run": self._mapped(whole=True),
             "device_peak_bytes": torch.cuda.max_memory_reserved() if gpu else None,
