@@ -192,12 +192,12 @@ def measured_plan(
             decode = found[stage]["decode"]
         disk = forecast_disk(folder / "run", configs, found)
     taken, busy = time.monotonic() - begun, busy_seconds() - busy_before
+    own = sum(stage["cores"] * stage["wall_seconds"] for stage in found.values())
     plan = {
         "device": found["unet"]["device"],
         "measured": True,
         "measuring_seconds": taken,
-        "cores_of_others": max(0.0, busy - sum(stage["cores"] * stage["wall_seconds"] for stage in found.values()))
-        / taken,
+        "cores_of_others": max(0.0, busy - own) / taken,
         "stages": {stage: forecast_stage(config, found[stage]) for stage, config in configs.items()},
         "disk_bytes": disk,
     }
@@ -374,8 +374,8 @@ def report(plan: dict[str, Any], configs: dict[str, RunConfig], price: float | N
         lines.append(f"Measured here ({plan['device']}) in {duration(plan['measuring_seconds'])}.")
         if plan["cores_of_others"] > 0.1 * (os.cpu_count() or 1):
             lines.append(
-                f"Meanwhile other programs used {plan['cores_of_others']:.1f} of {os.cpu_count()} cores: times are of a "
-                "machine that stays as busy."
+                f"Meanwhile other programs used {plan['cores_of_others']:.1f} of {os.cpu_count()} cores; the times are "
+                "those of a machine that stays as busy."
             )
     else:
         percent = "; ".join(
