@@ -123,8 +123,8 @@ def stage_flops(config: RunConfig, figures: dict[str, Any], images: dict[str, in
     units = units_of_run(config, images | {"decoded": 0, "normalization": NORMALIZATION_IMAGES})
     batch, forward = images_per_step(config), figures["forward_flops_per_image"]
     steps, flops = 0.0, {}
-    for name, numbers in phases_of(config).items():
-        late = isinstance(config, UNetConfig) or config.disc_weight == 0 or name.startswith("discriminator")
+    for numbers in phases_of(config).values():
+        late = isinstance(config, UNetConfig) or config.disc_weight == 0 or numbers.start >= config.disc_start
         per_image = figures["flops_per_image"] if late else figures["without_discriminator"]
         steps += len(numbers) * (batch * per_image + figures["flops_per_optimizer_step"])
     flops["steps"] = steps
@@ -158,7 +158,8 @@ def forecast_on_card(
     """
     stage = "unet" if isinstance(config, UNetConfig) else "autoencoder"
     flops = stage_flops(config, figures, images, encoder_flops)
-    micro_batches = config.max_train_steps * config.gradient_accumulation_steps
+    starts = config.max_train_steps * config.gradient_accumulation_steps * figures["parameter_tensors"]
+    starts *= 4 / 3 if config.gradient_checkpointing else 1
     times = {}
     for name, share, start in (
         ("seconds", SHARE_BY_CLOCK[stage], START_BY_CLOCK),
@@ -167,7 +168,7 @@ def forecast_on_card(
         parts = {part: value / (card.tflops * 1e12 * share) for part, value in flops.items()}
         for part in parts.keys() - {"steps", "grid"} - ({"evaluation"} if stage == "unet" else set()):
             parts[part] /= gpus  # the others are of each process, or of the first one alone
-        parts["steps"] = max(parts["steps"], micro_batches * figures["parameter_tensors"] * start)
+        parts["steps"] = max(parts["steps"], starts * start)
         if "grid" in parts:
             calls = times_due(config, config.validation_steps) * config.num_inference_steps
             parts["grid"] = max(parts["grid"], calls * figures["parameter_tensors"] * start / 3)

@@ -39,6 +39,7 @@ LEAST_IMAGES = 64  # decoded, encoded or evaluated, where there are so many
 STEPS_SHARE = 0.6  # of the time that is left after the start, for steps
 PART_SHARE = 0.08  # of the time, for each part that is done for some of the images
 MAPPED_AT_ONCE = 2**16  # bytes around an address that Linux maps with it
+ENDLESS = 10**12  # batches
 TRIED_IMAGES = 16  # decoded or encoded to see how long an image takes
 
 
@@ -174,6 +175,10 @@ class Rehearsal:
         sources_in = script if self.stage == "autoencoder" else latents_module
         self._open_sources = sources_in.open_sources
         sources_in.open_sources = self._some_images
+        # the stops are steps beyond those of a short run
+        name, place = ("train_batches", 3) if self.stage == "autoencoder" else ("read_ahead", 2)
+        real = getattr(script, name)
+        setattr(script, name, lambda *args, **kwargs: real(*args[:place], ENDLESS, *args[place + 1 :], **kwargs))
         if self.stage == "autoencoder":
             self._evaluate = script.evaluate_autoencoder
             script.evaluate_autoencoder = self._evaluate_some
