@@ -14,6 +14,7 @@ for the core: each time is multiplied by the share of the core that the process 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -25,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import yaml
 from PIL import Image
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
 from latent_ddpm.planning.forecast import bytes_in
+from latent_ddpm.planning.rehearsal import peak_resident_bytes
 from latent_ddpm.training.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,16 +137,17 @@ def train(stage: str, config: Path, output_dir: Path) -> dict[str, float]:
     begun = time.monotonic()
     with (output_dir.parent / f"{stage}.log").open("w") as log:
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)  # with the memory of its children
+        peak, ended = 0, 0
+        while not ended:
+            for running in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(OSError, TypeError, psutil.Error):  # it has just ended
+                    peak = max(peak, peak_resident_bytes(running.pid))
+            time.sleep(0.1)
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
     seconds = time.monotonic() - begun
     if status:
         raise UserError(f"train_{stage}.py failed: {Path(log.name).read_text()[-2000:]}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "seconds": seconds,
-        "memory_bytes": used.ru_maxrss * unit,
-        "cores": (used.ru_utime + used.ru_stime) / seconds,
-    }
+    return {"seconds": seconds, "memory_bytes": peak, "cores": (used.ru_utime + used.ru_stime) / seconds}
 
 
 def plan(config: Path, output_dir: Path, seconds: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -68,6 +69,18 @@ def phases_of(config: RunConfig) -> dict[str, range]:
 def images_per_step(config: RunConfig) -> int:
     """Images of an optimizer step in one process."""
     return config.train_batch_size * config.gradient_accumulation_steps
+
+
+def peak_resident_bytes(pid: int | None = None) -> int:
+    """The largest resident memory that a process has had so far, in bytes; by default this one.
+
+    `ru_maxrss` can be that of the process which started this one: on Linux it outlives an exec.
+    """
+    status = Path(f"/proc/{pid or 'self'}/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class First:
@@ -383,14 +396,13 @@ class Rehearsal:
         """
         gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
         used = resource.getrusage(resource.RUSAGE_SELF)
-        unit = 1 if sys.platform == "darwin" else 1024
         found = {
             "phases": self.phases,
             "stops": self.stops,
             "events": self.events,
             "images": self.images | {"decoded": self.decoded},
             "decode": self.decode,
-            "peak_bytes": used.ru_maxrss * unit,
+            "peak_bytes": peak_resident_bytes(),
             "cores": (used.ru_utime + used.ru_stime) / (time.time() - self.begun),
             "mapped_bytes": self._mapped(whole=False),
             "mapped_bytes_of_run": self._mapped(whole=True),
