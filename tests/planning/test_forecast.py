@@ -16,8 +16,8 @@ AUTOENCODER = AutoencoderConfig(
     disc_weight=0.5, disc_start=60, disc_adaptive_steps=10, codebook_start=20, train_batch_size=8,
 )  # fmt: skip
 UNET = UNetConfig(
-    **SMALL, unet_block_out_channels=[32, 64], unet_attention_levels=[1], max_train_steps=1000, train_batch_size=4,
-    num_validation_samples=6, validation_steps=300, ema_snapshots=8,
+    **SMALL, unet_block_out_channels=[32], unet_layers_per_block=1, unet_attention_levels=[], max_train_steps=1000,
+    train_batch_size=4, num_validation_samples=6, validation_steps=300, ema_snapshots=8,
 )  # fmt: skip
 IMAGES = {"train": 400, "validation": 20, "decoded": 420, "normalization": 10_000, "versions": 2}
 

@@ -56,7 +56,9 @@ def preloaded(monkeypatch):
     monkeypatch.setattr(plan_run.subprocess, "Popen", Preloaded)
 
 
-def test_plan_agrees_with_the_run_and_leaves_nothing(config, tmp_path, preloaded, capsys):
+def test_plan_agrees_with_the_run_and_leaves_nothing(config, tmp_path, preloaded, capsys, monkeypatch):
+    measured, real = {}, plan_run.measure
+    monkeypatch.setattr(plan_run, "measure", lambda stage, *args: measured.setdefault(stage, real(stage, *args)))
     output_dir, result = tmp_path / "run", tmp_path / "plan.json"
     words = ["--config", str(config), "--output_dir", str(output_dir), "--json", str(result), "--seconds", "4"]
     assert plan_run.main([*words, "--hours", "2", "--price", "3"]) == 0
@@ -76,6 +78,14 @@ def test_plan_agrees_with_the_run_and_leaves_nothing(config, tmp_path, preloaded
     assert sum(plan["proposal"]["seconds"].values()) <= 7200 and f"--max_train_steps {steps['unet']}" in said
     assert "Stage 1, the autoencoder: " in said and "Disk: " in said and "fits." in said
 
+    # the rehearsed steps are those of the phases, and all times are within that of the process
+    assert list(measured["autoencoder"]["phases"]) == ["plain", "codes", "discriminator alone", "discriminator"]
+    assert list(measured["unet"]["phases"]) == ["averages updated every step"]
+    for found in measured.values():
+        steps = sum(phase["rehearsed"] * phase["seconds_per_step"] for phase in found["phases"].values())
+        parts = sum(sample["seconds"] for samples in found["events"].values() for sample in samples)
+        assert steps + parts < found["wall_seconds"] and found["peak_bytes"] > 2**27
+
     for script in ("train_autoencoder.py", "train_unet.py"):
         of_run = ["--config", str(config), "--output_dir", str(output_dir)]
         done = Script([script, *of_run]).finish()
@@ -87,25 +97,6 @@ def test_plan_agrees_with_the_run_and_leaves_nothing(config, tmp_path, preloaded
     assert disk["decoded images"] == pytest.approx(bytes_in(output_dir / "cache"), rel=0.05)
     at_end = sum(value for kind, value in disk.items() if kind != "while a checkpoint is written")
     assert at_end == pytest.approx(bytes_in(output_dir), rel=0.05)
-
-
-def test_what_is_measured_is_the_script_with_its_averages(config, tmp_path, preloaded, monkeypatch):
-    """The rehearsed steps are those of the phases, and their number and the wall clock add up."""
-    seen = {}
-    real = plan_run.measure
-
-    def noted(stage, *args):
-        seen[stage] = real(stage, *args)
-        return seen[stage]
-
-    monkeypatch.setattr(plan_run, "measure", noted)
-    assert plan_run.main(["--config", str(config), "--output_dir", str(tmp_path / "run"), "--seconds", "3"]) == 0
-    assert list(seen["autoencoder"]["phases"]) == ["plain", "codes", "discriminator alone", "discriminator"]
-    assert list(seen["unet"]["phases"]) == ["averages updated every step"]
-    for found in seen.values():
-        steps = sum(phase["rehearsed"] * phase["seconds_per_step"] for phase in found["phases"].values())
-        parts = sum(sample["seconds"] for samples in found["events"].values() for sample in samples)
-        assert steps + parts < found["wall_seconds"] and found["peak_bytes"] > 2**27
 
 
 def test_errors_are_one_sentence(config, tmp_path, preloaded, monkeypatch):
