@@ -39,7 +39,9 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.grids import reconstruction_grid
 from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder
 from latent_ddpm.files import replace_folder
+from latent_ddpm.planning.batch import fitting_images
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
+from latent_ddpm.training.acceleration import pinned
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.loop import TrainingRun
 from latent_ddpm.training.optim import learning_rate_factor
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------------------------------------------- data
     sources = None if config.streaming else open_sources(config)
-    config = training.start_processes()
+    config = training.start_processes(lambda config, free, _: fitting_images(config, None, free))
     accelerator, device = training.accelerator, training.accelerator.device
     process = (accelerator.process_index, accelerator.num_processes)
     if config.codebook_start >= config.max_train_steps:  # which may have been given in images
@@ -173,8 +175,8 @@ def open_datasets(
 def on_device(batches: Iterator[dict[str, torch.Tensor]], device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
     """Images (B, C, R, R) in [-1, 1] and example numbers (B,) of each micro-batch, on the device."""
     for batch in batches:
-        images = to_float(batch["image"].to(device, non_blocking=True))
-        yield images, batch["example"].to(device, non_blocking=True)
+        images, examples = (pinned(batch[key], device).to(device, non_blocking=True) for key in ("image", "example"))
+        yield to_float(images), examples
 
 
 def log(

@@ -36,10 +36,18 @@ from latent_ddpm.diffusion.unet import StockUNet, check_latents_fit, make_unet
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.grids import make_grid
 from latent_ddpm.files import save_png
+from latent_ddpm.planning.batch import fitting_images
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
 from latent_ddpm.random import Stream, normal, seed_for_step, uniform
-from latent_ddpm.training.acceleration import align_state, compile_networks, next_iteration, set_layout, strict
+from latent_ddpm.training.acceleration import (
+    align_state,
+    compile_networks,
+    next_iteration,
+    pinned,
+    set_layout,
+    strict,
+)
 from latent_ddpm.training.checkpoint import must_fit
 from latent_ddpm.training.ema import PowerEMA
 from latent_ddpm.training.launch import run
@@ -62,7 +70,10 @@ def main(argv: list[str]) -> int:
 
     # ---------------------------------------------------------------------------------------------- latents
     sharding = Sharding.take_request()
-    config = training.start_processes()
+    latent_shape = (autoencoder.config.latent_channels, latent_size)
+    config = training.start_processes(
+        lambda config, free, processes: fitting_images(config, latent_shape, free, processes if sharding else 1)
+    )
     if training.is_finished("pipeline/model_index.json"):
         return 0
     training.claim()
@@ -153,8 +164,9 @@ def main(argv: list[str]) -> int:
         total_loss = torch.zeros((), device=device)
         for _ in range(accumulation):
             numbers, clean, given = next(micro_batches)
-            clean, given = clean.to(device, non_blocking=True), to_device(given, device)
-            batch = training_batch(clean, numbers.to(device), config, alphas_cumprod)
+            numbers, clean = numbers.to(device, non_blocking=True), clean.to(device, non_blocking=True)
+            given = to_device(given, device)
+            batch = training_batch(clean, numbers, config, alphas_cumprod)
             noisy, words = unet_inputs(batch.noisy, given)
             with accelerator.accumulate(model):
                 loss = batch.loss(model(noisy, batch.timesteps, **words).sample)
@@ -229,8 +241,11 @@ def check_conditions(training: TrainingRun, conditions: Conditions) -> None:
 def examples_of(
     training: TrainingRun, latents: LatentCache, conditions: Conditions
 ) -> Callable[[int], tuple[torch.Tensor, torch.Tensor, Given]]:
-    """A function from a micro-batch number to this process's example numbers, latents and conditions (on the CPU)."""
-    config, accelerator = training.config, training.accelerator
+    """A function from a micro-batch number to this process's example numbers, latents and conditions.
+
+    They are on the CPU, in page-locked memory if the run is on a GPU.
+    """
+    config, accelerator, device = training.config, training.accelerator, training.accelerator.device
     order = ExampleOrder(len(latents), config.seed)
 
     def examples(number: int) -> tuple[torch.Tensor, torch.Tensor, Given]:
@@ -238,7 +253,9 @@ def examples_of(
         numbers = share * config.train_batch_size + torch.arange(config.train_batch_size)
         flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
         records = latents.records(order.indices(numbers.numpy()))
-        return numbers, latents.normalized(records, flipped), conditions.given(records, flipped, numbers)
+        given = conditions.given(records, flipped, numbers)
+        given = {name: pinned(value, device) for name, value in given.items()}
+        return pinned(numbers, device), pinned(latents.normalized(records, flipped), device), given
 
     return examples
 

@@ -14,12 +14,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -152,6 +154,18 @@ class Run:
     stages: tuple[str, ...] = ("autoencoder", "unet")
 
 
+# A launcher: CUDA warns at each call that waits for the GPU, with the line of Python that makes it.
+WATCHED = """
+import runpy, sys, warnings, torch
+warnings.simplefilter("always")
+if torch.cuda.is_available():
+    torch.cuda.set_sync_debug_mode("warn")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+WAITS = re.compile(r"(\S+\.py):(\d+): UserWarning: called a synchronizing CUDA operation")
+
+
 def small(stage: str, steps: int) -> list[str]:
     words = ["--max_train_steps", str(steps), "--checkpointing_steps", str(steps // 4), "--logging_steps", "1"]
     words += ["--validation_steps", str(steps), "--lr_warmup_steps", "5"]
@@ -165,8 +179,12 @@ def small(stage: str, steps: int) -> list[str]:
 
 def wanted(rehearse: bool) -> list[Run]:
     """The runs; a name that ends in "killed" is compared with the one without."""
+    watched = [sys.executable, "-c", WATCHED]
     if rehearse:
-        return [Run("float32", TOY), Run("float32-killed", TOY, killed=True)]
+        return [
+            Run("float32", TOY, launcher=watched),
+            Run("float32-killed", TOY, killed=True),
+        ]
     bf16, free = ["--mixed_precision", "bf16"], ["--deterministic", "false"]
     compiled = [*bf16, "--torch_compile", "default"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
@@ -182,6 +200,7 @@ def wanted(rehearse: bool) -> list[Run]:
         Run("float32", ["--mixed_precision", "no"]),
         Run("compiled", compiled),
         Run("compiled-killed", compiled, killed=True),
+        Run("watched", [*bf16, "--logging_steps", "1000"], launcher=watched),
         Run("nccl", bf16, launcher=torchrun),
         Run("fsdp2", bf16, launcher=fsdp),
         Run("graphs", graphs),
@@ -218,7 +237,19 @@ def train(run: Run, stage: str, folder: Path, steps: int, until_checkpoint: bool
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return process.returncode, log.read_text(errors="replace")[-1500:], time.monotonic() - begun
+    return process.returncode, log.read_text(errors="replace"), time.monotonic() - begun
+
+
+def cause(output: str) -> str:
+    """The part of a failed run's output that says why: its first traceback, as a launcher adds its own after it."""
+    first = output.find("Traceback (most recent call last)")
+    return output[first:][:8000] if first >= 0 else output[-3000:]
+
+
+def waits(output: str, steps: int) -> dict[str, float]:
+    """Lines at which a watched run waited for the GPU at least every second step: waits per step."""
+    counts = Counter(f"{Path(path).name}:{line}" for path, line in WAITS.findall(output))
+    return {line: round(count / steps, 2) for line, count in counts.items() if count >= steps / 2}
 
 
 def make(run: Run, root: Path, steps: int) -> dict:
@@ -239,8 +270,10 @@ def make(run: Run, root: Path, steps: int) -> dict:
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "steps_logged": len(losses),
-            "output": output if status else "",
+            "output": cause(output) if status else "",
         }
+        if run.launcher and WATCHED in run.launcher:
+            found[stage]["waits_per_step"] = waits(output, steps)
         if status:
             break
     return found

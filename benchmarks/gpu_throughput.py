@@ -112,8 +112,8 @@ def cases(rehearse: bool) -> dict[str, Case]:
         adversarial = [*small, "--disc_weight", "0.5", "--disc_channels", "8", "--disc_layers", "2"]
         small_unet = ["--unet_block_out_channels", "[32]", "--unet_attention_levels", "[]"]
         return {
-            "unet": Case("unet", [*tiny, *small_unet], 4, ["eager", FULL]),
-            "autoencoder": Case("autoencoder", [*tiny, *adversarial], 4, ["eager", FULL]),
+            "unet": Case("unet", [*tiny, *small_unet], 4, [FULL]),
+            "autoencoder": Case("autoencoder", [*tiny, *adversarial], 4, [FULL]),
         }
 
     def of(name: str) -> list[str]:

@@ -135,10 +135,13 @@ class RunConfig:
 
     # ----------------------------------------------------------------------------------- batch, steps and processes
 
-    train_batch_size: int = 64
-    """images per process and micro-batch."""
+    train_batch_size: int | Literal["auto"] = 64
+    """images per process and micro-batch; auto takes the most that fit the GPU, and needs images_per_step."""
     gradient_accumulation_steps: int = 1
     """micro-batches per optimizer step."""
+    images_per_step: int | None = None
+    """images per optimizer step, of all processes; sets gradient_accumulation_steps, so that a step does not depend on
+    the number of processes and their memory."""
     max_train_steps: int = 10_000
     """total number of optimizer steps."""
     max_train_images: int | None = None
@@ -152,8 +155,15 @@ class RunConfig:
     """seconds without a heartbeat after which a process counts as dead and the others exit; 0 waits forever."""
 
     def _check_batch(self) -> None:
-        _require_positive(self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
-        _require_positive_or_null(self, "max_train_images")
+        _require_positive(self, "gradient_accumulation_steps", "max_train_steps")
+        _require_positive_or_null(self, "max_train_images", "images_per_step")
+        if self.train_batch_size == "auto":
+            if self.images_per_step is None:
+                raise UserError("train_batch_size auto needs images_per_step, the images of an optimizer step.")
+        else:
+            _require_positive(self, "train_batch_size")
+        if self.images_per_step is not None and self.gradient_accumulation_steps != 1:
+            raise UserError("images_per_step sets gradient_accumulation_steps; leave one of them out.")
         _require_nonnegative(self, "heartbeat_timeout")
 
     # ------------------------------------------------------------------------------------------------------ speed
@@ -661,28 +671,43 @@ def in_steps(config: Config, num_processes: int) -> Config:
 
 
 def same_batch(config: Config, images_per_step: int | None, num_processes: int) -> Config:
-    """The config with gradient accumulation adjusted, so that a step keeps the checkpoint's number of images.
+    """The config with gradient accumulation adjusted, so that a step has the images that it should have.
 
     Args:
-        config: of the resumed run.
+        config: of the run; its train_batch_size is a number.
         images_per_step: of the checkpoint; None without a checkpoint, or if an old one does not record it.
         num_processes: number of processes that train now.
 
     Raises:
-        UserError: no number of micro-batches gives that many images per step.
+        UserError: no number of micro-batches gives that many images per step, or the config asks for another number
+            than the checkpoint has.
     """
+    wanted, whose = config.images_per_step or images_per_step, "images_per_step asks for"
+    if images_per_step is not None:
+        whose = "The checkpoint's steps are of"
+        if wanted != images_per_step:
+            raise UserError(
+                f"{whose} {images_per_step} images, and images_per_step is {wanted}. Use {images_per_step} to resume "
+                f"it, or a new --output_dir."
+            )
     at_once = config.train_batch_size * num_processes
-    if images_per_step is None or images_per_step == at_once * config.gradient_accumulation_steps:
+    if wanted is None or wanted == at_once * config.gradient_accumulation_steps:
         return config
-    if images_per_step % at_once:
-        fitting = [size for size in range(1, images_per_step + 1) if images_per_step % (size * num_processes) == 0]
+    if wanted % at_once:
+        fitting = [size for size in range(1, wanted + 1) if wanted % (size * num_processes) == 0]
         nearest = min(fitting, key=lambda size: abs(size - config.train_batch_size), default=None)
         way_out = f"set train_batch_size {nearest}" if nearest else "use another number of processes"
+        purpose = "To resume it" if images_per_step is not None else "For that"
         raise UserError(
-            f"The checkpoint's steps are of {images_per_step} images, which is no multiple of train_batch_size "
-            f"{config.train_batch_size} times {num_processes} processes = {at_once}. To resume it, {way_out}."
+            f"{whose} {wanted} images, which is no multiple of train_batch_size {config.train_batch_size} times "
+            f"{num_processes} processes = {at_once}. {purpose}, {way_out}."
         )
-    return dataclasses.replace(config, gradient_accumulation_steps=images_per_step // at_once)
+    return dataclasses.replace(config, gradient_accumulation_steps=wanted // at_once)
+
+
+def encoding_batch_size(config: RunConfig) -> int:
+    """Images that are encoded at a time where no step is done: train_batch_size, or 64 if it is auto."""
+    return 64 if config.train_batch_size == "auto" else config.train_batch_size
 
 
 # --------------------------------------------------------------------------------------- YAML file and command line
@@ -810,7 +835,11 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 FREE_KEYS = {
     *("output_dir", "resume_from_checkpoint", "report_to", "tracker_project_name", "autoencoder", "latents_dir"),
     *("max_train_steps", "max_train_images"),
-    *("train_batch_size", "gradient_accumulation_steps"),  # same_batch keeps their product with the processes
+    *(
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "images_per_step",
+    ),  # same_batch keeps their product with the processes
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("dataloader_num_workers", "heartbeat_timeout", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots", "guidance_scale"),

@@ -71,8 +71,8 @@ def _rounds(c0: Word, c1: Word, c2: Word, c3: Word, k0: int, k1: int) -> tuple[W
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether GPU kernels can be compiled here; there is no Triton for Windows in torch's own packages."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether GPU kernels can be compiled and run here; torch's packages for Windows have no Triton."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def _words(seed: int, stream: Stream, numbers: torch.Tensor, count: int) -> torch.Tensor:

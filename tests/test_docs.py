@@ -250,6 +250,8 @@ def flags_of(script):
         # parse_config(UNetConfig, rest): the script takes the keys of a stage as well
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse_config":
             config, words = node.args
+            if getattr(config, "id", "") not in CONFIGS:  # a variable: the benchmark chooses its own words
+                continue
             if not isinstance(words, ast.List) or any(isinstance(word, ast.Starred) for word in words.elts):
                 flags |= {"--config", *(f"--{key}" for key in keys_of(CONFIGS[config.id]))}
     return flags

@@ -24,12 +24,14 @@ class Transform(NamedTuple):
         """Transform images or latents (B, C, H, W); H and W must be even if `halved`."""
         if self.halved:
             x = F.avg_pool2d(x, 2)
-        return torch.rot90(x, self.quarter_turns, (2, 3)) if self.quarter_turns else x
+        if self.quarter_turns:
+            x = torch.rot90(x, self.quarter_turns, (2, 3)).contiguous()  # torch.compile makes code for every layout
+        return x
 
 
 def transform_of(seed: int, step: int, share: float) -> Transform | None:
     """The transform of a step: a rotation, a downsampling or both in a `share` of the steps, otherwise None."""
-    number = torch.tensor([step])
+    number = torch.tensor([step])  # on the CPU, which computes a single number sooner than a GPU starts to
     if not float(uniform(seed, Stream.EQUIVARIANCE, number)) < share:
         return None
     choice = int(integers(seed, Stream.EQUIVARIANCE, number + (1 << 40), 7)) + 1  # 0 is the identity

@@ -264,6 +264,7 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
         batch_size=64,
         collate_fn=list,
         num_workers=cfg.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),  # by a thread, ahead of the copy to the GPU
         generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
     kept, bad = [], []
@@ -440,6 +441,7 @@ def _batches(dataset: ImageDataset, requests: Iterator, num_workers: int) -> Ite
         dataset,
         batch_sampler=lists,
         num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),  # by a thread, ahead of the copy to the GPU
         generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
     try:

@@ -25,7 +25,7 @@ import torch
 
 from latent_ddpm.autoencoder.scaling import Moments, overall_std
 from latent_ddpm.autoencoder.stock import StockAutoencoder, latents_of
-from latent_ddpm.config import UNetConfig
+from latent_ddpm.config import UNetConfig, encoding_batch_size
 from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.dataset import ImageDataset, open_image_dataset, range_batches
 from latent_ddpm.data.images import to_float
@@ -456,7 +456,7 @@ def latents_for_run(
     def cache_of(images: ImageDataset, folder: Path, flip: bool, must_vary: bool) -> LatentCache:
         key = cache_key(config.autoencoder_dir, images, config.resolution, config.image_channels, flip)
         workers = config.dataloader_num_workers
-        batch_size = config.train_batch_size
+        batch_size = encoding_batch_size(config)
         return build_cache(
             lambda batch: latents_of(autoencoder, batch),
             images, folder, key, batch_size, device, wait, workers, must_vary,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latent_ddpm.config import UNetConfig
+from latent_ddpm.config import UNetConfig, encoding_batch_size
 from latent_ddpm.data.captions import Captions, TextEncoder, check_captions, embed_captions, read_captions
 from latent_ddpm.data.dataset import ImageDataset, decode_square
 from latent_ddpm.data.images import decode, nearest_square, to_uint8
@@ -389,7 +389,7 @@ def _image_condition(
     key = {"version": 1, "dataset": images.fingerprint, "conditioning": dataset.fingerprint, "images": len(dataset)}
     key |= {"resolution": config.resolution, "size": latent_size, "classes": classes, "flip": flip}
     cache = build_cache(
-        encode, dataset, folder, key, config.train_batch_size, device, wait, config.dataloader_num_workers, False
+        encode, dataset, folder, key, encoding_batch_size(config), device, wait, config.dataloader_num_workers, False
     )
     cache.mean, cache.std = torch.zeros_like(cache.mean), 1.0  # no normalization
     return ImageCondition(cache, classes, config.conditioning_image_dropout)

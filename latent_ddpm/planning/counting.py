@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latent_ddpm.autoencoder.discriminator import PatchDiscriminator
 from latent_ddpm.autoencoder.losses import reconstruction_loss
 from latent_ddpm.autoencoder.vqvae import Autoencoder, ResnetBlock
-from latent_ddpm.config import AutoencoderConfig, UNetConfig
+from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig
 from latent_ddpm.diffusion.unet import make_unet
 from latent_ddpm.training.optim import make_optimizer, orthogonalize
 
@@ -39,6 +39,7 @@ CARDS_GIB = (24, 48, 80)
 FREE_SHARE = 0.1
 BACKWARD_TENSORS = 3  # the gradients at input and output of a layer, and its result in another type
 GRID_IMAGES = 32  # of stage 1's grid
+TEXT_WIDTH = 768  # of a token; it hardly matters
 
 
 # --------------------------------------------------------------------------------------------- fake CUDA tensors
@@ -63,10 +64,10 @@ def fake_cuda() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def autocast() -> Iterator[None]:
-    """torch.autocast("cuda", torch.bfloat16), which refuses to work without a GPU."""
+def autocast(config: RunConfig) -> Iterator[None]:
+    """torch.autocast("cuda", torch.bfloat16), which refuses to work without a GPU; nothing for mixed_precision no."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_enabled("cuda", config.mixed_precision != "no")
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
         yield
@@ -247,23 +248,23 @@ def _autoencoder_step(
     numbers = torch.arange(batch)
 
     def autoencode() -> Any:
-        with autocast():
+        with autocast(config):
             return convert_outputs_to_fp32(network.forward)(images, numbers)  # as accelerate wraps it
 
     def perceive() -> None:
-        with autocast():
+        with autocast(config):
             loss = reconstruction_loss(pixels, images, config.reconstruction_loss)
             if lpips is not None:
                 loss = loss + lpips(pixels, images).mean()
 
     def judge(shown: torch.Tensor) -> None:
-        with autocast():
+        with autocast(config):
             discriminator(shown)
 
     activations, forward = saved_for_backward(autoencode, weights)
     losses, of_losses = saved_for_backward(perceive, weights)
     # the losses on pixels come first and are freed before the backward pass through the network
-    inside = largest_block(network, autoencode, weights) if config.gradient_checkpointing else 0
+    inside = largest_block(network, autoencode, weights, config) if config.gradient_checkpointing else 0
     beside = [BACKWARD_TENSORS * max(bytes_of([tensor]) for tensor in activations) + inside, bytes_of(losses)]
     passes = 4 if config.gradient_checkpointing else 3
     total = passes * forward + 2 * of_losses  # half of it, the features of the originals, has no backward pass
@@ -291,31 +292,49 @@ def count_unet(config: UNetConfig, autoencoder: AutoencoderConfig, checkpointing
     """
     channels, size = autoencoder.latent_channels, config.resolution // 2 ** (len(autoencoder.block_out_channels) - 1)
     with fake_cuda():
-        unet, frozen = make_unet(config, channels, size, zero_branches=False), Autoencoder(autoencoder).eval()
-        optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
-        averages = len(config.ema_sigma_rels) * bytes_of(parameters_of(unet))
-        weights, bytes_at, forward = parameters_of(unet), {}, 0
+        return _count_unet(config, channels, size, Autoencoder(autoencoder).eval(), checkpointing)
 
-        def predict(batch: int) -> torch.Tensor:
-            with autocast():
-                noisy, timesteps = torch.empty(batch, channels, size, size), torch.zeros(batch, dtype=torch.long)
-                return unet(noisy, timesteps).sample.float()
 
-        def draw() -> torch.Tensor:
-            with autocast():
-                return frozen.decode(predict(config.num_validation_samples))
+def count_unet_alone(config: UNetConfig, latent_channels: int, latent_size: int) -> dict[str, Any]:
+    """The figures of stage 2 without the frozen autoencoder, on latents (B, latent_channels, latent_size, latent_size).
 
-        for batch in (1, 2):
-            inside = largest_block(unet, lambda: predict(batch), weights) if checkpointing else 0  # noqa: B023
-            with checkpointed(unet) if checkpointing else contextlib.nullcontext():
-                saved, flops = saved_for_backward(lambda: predict(batch).square(), weights)  # noqa: B023
-            beside = BACKWARD_TENSORS * max(bytes_of([tensor]) for tensor in saved)
-            batch_bytes = 4 * batch * 4 * channels * size**2  # latents, noise, noisy latents and target, float32
-            bytes_at[batch] = bytes_of(saved) + inside + beside + batch_bytes
-            forward = flops // batch
-        step_flops = (4 if checkpointing else 3) * forward
-        figures = _figures(unet, optimizer, bytes_at, averages + bytes_of(parameters_of(frozen)), forward, step_flops)
-        return figures | {"drawing_bytes": drawing_bytes(draw)}
+    Captions are counted. Class labels and conditioning images need next to nothing.
+    """
+    with fake_cuda():
+        return _count_unet(config, latent_channels, latent_size, None, config.gradient_checkpointing)
+
+
+def _count_unet(
+    config: UNetConfig, channels: int, size: int, frozen: Autoencoder | None, checkpointing: bool
+) -> dict[str, Any]:
+    """The figures of stage 2, among fake tensors."""
+    width = None if config.text_encoder is None else TEXT_WIDTH
+    unet = make_unet(config, channels, size, zero_branches=False, cross_attention_dim=width)
+    optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
+    averages = len(config.ema_sigma_rels) * bytes_of(parameters_of(unet))
+    weights, bytes_at, forward = parameters_of(unet), {}, 0
+
+    def predict(batch: int) -> torch.Tensor:
+        with autocast(config):
+            noisy, timesteps = torch.empty(batch, channels, size, size), torch.zeros(batch, dtype=torch.long)
+            text = {"encoder_hidden_states": torch.empty(batch, config.max_caption_tokens, width)} if width else {}
+            return unet(noisy, timesteps, **text).sample.float()
+
+    def draw() -> torch.Tensor:
+        with autocast(config):
+            return frozen.decode(predict(config.num_validation_samples))
+
+    for batch in (1, 2):
+        inside = largest_block(unet, lambda: predict(batch), weights, config) if checkpointing else 0  # noqa: B023
+        with checkpointed(unet) if checkpointing else contextlib.nullcontext():
+            saved, flops = saved_for_backward(lambda: predict(batch).square(), weights)  # noqa: B023
+        beside = BACKWARD_TENSORS * max(bytes_of([tensor]) for tensor in saved)
+        batch_bytes = 4 * batch * 4 * channels * size**2  # latents, noise, noisy latents and target, float32
+        bytes_at[batch] = bytes_of(saved) + inside + beside + batch_bytes
+        forward = flops // batch
+    step_flops = (4 if checkpointing else 3) * forward
+    figures = _figures(unet, optimizer, bytes_at, averages + bytes_of(parameters_of(frozen)), forward, step_flops)
+    return figures if frozen is None else figures | {"drawing_bytes": drawing_bytes(draw)}
 
 
 @contextlib.contextmanager
@@ -328,7 +347,9 @@ def checkpointed(unet: nn.Module) -> Iterator[None]:
         unet.disable_gradient_checkpointing()
 
 
-def largest_block(network: nn.Module, forward: Callable[[], Any], weights: list[torch.Tensor]) -> int:
+def largest_block(
+    network: nn.Module, forward: Callable[[], Any], weights: list[torch.Tensor], config: RunConfig
+) -> int:
     """The most bytes that one residual block saves, which checkpointing makes again in the backward pass."""
     inputs: dict[nn.Module, tuple] = {}
     blocks = [module for module in network.modules() if isinstance(module, (ResnetBlock2D, ResnetBlock))]
@@ -338,7 +359,7 @@ def largest_block(network: nn.Module, forward: Callable[[], Any], weights: list[
         hook.remove()
 
     def again(block: nn.Module) -> None:
-        with autocast():
+        with autocast(config):
             block(*inputs[block])
 
     return max(bytes_of(saved_for_backward(lambda: again(block), weights)[0]) for block in blocks)  # noqa: B023

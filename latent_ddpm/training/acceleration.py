@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import functools
-import importlib
+import importlib.util
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -74,9 +75,30 @@ def take_compile_request(config: Config) -> None:
         config.validate()
 
 
+def check_compiler(config: RunConfig) -> None:
+    """Raises `UserError` if torch_compile lacks what it needs on this machine."""
+    if config.torch_compile == "off" or BACKEND != "inductor":
+        return
+    on_gpu, off = torch.cuda.is_available(), "or set torch_compile off."
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        raise UserError(f"torch_compile needs the package triton on a GPU. Install it, {off}")
+    variable, usual = ("CC", ("gcc", "clang", "cc")) if on_gpu else ("CXX", ("g++", "clang++", "c++", "cl"))
+    if not any(shutil.which(name) for name in (os.environ.get(variable, ""), *usual) if name):
+        language = "C" if on_gpu else "C++"
+        raise UserError(f"torch_compile needs a {language} compiler ({usual[0]}). Install one, {off}")
+
+
 def reads_are_free(tensor: torch.Tensor) -> bool:
     """Whether Python can read the tensor without waiting for a device to finish its work."""
     return tensor.device.type == "cpu"
+
+
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor in page-locked memory if `device` is a GPU: a copy from there to it does not make Python wait."""
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):  # in a new thread, the first GPU would be the current one
+        return tensor.pin_memory()
 
 
 @contextlib.contextmanager
@@ -162,7 +184,7 @@ def _doubling(upsampler: nn.Module, x: torch.Tensor, output_size: object = None,
     return upsampler.conv(doubled)
 
 
-def _shortcut(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+def _pointwise(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """The forward pass of a 1x1 convolution whose input diffusers has made contiguous."""
     if convolution.weight.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -172,15 +194,22 @@ def _shortcut(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def prepare_for_compiler(network: nn.Module) -> None:
     """Replace forward passes that torch.compile translates badly by equal ones, in place; parameters stay."""
     from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
     from diffusers.models.upsampling import Upsample2D
+
+    def keep_layout(convolution: nn.Module | None) -> None:
+        if isinstance(convolution, nn.Conv2d):
+            convolution.forward = functools.partial(_pointwise, convolution)
 
     for module in network.modules():
         if type(module) is nn.GroupNorm:
             module.forward = functools.partial(group_norm, module)
         elif type(module) is Upsample2D and module.use_conv and not module.use_conv_transpose and module.norm is None:
             module.forward = functools.partial(_doubling, module)
-        elif type(module) is ResnetBlock2D and module.conv_shortcut is not None:
-            module.conv_shortcut.forward = functools.partial(_shortcut, module.conv_shortcut)
+        elif type(module) is ResnetBlock2D:
+            keep_layout(module.conv_shortcut)
+        elif type(module) is Transformer2DModel:
+            keep_layout(module.proj_out)
 
 
 def compile_networks(networks: Iterable[nn.Module | None], config: RunConfig) -> None:

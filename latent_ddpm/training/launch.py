@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import logging
 import os
@@ -28,10 +29,13 @@ from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
 from latent_ddpm.progress import close_bars
-from latent_ddpm.training.acceleration import set_arithmetic, take_compile_request
+from latent_ddpm.training.acceleration import check_compiler, set_arithmetic, take_compile_request
 from latent_ddpm.training.distributed import Heartbeat, joining
 from latent_ddpm.training.sharding import Sharding
 from latent_ddpm.training.tracking import check_tracker
+
+Fitting = Callable[[RunConfig, int, int], int]  # config, free bytes of the GPU, processes -> images that fit
+IMAGES_ON_A_CPU = 64  # of train_batch_size auto, at most: a CPU is no faster with more
 
 # Errors of a disk that is full, broken or not writable.
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
@@ -102,6 +106,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         warnings.filterwarnings("ignore", message=noise)  # DDP's warnings, which a user cannot act on
     set_arithmetic(config.deterministic)
     take_compile_request(config)
+    check_compiler(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault(
             "ACCELERATE_USE_CPU", "true"
@@ -137,15 +142,46 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def fit_to_processes(config: Config, state: dict | None, accelerator: Accelerator) -> Config:
-    """The config for this number of processes: lengths in steps, and as many images per step as the checkpoint has.
+def fit_to_processes(config: Config, state: dict | None, accelerator: Accelerator, fitting: Fitting) -> Config:
+    """The config for these processes: lengths in steps, and as many images per step as the checkpoint has.
+
+    Args:
+        config: as it was asked for.
+        state: the checkpoint, or None.
+        accelerator: of the run.
+        fitting: for train_batch_size auto.
 
     Raises:
-        UserError: these processes cannot make steps of that many images.
+        UserError: these processes cannot make steps of that many images, or not one image fits a GPU.
     """
+    if config.train_batch_size == "auto":
+        config = _fit_to_memory(config, state or {}, accelerator, fitting)
     config = same_batch(config, (state or {}).get("images_per_step"), accelerator.num_processes)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     return in_steps(config, accelerator.num_processes)
+
+
+def _fit_to_memory(config: Config, state: dict, accelerator: Accelerator, fitting: Fitting) -> Config:
+    """The config with a number for train_batch_size auto, the same in all processes."""
+    count, device = accelerator.num_processes, accelerator.device
+    share, rest = divmod(config.images_per_step, count)
+    if rest:
+        raise UserError(f"images_per_step {config.images_per_step} is no multiple of the {count} processes.")
+    most = IMAGES_ON_A_CPU
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        most = fitting(dataclasses.replace(config, mixed_precision=accelerator.mixed_precision), free, count)
+        most = int(accelerator.gather(torch.tensor([most], device=device)).min())
+    size, before = largest_divisor(share, most), state.get("train_batch_size", 0)
+    if 0 < before <= most and share % before == 0:
+        size = before  # a resumed run repeats its bits only with the same micro-batches
+    logger.info("train_batch_size auto: %d images at a time, %d times a step (%d fit)", size, share // size, most)
+    return dataclasses.replace(config, train_batch_size=size)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`; both are at least 1."""
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:

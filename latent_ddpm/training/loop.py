@@ -1,7 +1,7 @@
 """What both training loops share: a run is opened, resumed, counted, logged, saved, stopped, published and finished.
 
 run = TrainingRun(parse_config(...), "unet")      # checks the config, reads the newest checkpoint
-config = run.start_processes()                    # accelerate; everything in steps
+config = run.start_processes(fitting)             # accelerate; everything in steps
 if run.is_finished(...): return 0
 tracker = run.start_tracking(...)                 # progress bar, metrics.jsonl, trackers
 for step in run.steps():
@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from latent_ddpm.config import RunConfig, save_config
 from latent_ddpm.training.checkpoint import CheckpointFolder
 from latent_ddpm.training.distributed import StopSignal
-from latent_ddpm.training.launch import check_before_loading, claim, fit_to_processes, make_accelerator
+from latent_ddpm.training.launch import Fitting, check_before_loading, claim, fit_to_processes, make_accelerator
 from latent_ddpm.training.metrics import is_best
 from latent_ddpm.training.tracking import Tracker, is_finished
 
@@ -76,10 +76,14 @@ class TrainingRun:
 
     # ------------------------------------------------------------------------------------------------ beginning
 
-    def start_processes(self) -> Any:
-        """Create the accelerator; returns the config with all lengths converted from images to steps."""
+    def start_processes(self, fitting: Fitting) -> Any:
+        """Create the accelerator; returns the config with all lengths in steps, and the batch size as a number.
+
+        Args:
+            fitting: how many images fit a GPU, for train_batch_size auto.
+        """
         self.accelerator = make_accelerator(self.config)
-        self.config = fit_to_processes(self.config, self.state, self.accelerator)
+        self.config = fit_to_processes(self.config, self.state, self.accelerator, fitting)
         batch = self.config.train_batch_size * self.accelerator.num_processes
         self.images_per_step = batch * self.config.gradient_accumulation_steps
         return self.config
@@ -168,6 +172,7 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             counted = {"step": self.step, "images_per_step": self.images_per_step}
+            counted["train_batch_size"] = self.config.train_batch_size
             scale = {"scaler": scaler.state_dict() if scaler is not None else {}}
             self.checkpoints.save(self.step, counted | state | scale)
         self.accelerator.wait_for_everyone()

@@ -29,8 +29,8 @@ def orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     # A GPU iterates in bf16, as Muon's authors do. There, the iteration on the rounded Gram matrix would diverge.
-    if wide.device.type != "cpu":
-        wide = _iterate(wide.bfloat16(), iterations).float()
+    if not reads_are_free(wide):
+        wide = _iterate_in_bf16(wide.bfloat16(), iterations).float()
     elif wide.shape[2] > 2 * wide.shape[1]:
         wide = _iterate_on_gram(wide, iterations)
     else:
@@ -46,6 +46,13 @@ def _polynomial(gram: torch.Tensor) -> torch.Tensor:
 def _iterate(wide: torch.Tensor, iterations: int) -> torch.Tensor:
     for _ in range(iterations):
         wide = 3.4445 * wide + _polynomial(wide @ wide.mT) @ wide
+    return wide
+
+
+def _iterate_in_bf16(wide: torch.Tensor, iterations: int) -> torch.Tensor:
+    """As `_iterate`, in three kernels per iteration; each sums in float32 and rounds once."""
+    for _ in range(iterations):
+        wide = torch.baddbmm(wide, _polynomial(wide @ wide.mT), wide, beta=3.4445)
     return wide
 
 
@@ -132,25 +139,44 @@ class Muon(torch.optim.AdamW):
         for p in changed:
             if not self.state[p]:  # AdamW expects a "step" in every state that it loads
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
-        momenta, gradients = [self.state[p]["momentum"] for p in changed], [p.grad for p in changed]
-        updates: list[torch.Tensor] = []
         if changed:
-            if not reads_free:  # a gradient that is not finite must not reach the momentum
-                pairs = zip(gradients, momenta, strict=True)
-                gradients = [torch.where(broken > 0, momentum, gradient) for gradient, momentum in pairs]
-            torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
+            momenta, gradients = [self.state[p]["momentum"] for p in changed], [p.grad for p in changed]
+            if reads_free:
+                torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
+            else:
+                gradients = _zero_if(broken > 0, gradients)  # what is not finite must not reach the momentum
+                share = (1 - broken) * (1 - _MUON_MOMENTUM)
+                torch._foreach_mul_(momenta, 1 - share)
+                torch._foreach_add_(momenta, torch._foreach_mul(gradients, share))
             nesterov = torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM)
             updates = [whole_tensor(update).flatten(1).float() for update in nesterov]
             if matrices["weight_decay"]:
                 torch._foreach_mul_(changed, 1 - rate * matrices["weight_decay"])
-        for p, update in zip(changed, orthogonalize_all(updates), strict=True):
-            step = rate * 0.2 * max(update.shape) ** 0.5
-            p.addcmul_(part_of(update.reshape(p.shape), p), step, value=-1)
+            updates = orthogonalize_all(updates)
+            sizes = [0.2 * max(update.shape) ** 0.5 for update in updates]
+            updates = [part_of(update.reshape(p.shape), p) for p, update in zip(changed, updates, strict=True)]
+            if reads_free:
+                for p, update, size in zip(changed, updates, sizes, strict=True):
+                    p.addcmul_(update, rate * size, value=-1)
+            else:
+                torch._foreach_sub_(changed, torch._foreach_mul(torch._foreach_mul(updates, sizes), rate))
         self.param_groups = [others]
         try:
             super().step()
         finally:
             self.param_groups = [matrices, others]
+
+
+def _zero_if(broken: torch.Tensor, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients, or zeros if the bool scalar `broken` is true; one kernel for all gradients of a shape."""
+    made: dict[int, torch.Tensor] = {}
+    by_shape = defaultdict(list)
+    for number, gradient in enumerate(gradients):
+        by_shape[gradient.shape].append(number)
+    for numbers in by_shape.values():
+        stacked = torch.stack([gradients[number] for number in numbers])
+        made |= zip(numbers, stacked.masked_fill_(broken, 0).unbind(), strict=True)
+    return [made[number] for number in range(len(gradients))]
 
 
 def make_optimizer(

@@ -44,7 +44,7 @@ def test_fake_tensors_save_what_real_ones_save(monkeypatch):
 
 
 def test_bf16_convolution_saves_its_input_and_a_copy_of_its_weights():
-    with fake_cuda(), counting.autocast():
+    with fake_cuda(), counting.autocast(UNetConfig()):
         layer, images = nn.Conv2d(16, 32, 3, padding=1), torch.empty(2, 16, 8, 8)
         saved, flops = counting.saved_for_backward(lambda: layer(images), [*layer.parameters()])
     assert bytes_of(saved) == 2 * (2 * 16 * 8 * 8 + 32 * 16 * 9)
