@@ -2,10 +2,9 @@
 
     python benchmarks/check_plan.py --case digits --json docs/results/scale/plan-digits.json
 
-Plans a run of minutes on this machine, runs both training scripts, and plans again. Compares time, memory and disk:
-the forecast, what was measured, and forecast over measured. Everything is confined to one core, so that other programs
-disturb it less. The second forecast shows how much they do. `processor_seconds` compares the times without the waiting
-for the core: each time is multiplied by the share of the core that the process had. Cases:
+Plans a run of minutes on this machine and runs both training scripts, all confined to one core. Compares time, memory
+and disk: the forecast, what was measured, and forecast over measured. `processor_seconds` leave out the waiting for the
+core, so they agree also where other programs come and go; `cores_of_others` tells how much these used. Cases:
 
     digits    `configs/mnist.yaml`, fewer steps
     cifar10   `configs/cifar10.yaml`, narrower, on a part of CIFAR-10 (--data, a parquet file)
@@ -128,13 +127,14 @@ def write_config(case: str, folder: Path, data: Path) -> Path:
 
 
 def train(stage: str, config: Path, output_dir: Path) -> dict[str, float]:
-    """Run a training script as `accelerate launch` does; returns its time, memory and share of the cores.
+    """Run a training script as `accelerate launch` does; returns its time and memory.
 
     Returns:
-        seconds; memory_bytes, the largest resident memory; cores, seconds of the processor per second.
+        seconds; processor_seconds; memory_bytes, the largest resident memory; cores_of_others, that programs beside it
+        used.
     """
     words = [*LAUNCHER, f"train_{stage}.py", "--config", str(config), "--output_dir", str(output_dir)]
-    begun = time.monotonic()
+    begun, busy = time.monotonic(), busy_seconds()
     with (output_dir.parent / f"{stage}.log").open("w") as log:
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         peak, ended = 0, 0
@@ -147,16 +147,24 @@ def train(stage: str, config: Path, output_dir: Path) -> dict[str, float]:
     seconds = time.monotonic() - begun
     if status:
         raise UserError(f"train_{stage}.py failed: {Path(log.name).read_text()[-2000:]}")
-    return {"seconds": seconds, "memory_bytes": peak, "cores": (used.ru_utime + used.ru_stime) / seconds}
+    worked = used.ru_utime + used.ru_stime
+    others = max(0.0, busy_seconds() - busy - worked) / seconds
+    return {"seconds": seconds, "processor_seconds": worked, "memory_bytes": peak, "cores_of_others": others}
 
 
 def plan(config: Path, output_dir: Path, seconds: float) -> dict[str, Any]:
     """The plan of scripts/plan_run.py, and how long making it took."""
     result = output_dir.parent / "plan.json"
     words = ["scripts/plan_run.py", "--config", str(config), "--output_dir", str(output_dir), "--json", str(result)]
-    begun, load = time.monotonic(), os.getloadavg()[0]
+    begun = time.monotonic()
     subprocess.run([sys.executable, *words, "--seconds", str(seconds)], cwd=ROOT, check=True)
-    return json.loads(result.read_text()) | {"took": time.monotonic() - begun, "load_before": load}
+    return json.loads(result.read_text()) | {"took": time.monotonic() - begun}
+
+
+def busy_seconds() -> float:
+    """Seconds that the processors of this machine have worked since it started."""
+    times = psutil.cpu_times()
+    return times.user + times.system
 
 
 def compare(forecast: float, measured: float) -> dict[str, float]:
@@ -165,53 +173,38 @@ def compare(forecast: float, measured: float) -> dict[str, float]:
 
 
 def check(case: str, data: Path, seconds: float) -> dict[str, Any]:
-    """Plan, run and plan again; returns the comparison."""
+    """Plan and run; returns the comparison."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config, output_dir = write_config(case, folder, data), folder / "runs" / "run"
         output_dir.parent.mkdir()
-        first = plan(config, output_dir, seconds)
-        if output_dir.exists():
-            raise UserError("planning has made the output folder")
+        made = plan(config, output_dir, seconds)
+        if list(output_dir.parent.iterdir()) != [output_dir.parent / "plan.json"]:
+            raise UserError("planning has left files")
         real = {stage: train(stage, config, output_dir) for stage in STAGES}
-        kinds = {
-            "checkpoints": bytes_in(output_dir / "checkpoints"),
-            "latents": bytes_in(output_dir / "latents"),
-            "decoded images": bytes_in(output_dir / "cache"),
-            "snapshots of averages": bytes_in(output_dir / "ema"),
-            "samples": bytes_in(output_dir / "samples"),
-        }
+        folders = {"latents": "latents", "decoded images": "cache", "snapshots of averages": "ema"}
+        folders |= {"checkpoints": "checkpoints", "samples": "samples"}
+        kinds = {kind: bytes_in(output_dir / path) for kind, path in folders.items()}
         disk = bytes_in(output_dir)
-        again = plan(config, folder / "runs" / "other", seconds)
-    forecast_disk = {k: v for k, v in first["disk_bytes"].items() if k != "while a checkpoint is written"}
-    times = {stage: compare(first["stages"][stage]["seconds"], real[stage]["seconds"]) for stage in STAGES}
-    times["total"] = compare(first["seconds"], sum(figures["seconds"] for figures in real.values()))
-    after = {stage: again["stages"][stage]["seconds"] / real[stage]["seconds"] for stage in STAGES}
-    after["total"] = again["seconds"] / sum(figures["seconds"] for figures in real.values())
-    work = {
-        stage: compare(
-            first["stages"][stage]["seconds"] * first["stages"][stage]["cores"],
-            real[stage]["seconds"] * real[stage]["cores"],
-        )
-        for stage in STAGES
-    }
-    work["total"] = compare(*(sum(work[stage][key] for stage in STAGES) for key in ("forecast", "measured")))
-    memory = {stage: compare(first["stages"][stage]["memory_bytes"], real[stage]["memory_bytes"]) for stage in STAGES}
+    forecast_disk = {k: v for k, v in made["disk_bytes"].items() if k != "while a checkpoint is written"}
+    by_kind = {kind: compare(forecast_disk.get(kind, 0), of_run) for kind, of_run in kinds.items() if of_run}
+
+    def stages(key: str) -> dict[str, dict[str, float]]:
+        return {stage: compare(made["stages"][stage][key], real[stage][key]) for stage in STAGES}
+
+    def with_total(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        return found | {"total": compare(*(sum(found[stage][k] for stage in STAGES) for k in ("forecast", "measured")))}
+
     return {
-        "time_seconds": times,
-        "time_ratio_of_second_forecast": after,
-        "processor_seconds": work,
-        "memory_bytes": memory,
+        "seconds": with_total(stages("seconds")),
+        "processor_seconds": with_total(stages("processor_seconds")),
+        "memory_bytes": stages("memory_bytes"),
         "disk_bytes": compare(sum(forecast_disk.values()), disk),
-        "disk_bytes_by_kind": {kind: compare(forecast_disk.get(kind, 0), of_run) for kind, of_run in kinds.items()
-                               if of_run},
-        "planning_seconds": [first["took"], again["took"]],
-        "cores_of_forecast": {stage: first["stages"][stage]["cores"] for stage in STAGES},
-        "cores_of_run": {stage: real[stage]["cores"] for stage in STAGES},
-        "cores_of_others": [first["cores_of_others"], again["cores_of_others"]],
-        "load_before": [first["load_before"], again["load_before"]],
-        "parts_of_forecast": {stage: first["stages"][stage]["parts"] for stage in STAGES},
-    }  # fmt: skip
+        "disk_bytes_by_kind": by_kind,
+        "planning_seconds": made["took"],
+        "cores_of_others": {"planning": made["cores_of_others"], **{s: real[s]["cores_of_others"] for s in STAGES}},
+        "parts_of_forecast": {stage: made["stages"][stage]["parts"] for stage in STAGES},
+    }
 
 
 def main(argv: list[str]) -> int:

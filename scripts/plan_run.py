@@ -34,7 +34,7 @@ from typing import Any
 
 import psutil
 
-from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, in_steps, keys_of, parse_config
+from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, in_steps, keys_of, parse_config, same_batch
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
 from latent_ddpm.training.launch import run
@@ -67,6 +67,8 @@ def of_stage(words: Sequence[str], stage: str) -> list[str]:
 def configs_of(words: Sequence[str], processes: int = 1) -> dict[str, RunConfig]:
     """The configs of the stages that the run has, in steps; a given autoencoder leaves stage 2 alone.
 
+    A train_batch_size of auto stays, and so do the lengths of its stage.
+
     Raises:
         UserError: as `parse_config`.
     """
@@ -79,7 +81,11 @@ def configs_of(words: Sequence[str], processes: int = 1) -> dict[str, RunConfig]
     configs: dict[str, RunConfig] = {}
     if unet.autoencoder is None:
         configs["autoencoder"] = parse_config(AutoencoderConfig, of_stage(words, "autoencoder"))
-    return {name: in_steps(config, processes) for name, config in (configs | {"unet": unet}).items()}
+    configs["unet"] = unet
+    for name, config in configs.items():
+        if config.train_batch_size != "auto":
+            configs[name] = in_steps(same_batch(config, None, processes), processes)
+    return configs
 
 
 # ----------------------------------------------------------------------------------------------------- measuring
@@ -131,7 +137,7 @@ def measure(
     own += ["--push_to_hub", "false", "--resume_from_checkpoint", "latest"]
     own += ["--latents_dir", "null"] if stage == "unet" else []
     about = json.dumps({"stage": stage, "seconds": seconds, "decode": decode, "result": str(result)})
-    begun = time.monotonic()
+    begun, worked = time.monotonic(), child_seconds()
     with log.open("w") as file:
         process = subprocess.Popen(
             launched(config, device, ["--rehearse", about, *own]),
@@ -145,7 +151,7 @@ def measure(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    taken = time.monotonic() - begun
+    taken = {"seconds": time.monotonic() - begun, "processor_seconds": child_seconds() - worked}
     said = log.read_text()
     if status or not result.exists():
         sentences = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -155,7 +161,7 @@ def measure(
                 f"({config.train_batch_size}) and double gradient_accumulation_steps."
             )
         raise UserError(sentences[-1].removeprefix("error: ") if sentences else f"{stage} failed: {said[-2000:]}")
-    return json.loads(result.read_text()) | {"wall_seconds": taken}
+    return json.loads(result.read_text()) | {"process": taken}
 
 
 def rehearse_here(words: list[str]) -> int:
@@ -166,6 +172,12 @@ def rehearse_here(words: list[str]) -> int:
     sys.path.insert(0, str(ROOT))
     script = importlib.import_module(f"train_{about['stage']}")
     return rehearse(script, about["stage"], words[1:], about["seconds"], about["decode"], Path(about["result"]))
+
+
+def child_seconds() -> float:
+    """Seconds of the processor that the processes started here have used, of those that have ended."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def busy_seconds() -> float:
@@ -184,20 +196,24 @@ def measured_plan(
     decode: dict[str, int] = {}
     begun, busy_before = time.monotonic(), busy_seconds()
     with folder_beside(Path(configs["unet"].output_dir)) as folder:
-        for number, (stage, config) in enumerate(configs.items()):
+        for number, (stage, config) in enumerate(list(configs.items())):
             print(f"{NAMES[stage]}: measuring ...", file=sys.stderr, flush=True)
             left = (seconds - (time.monotonic() - begun)) / (len(configs) - number)
             budget = max(left, 0.25 * seconds)
             found[stage] = measure(stage, config, words, folder, budget, decode, device)
             decode = found[stage]["decode"]
+            sizes = {key: found[stage][key] for key in ("train_batch_size", "gradient_accumulation_steps")}
+            configs[stage] = in_steps(dataclasses.replace(config, **sizes), 1)  # which may have been auto
         disk = forecast_disk(folder / "run", configs, found)
     taken, busy = time.monotonic() - begun, busy_seconds() - busy_before
-    own = sum(stage["cores"] * stage["wall_seconds"] for stage in found.values())
+    own = sum(stage["process"]["processor_seconds"] for stage in found.values())
     plan = {
         "device": found["unet"]["device"],
         "measured": True,
         "measuring_seconds": taken,
         "cores_of_others": max(0.0, busy - own) / taken,
+        "threads": found["unet"]["threads"],
+        "waited": found["unet"]["device_peak_bytes"] is None and busy - own > 0.1 * taken * (os.cpu_count() or 1),
         "stages": {stage: forecast_stage(config, found[stage]) for stage, config in configs.items()},
         "disk_bytes": disk,
     }
@@ -226,6 +242,22 @@ def number_of_images(config: RunConfig, given: int | None) -> tuple[int, int]:
         raise UserError(f"{str(error).rstrip('.')}. If the data is not here, give --images N.") from error
 
 
+def fitted(stage: str, config: RunConfig, figures: dict[str, Any], card: Any, gpus: int) -> RunConfig:
+    """The config with the largest train_batch_size that fits, in the place of auto.
+
+    Raises:
+        UserError: none fits, or the images of a step cannot be shared out.
+    """
+    from latent_ddpm.planning.cards import fitting_batch
+
+    share, rest = divmod(config.images_per_step, gpus)
+    fits = fitting_batch(dataclasses.replace(config, train_batch_size=max(1, share)), figures, card.memory_gib)
+    if rest or fits is None:
+        why = f"images_per_step {config.images_per_step} is no multiple of {gpus}" if rest else "not one image fits"
+        raise UserError(f"{NAMES[stage]}: {why}.")
+    return dataclasses.replace(config, train_batch_size=fits[0], gradient_accumulation_steps=fits[1])
+
+
 def computed_plan(
     configs: dict[str, RunConfig], words: Sequence[str], device: str, images: int | None, gpus: int
 ) -> tuple[dict[str, Any], Callable[[str, RunConfig], float]]:
@@ -235,9 +267,15 @@ def computed_plan(
     logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
     card = cards.card_of(device)
     train, held_out = number_of_images(configs["unet"], images)
+    other_precision = {config.mixed_precision for config in configs.values()} != {card.precision}
+    for stage, config in configs.items():
+        configs[stage] = dataclasses.replace(config, mixed_precision=card.precision)
     autoencoder = configs.get("autoencoder") or parse_config(AutoencoderConfig, of_stage(words, "autoencoder"))
     figures = {stage: cards.count_stage(config, autoencoder) for stage, config in configs.items()}
     encoder = cards.count_stage(autoencoder, autoencoder) if "autoencoder" not in figures else figures["autoencoder"]
+    for stage, config in configs.items():
+        if config.train_batch_size == "auto":
+            configs[stage] = in_steps(fitted(stage, config, figures[stage], card, gpus), gpus)
     counts: dict[str, Any] = {"train": train, "validation": held_out}
     counts |= {"versions": 2 if configs["unet"].random_flip else 1, "latent_shape": cards.latent_shape(autoencoder)}
 
@@ -251,6 +289,7 @@ def computed_plan(
         "measured": False,
         "tflops": card.tflops,
         "precision": card.precision,
+        "other_precision": other_precision,
         "share_by_clock": {stage: cards.SHARE_BY_CLOCK[stage] for stage in configs},
         "share_of_kernels": {stage: cards.SHARE_OF_KERNELS[stage] for stage in configs},
         "stages": {stage: stage_plan(stage, config) for stage, config in configs.items()},
@@ -372,7 +411,7 @@ def report(plan: dict[str, Any], configs: dict[str, RunConfig], price: float | N
     lines = []
     if plan["measured"]:
         lines.append(f"Measured here ({plan['device']}) in {duration(plan['measuring_seconds'])}.")
-        if plan["cores_of_others"] > 0.1 * (os.cpu_count() or 1):
+        if plan["waited"]:
             lines.append(
                 f"Meanwhile other programs used {plan['cores_of_others']:.1f} of {os.cpu_count()} cores; the times are "
                 "those of a machine that stays as busy."
@@ -391,8 +430,7 @@ def report(plan: dict[str, Any], configs: dict[str, RunConfig], price: float | N
             "Small networks take at least 0.3 ms a step for each parameter tensor, to start their kernels.",
             "Decoding of images, disks and the exchange of gradients are assumed to keep up.",
         ]
-        other = {config.mixed_precision for config in configs.values()} - {plan["precision"]}
-        if other:
+        if plan["other_precision"]:
             lines.append(f"That needs --mixed_precision {plan['precision']}, which the config does not have.")
     for stage, config in configs.items():
         lines += ["", *report_stage(stage, config, plan["stages"][stage], price)]
@@ -404,6 +442,10 @@ def report(plan: dict[str, Any], configs: dict[str, RunConfig], price: float | N
         "  " + ", ".join(f"{name} {size(value)}" for name, value in disk.items()) + ".",
         f"Together: {duration(plan['seconds'])}{money(plan['seconds'], price)}.",
     ]
+    work = sum(figures.get("processor_seconds", 0) for figures in plan["stages"].values())
+    if plan.get("waited"):
+        threads = plan["threads"]
+        lines.append(f"Without the waiting for other programs: about {duration(work / threads)}.")
     if "proposal" in plan:
         lines += ["", *report_proposal(plan, price)]
     return "\n".join(lines)

@@ -46,19 +46,20 @@ def units_of_run(config: RunConfig, images: dict[str, int]) -> dict[str, float]:
     }
 
 
-def seconds_per_unit(samples: list[dict[str, float]]) -> float:
+def seconds_per_unit(samples: list[dict[str, float]], clock: str = "seconds") -> float:
     """Of a part, from its samples; the first one is left out where it is not the only one, because it is slower."""
     later = samples[1:] or samples
     units = sum(sample["units"] for sample in later)
-    return sum(sample["seconds"] for sample in later) / units if units else 0.0
+    return sum(sample[clock] for sample in later) / units if units else 0.0
 
 
-def forecast_seconds(config: RunConfig, found: dict[str, Any]) -> dict[str, float]:
+def forecast_seconds(config: RunConfig, found: dict[str, Any], clock: str = "seconds") -> dict[str, float]:
     """Seconds of each part of a stage.
 
     Args:
         config: of the stage, in steps.
-        found: what the rehearsal wrote, and the seconds of its process as `wall_seconds`.
+        found: what the rehearsal wrote, and both times of the whole process as `process`.
+        clock: "seconds", or "processor_seconds", which leave out the waiting for a processor or a disk.
 
     Returns:
         "start and end" (imports, opening the data, networks, and what is slower the first time), "steps", and each part
@@ -67,18 +68,18 @@ def forecast_seconds(config: RunConfig, found: dict[str, Any]) -> dict[str, floa
     units = units_of_run(config, found["images"])
     parts, accounted = {}, 0.0
     for name, samples in found["events"].items():
-        each = seconds_per_unit(samples)
+        each = seconds_per_unit(samples, clock)
         accounted += each * sum(sample["units"] for sample in samples) if units.get(name, 1) else 0.0
-        accounted += 0.0 if units.get(name, 1) else sum(sample["seconds"] for sample in samples)
+        accounted += 0.0 if units.get(name, 1) else sum(sample[clock] for sample in samples)
         parts[name] = each * units[name]
-    steps, rates = 0.0, {name: phase["seconds_per_step"] for name, phase in found["phases"].items()}
+    steps, rates = 0.0, {name: phase[clock] for name, phase in found["phases"].items()}
     for name, numbers in phases_of(config).items():
         # a phase that a rehearsal of fewer steps has not reached has the time of the last one
         rate = rates.get(name, list(rates.values())[-1])
         steps += rate * len(numbers)
-    accounted += sum(phase["seconds_per_step"] * phase["rehearsed"] for phase in found["phases"].values())
+    accounted += sum(phase[clock] * phase["rehearsed"] for phase in found["phases"].values())
     accounted += found["stops"] * list(rates.values())[-1]
-    once = max(0.0, found["wall_seconds"] - accounted)
+    once = max(0.0, found["process"][clock] - accounted)
     return {"start and end": once, "steps": steps} | {name: value for name, value in parts.items() if value}
 
 
@@ -106,7 +107,7 @@ def forecast_stage(config: RunConfig, found: dict[str, Any]) -> dict[str, Any]:
         "memory_bytes": resident,
         "device_memory_bytes": found["device_peak_bytes"],
         "device_bytes": found["device_bytes"],
-        "cores": found["cores"],
+        "processor_seconds": sum(forecast_seconds(config, found, "processor_seconds").values()),
     }
 
 

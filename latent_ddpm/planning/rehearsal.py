@@ -9,7 +9,6 @@ latent_ddpm/planning/forecast.py.
 import contextlib
 import itertools
 import math
-import os
 import re
 import resource
 import sys
@@ -129,18 +128,19 @@ class Rehearsal:
         self.step_seconds = 0.0  # of the steps measured so far
         self._maps: dict[str, tuple[int, int, int]] = {}  # images here, in the run, and bytes of each, by split
         self._encoded: list[int] = []
-        self._inside: list[float] = []  # seconds of parts within each part that is being timed
-        self._top = 0.0  # seconds of all parts that are in no other
+        self._inside: list[np.ndarray] = []  # both times of the parts within each part that is being timed
+        self._top = np.zeros(2)  # both times of all parts that are in no other
         self._whole: dict[int, int] = {}  # number of images of the whole source, by the id of the source used here
         self.config: Any = None
         self._replace()
 
     # ------------------------------------------------------------------------------------------------- the clock
 
-    def _now(self) -> float:
+    def _now(self) -> np.ndarray:
+        """Seconds by the clock and of the processor: float64 (2,)."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return time.monotonic()
+        return np.array([time.monotonic(), time.process_time()])
 
     @contextlib.contextmanager
     def part(self, name: str, units: float = 1.0) -> Iterator[dict[str, float]]:
@@ -150,18 +150,18 @@ class Rehearsal:
             name: of the part.
             units: number of things that it does, such as images. The yielded dict holds it and can be changed.
         """
-        sample = {"units": units, "seconds": 0.0}
-        self._inside.append(0.0)
+        sample = {"units": units, "seconds": 0.0, "processor_seconds": 0.0}
+        self._inside.append(np.zeros(2))
         begun = self._now()
         try:
             yield sample
         finally:
             whole = self._now() - begun
-            sample["seconds"] = whole - self._inside.pop()
+            sample["seconds"], sample["processor_seconds"] = (whole - self._inside.pop()).tolist()
             if self._inside:
                 self._inside[-1] += whole
             else:
-                self._top += whole
+                self._top = self._top + whole
             self.events.setdefault(name, []).append(sample)
 
     def _wrap(self, owner: Any, name: str, part: str, units: Callable[..., float] | None = None) -> None:
@@ -342,30 +342,31 @@ class Rehearsal:
         workers = self.config.dataloader_num_workers
         prefetched = 2 * workers if self.stage == "autoencoder" and not self.decoded else 0
         together = UPDATE_STEPS if self.stage == "unet" else 1  # averages are updated in one of so many steps
-        begun, numbers, warm, counted = self._now(), iter(steps), 0, 0
-        before, apart = begun, self._top
+        begun, numbers, warm, counted = time.monotonic(), iter(steps), 0, 0
+        before = self._now() - self._top  # without the parts, which are timed apart
         for step in numbers:
-            if warm >= WARM_UP_STEPS + prefetched or (warm and self._now() - begun > seconds / 3):
+            if warm >= WARM_UP_STEPS + prefetched or (warm and time.monotonic() - begun > seconds / 3):
                 numbers = itertools.chain([step], numbers)
-                before, apart = self._now(), self._top
+                before = self._now() - self._top
                 break
             self.step_seconds = self.step_seconds or 0.1 * (time.time() - self.begun)  # before a step is measured
-            last, in_parts = self._now(), self._top
+            last = self._now() - self._top
             yield self._at(run, step)
             warm += 1
-            self.step_seconds = self._now() - last - (self._top - in_parts)
+            self.step_seconds = (self._now() - self._top - last)[0]
         for step in numbers:
             enough = counted >= LEAST_STEPS and counted % together == 0
-            if enough and self._now() - begun > seconds:
+            if enough and time.monotonic() - begun > seconds:
                 break
             yield self._at(run, step)
             counted += 1
-            self.step_seconds = (time.monotonic() - before - (self._top - apart)) / counted
-        spent = self._now() - before - (self._top - apart)
+            self.step_seconds = (time.monotonic() - self._top[0] - before[0]) / counted
+        spent = self._now() - self._top - before
         if not counted:  # the phase is over before the warm-up
             counted, warm = warm, 0
-        self.phases[name] = {"rehearsed": counted + warm, "seconds_per_step": spent / counted}
-        self.step_seconds = spent / counted
+        each = (spent / counted).tolist()
+        self.phases[name] = {"rehearsed": counted + warm, "seconds": each[0], "processor_seconds": each[1]}
+        self.step_seconds = each[0]
 
     # --------------------------------------------------------------------------------------------------- result
 
@@ -389,27 +390,27 @@ class Rehearsal:
     def finish(self, path: Path) -> None:
         """Write what was measured as JSON.
 
-        phases: seconds per step and number of rehearsed steps, of each phase. stops: further steps. events: seconds and
-        units of each part. images: numbers of images of the whole data. decode: images of each split that were decoded
-        ahead. peak_bytes: the largest memory of this process, and on a GPU of the device (`device_peak_bytes`).
-        cores: seconds of the processor per second.
+        phases: seconds of a step, by the clock and of the processor, and number of rehearsed steps, of each phase.
+        stops: further steps. events: seconds and units of each part. images: numbers of images of the whole data.
+        decode: images of each split that were decoded ahead. peak_bytes: the largest memory of this process, and on a
+        GPU of the device (`device_peak_bytes`).
         """
         gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-        used = resource.getrusage(resource.RUSAGE_SELF)
         found = {
             "phases": self.phases,
             "stops": self.stops,
             "events": self.events,
             "images": self.images | {"decoded": self.decoded},
             "decode": self.decode,
+            "train_batch_size": self.config.train_batch_size,
+            "gradient_accumulation_steps": self.config.gradient_accumulation_steps,
             "peak_bytes": peak_resident_bytes(),
-            "cores": (used.ru_utime + used.ru_stime) / (time.time() - self.begun),
             "mapped_bytes": self._mapped(whole=False),
             "mapped_bytes_of_run": self._mapped(whole=True),
             "device_peak_bytes": torch.cuda.max_memory_reserved() if gpu else None,
             "device_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else psutil.virtual_memory().total,
             "device": torch.cuda.get_device_name(0) if gpu else f"CPU, {torch.get_num_threads()} threads",
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "threads": torch.get_num_threads(),
         }
         write_json(path, found)
 

@@ -46,13 +46,15 @@ def test_units_of_a_run():
 
 def rehearsed(config, seconds_of_phases, **events):
     phases = {
-        name: {"rehearsed": 5, "seconds_per_step": seconds}
+        name: {"rehearsed": 5, "seconds": seconds, "processor_seconds": seconds / 2}
         for name, seconds in zip(phases_of(config), seconds_of_phases, strict=True)
     }
     samples = {
-        name: [{"units": units, "seconds": seconds} for units, seconds in values] for name, values in events.items()
+        name: [{"units": u, "seconds": s, "processor_seconds": s / 2} for u, s in values]
+        for name, values in events.items()
     }
-    found = {"phases": phases, "events": samples, "images": IMAGES, "stops": 2, "wall_seconds": 100.0, "cores": 1.0}
+    found = {"phases": phases, "events": samples, "images": IMAGES, "stops": 2}
+    found["process"] = {"seconds": 100.0, "processor_seconds": 50.0}
     sizes = {"peak_bytes": 1000, "mapped_bytes": 100, "mapped_bytes_of_run": 400, "device_bytes": 10_000}
     return found | sizes | {"device_peak_bytes": None}
 
@@ -69,6 +71,7 @@ def test_each_phase_and_part_counts_in_proportion():
     assert seconds["start and end"] == pytest.approx(100 - 50 - 8 - 2 - 2 - 3 - 0.5)
     stage = forecast_stage(AUTOENCODER, found)
     assert stage["seconds"] == pytest.approx(sum(seconds.values()))
+    assert stage["processor_seconds"] == pytest.approx(stage["seconds"] / 2)
     assert stage["epochs"] == 2 and stage["images_per_second"] == pytest.approx(8 * 100 / 250)
     assert stage["memory_bytes"] == 1300  # the decoded images of the whole data are mapped
 
