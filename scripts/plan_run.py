@@ -290,8 +290,8 @@ def computed_plan(
         "tflops": card.tflops,
         "precision": card.precision,
         "other_precision": other_precision,
-        "share_by_clock": {stage: cards.SHARE_BY_CLOCK[stage] for stage in configs},
-        "share_of_kernels": {stage: cards.SHARE_OF_KERNELS[stage] for stage in configs},
+        "compiled": {stage: config.torch_compile != "off" for stage, config in configs.items()},
+        "shares_of_peak": {stage: cards.shares_of(config) for stage, config in configs.items()},
         "stages": {stage: stage_plan(stage, config) for stage, config in configs.items()},
         "disk_bytes": cards.disk_on_card(configs, figures | {"autoencoder": encoder}, counts),
     }
@@ -418,15 +418,18 @@ def report(plan: dict[str, Any], configs: dict[str, RunConfig], price: float | N
             )
     else:
         percent = "; ".join(
-            f"{stage} {share:.0%} by the clock, {plan['share_of_kernels'][stage]:.0%} in its kernels"
-            for stage, share in plan["share_by_clock"].items()
+            f"{stage} {by_clock:.3g} by the clock, {of_kernels:.3g} in its kernels"
+            for stage, (by_clock, of_kernels) in plan["shares_of_peak"].items()
         )
-        cards = f"{plan['gpus']} times" if plan["gpus"] > 1 else "one"
+        count = f"{plan['gpus']} times" if plan["gpus"] > 1 else "one"
         peak = f"{plan['tflops']:g} TFLOP/s, dense {plan['precision']}"
+        compiled = {True: "compiled", False: "not compiled"}
         lines += [
-            f"Computed for {cards} {plan['device']} ({peak}), not measured.",
-            f"Assumed shares of the peak: {percent}, as measured on one H100",
-            "with the networks of configs/celebahq_256.yaml.",
+            f"Computed for {count} {plan['device']} ({peak}), not measured.",
+            f"Assumed shares of the peak: {percent}.",
+            "They were measured on one H100 with the networks of configs/celebahq_256.yaml, "
+            + "; ".join(f"{stage} {compiled[value]}" for stage, value in plan["compiled"].items())
+            + ".",
             "Small networks take at least 0.3 ms a step for each parameter tensor, to start their kernels.",
             "Decoding of images, disks and the exchange of gradients are assumed to keep up.",
         ]

@@ -1,8 +1,8 @@
 """Forecasts for a GPU that is not here: from counted FLOPs and bytes, and shares of the peak that we assume.
 
-What we assume is what we measured on one H100 with the networks of `configs/celebahq_256.yaml`: the U-Net's kernels
-reach 30 % of the bf16 peak, the autoencoder's with LPIPS and discriminator 35 %. By the wall clock it was 16 % and
-27 %, on a virtual machine that was slow to start kernels. Other cards are assumed to reach the same shares.
+What we assume is what we measured on one H100 with the networks of `configs/celebahq_256.yaml` (docs/results/gpu/),
+compiled by torch.compile and not. Its machine was slow to start kernels, so the clock and the sum of the kernels' own
+times differ. Other cards are assumed to reach the same shares.
 """
 
 import dataclasses
@@ -18,8 +18,15 @@ from latent_ddpm.planning.rehearsal import images_per_step, phases_of
 
 NORMALIZATION_IMAGES = 10_000  # as in train_autoencoder.py
 PNG_BYTES = 2  # of a pixel in a grid, about
-SHARE_OF_KERNELS = {"autoencoder": 0.35, "unet": 0.30}  # of the peak
-SHARE_BY_CLOCK = {"autoencoder": 0.27, "unet": 0.16}
+# Of the peak, by the clock and by the kernels' own time, for each stage; keyed by whether torch_compile is on. Not
+# compiled: first-throughput.json, and the kernels of the stock recipe in second-throughput.json.
+SHARES = {
+    True: {"autoencoder": (0.27, 0.35), "unet": (0.16, 0.30)},
+    False: {
+        "autoencoder": (0.14, 0.16),
+        "unet": (0.115, 0.16),
+    },
+}
 # Seconds of a step for each parameter tensor, below which no network gets: its kernels have to be started. On our slow
 # machine, 0.1 s for the 64-pixel U-Net of configs/image_folder_64.yaml (docs/results/gpu/).
 START_BY_CLOCK = 0.3e-3
@@ -95,6 +102,11 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
+def shares_of(config: RunConfig) -> tuple[float, float]:
+    """The shares of the peak that a stage is assumed to reach: by the clock, and by the kernels' own time."""
+    return SHARES[config.torch_compile != "off"]["unet" if isinstance(config, UNetConfig) else "autoencoder"]
+
+
 def count_stage(config: RunConfig, autoencoder: AutoencoderConfig) -> dict[str, Any]:
     """The counted figures of a stage; see latent_ddpm/planning/counting.py.
 
@@ -161,9 +173,10 @@ def forecast_on_card(
     starts = config.max_train_steps * config.gradient_accumulation_steps * figures["parameter_tensors"]
     starts *= 4 / 3 if config.gradient_checkpointing else 1
     times = {}
+    by_clock, of_kernels = shares_of(config)
     for name, share, start in (
-        ("seconds", SHARE_BY_CLOCK[stage], START_BY_CLOCK),
-        ("seconds_of_kernels", SHARE_OF_KERNELS[stage], START_OF_KERNELS),
+        ("seconds", by_clock, START_BY_CLOCK),
+        ("seconds_of_kernels", of_kernels, START_OF_KERNELS),
     ):
         parts = {part: value / (card.tflops * 1e12 * share) for part, value in flops.items()}
         for part in parts.keys() - {"steps", "grid"} - ({"evaluation"} if stage == "unet" else set()):
