@@ -31,7 +31,8 @@ SHARES = {
 # machine, 0.1 s for the 64-pixel U-Net of configs/image_folder_64.yaml (docs/results/gpu/).
 START_BY_CLOCK = 0.3e-3
 START_OF_KERNELS = 0.1e-3  # a third of it, assumed for a machine that starts kernels fast
-START_SECONDS = 60.0  # of both stages together: imports, opening the data, the first kernels
+START_SECONDS = 30.0  # of a stage: imports, opening the data, the first kernels
+COMPILE_SECONDS = 100.0  # of a stage with torch_compile: 60 to 140 s were measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,7 @@ def forecast_on_card(
         if "grid" in parts:
             calls = times_due(config, config.validation_steps) * config.num_inference_steps
             parts["grid"] = max(parts["grid"], calls * figures["parameter_tensors"] * start / 3)
-        parts["start and end"] = START_SECONDS / 2
+        parts["start and end"] = START_SECONDS + (COMPILE_SECONDS if config.torch_compile != "off" else 0)
         times[name] = {part: value for part, value in parts.items() if value}
     batch, train = gpus * images_per_step(config), images["train"]
     per_step = times["seconds"]["steps"] / config.max_train_steps
