@@ -183,9 +183,11 @@ def _figures(
     fixed = bytes_of(parameters_of(network)) + gradients + moments + other_bytes + copies
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
+        "parameter_tensors": len(list(network.parameters())),
         "fixed_bytes": fixed,
         "bytes_per_image": per_image,
         "optimizer_step_bytes": transient,
+        "moments_bytes": moments,
         "forward_flops_per_image": forward_flops,
         "flops_per_image": step_flops,
         "flops_per_optimizer_step": orthogonalization_flops(optimizer),
@@ -227,7 +229,9 @@ def count_autoencoder(config: AutoencoderConfig) -> dict[str, Any]:
         bytes_at = {batch: held for batch, (held, _, _) in steps.items()}
         figures = _figures(network, optimizer, bytes_at, other_bytes, *steps[1][1:])
         grid = torch.empty(GRID_IMAGES, config.image_channels, config.resolution, config.resolution)
-        return figures | {"drawing_bytes": drawing_bytes(lambda: network.eval()(grid))}
+        judged = 0 if discriminator is None else bytes_of(parameters_of(discriminator))
+        drawn = drawing_bytes(lambda: network.eval()(grid))
+        return figures | {"drawing_bytes": drawn, "discriminator_bytes": judged}
 
 
 def _autoencoder_step(
