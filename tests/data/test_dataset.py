@@ -294,6 +294,14 @@ def test_plain_item(tmp_path, way):
     assert dataset[4]["image"][2, 0, 0] == 200
 
 
+@pytest.mark.parametrize(("channels", "strides"), [(1, (64, 1, 8, 1)), (3, (192, 64, 8, 1))])
+def test_strides_of_a_batch_do_not_change(tmp_path, channels, strides):
+    """Convolutions round by them, so a resumed run's bits depend on them."""
+    dataset = opened(Flat(5), tmp_path, image_channels=channels, random_flip=True)
+    batch = dataset.gather(np.arange(4), np.arange(4))["image"]
+    assert batch.shape == (4, channels, 8, 8) and batch.stride() == strides
+
+
 class Ramp(ImageSource):
     """Images whose red is the column and green the row."""
 
