@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("autoencoder", "unet")
 LAUNCHER = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
 LAUNCHER += ["--dynamo_backend", "no", "--mixed_precision", "no"]
-EVERY = {"mixed_precision": "no", "dataloader_num_workers": 0}
+EVERY = {"mixed_precision": "no", "torch_compile": "off", "dataloader_num_workers": 0}
 # the changes of each case to its config, by section; "" holds the common keys
 CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "digits": (

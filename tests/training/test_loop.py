@@ -76,7 +76,7 @@ def test_a_run_that_is_stopped_saves_and_does_not_wait_for_the_hub(run):
             break
     assert run.stop({"weights": 3}) == 128 + 15
     state = run.checkpoints.resume("latest")
-    assert state == {"step": 3, "images_per_step": 4, "weights": 3, "scaler": {}}
+    assert state == {"step": 3, "images_per_step": 4, "train_batch_size": 64, "weights": 3, "scaler": {}}
     assert run.publisher.calls == [("finish", False)] and run.tracker.calls[-1] == ("close",)
 
 
