@@ -28,7 +28,7 @@ from latent_ddpm.files import write_json
 from latent_ddpm.training.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"autoencoder": AutoencoderConfig, "unet": UNetConfig}
+STAGES = ("autoencoder", "unet")
 WATCHED = """
 import runpy, sys
 from torch._dynamo.utils import counters
@@ -78,8 +78,9 @@ def check(stage: str, root: Path, words: list[str], steps: int) -> dict:
         for late in (folder / "checkpoints").glob(f"{stage}-*{steps}"):
             shutil.rmtree(late)
         runs[folder.name] = train(stage, folder, words, other)
-    half = parse_config(CONFIGS[stage], words).train_batch_size // 2
-    halves = [*words, "--train_batch_size", str(half), "--gradient_accumulation_steps", "2"]
+    config = parse_config(AutoencoderConfig, words) if stage == "autoencoder" else parse_config(UNetConfig, words)
+    half = str(config.train_batch_size // 2)
+    halves = [*words, "--train_batch_size", half, "--gradient_accumulation_steps", "2"]
     runs["control"] = train(stage, root / "control", halves, "off")
     graphs = runs["default"]["graphs"]
     last = [
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--stages", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     options, words = parser.parse_known_args(argv)
     half = str(options.steps // 2)
     words += ["--max_train_steps", str(options.steps), "--logging_steps", "1", "--checkpoints_total_limit", "9"]
