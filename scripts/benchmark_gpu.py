@@ -111,13 +111,13 @@ def draw(out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit of all parts together; default: 8")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--data", help="folder of CIFAR-10's parquet files, for quality")
     parser.add_argument("--correctness", type=shlex.split, default=[], help="further words for that part, in quotes")
     parser.add_argument("--throughput", type=shlex.split, default=[], help="likewise")
-    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--rehearse", action="store_true", help="every part at toy size, on a CPU")
     options = parser.parse_args()
     out, begun = options.out, time.monotonic()
     ends = begun + 60 * options.minutes - CLOSING
@@ -148,7 +148,9 @@ def main() -> int:
     for part in running:  # the lock is free now
         summary[part.name] = part.wait(left())
     for name in ("quality", "sampling"):
-        if name in parts and left() > 10:
+        if name == "quality" and name in parts and not options.data:
+            print("quality: left out, because it needs --data")
+        elif name in parts and left() > 10:
             data = ["--data", options.data] if name == "quality" and options.data else []
             summary[name] = Part(name, out, [*minutes(name), *data]).wait(left())
     merge_throughput(out)

@@ -291,7 +291,7 @@ def computed_plan(
         "precision": card.precision,
         "other_precision": other_precision,
         "compiled": {stage: config.torch_compile != "off" for stage, config in configs.items()},
-        "shares_of_peak": {stage: cards.shares_of(config) for stage, config in configs.items()},
+        "shares_of_peak": {stage: cards.share_of(config) for stage, config in configs.items()},
         "stages": {stage: stage_plan(stage, config) for stage, config in configs.items()},
         "disk_bytes": cards.disk_on_card(configs, figures | {"autoencoder": encoder}, counts),
     }
@@ -363,8 +363,9 @@ def money(seconds: float, price: float | None) -> str:
 
 def report_stage(stage: str, config: RunConfig, figures: dict[str, Any], price: float | None) -> list[str]:
     """The sentences about a stage."""
-    low = figures.get("seconds_of_kernels")
-    between = f" ({duration(low)} on a machine that starts kernels fast)" if low else ""
+    low = figures.get("seconds_with_fast_cores")
+    faster = low and low < 0.99 * figures["seconds"]
+    between = f" ({duration(low)} with cores that start kernels three times as fast)" if faster else ""
     steps = figures["steps"]
     shown = [(name, value) for name, value in figures["parts"].items() if value >= 0.001 * figures["seconds"]]
     lines = [
@@ -375,6 +376,8 @@ def report_stage(stage: str, config: RunConfig, figures: dict[str, Any], price: 
         f"{duration(figures['seconds_per_epoch'])} an epoch.",
         "  Time: " + ", ".join(f"{name} {duration(value)}" for name, value in shown) + ".",
     ]
+    if figures.get("waits_for_kernels_to_start"):
+        lines.append("  Starting the kernels takes longer than running them: a faster card would not help.")
     device, resident = figures["device_memory_bytes"], figures.get("memory_bytes")
     total = figures["device_bytes"]
     needed = device or resident
@@ -417,24 +420,24 @@ def report(plan: dict[str, Any], configs: dict[str, RunConfig], price: float | N
                 "those of a machine that stays as busy."
             )
     else:
-        percent = "; ".join(
-            f"{stage} {by_clock:.3g} by the clock, {of_kernels:.3g} in its kernels"
-            for stage, (by_clock, of_kernels) in plan["shares_of_peak"].items()
-        )
+        percent = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in plan["shares_of_peak"].items())
         count = f"{plan['gpus']} times" if plan["gpus"] > 1 else "one"
         peak = f"{plan['tflops']:g} TFLOP/s, dense {plan['precision']}"
         compiled = {True: "compiled", False: "not compiled"}
         lines += [
             f"Computed for {count} {plan['device']} ({peak}), not measured.",
-            f"Assumed shares of the peak: {percent}.",
-            "They were measured on one H100 with the networks of configs/celebahq_256.yaml, "
-            + "; ".join(f"{stage} {compiled[value]}" for stage, value in plan["compiled"].items())
+            f"Assumed share of the peak while kernels run: {percent}.",
+            "It was measured on one H100 with the networks of configs/celebahq_256.yaml, "
+            + ", ".join(f"{stage} {compiled[value]}" for stage, value in plan["compiled"].items())
             + ".",
-            "Small networks take at least 0.3 ms a step for each parameter tensor, to start their kernels.",
+            "A step takes at least the time in which slow cores start its kernels.",
             "Decoding of images, disks and the exchange of gradients are assumed to keep up.",
         ]
         if plan["other_precision"]:
-            lines.append(f"That needs --mixed_precision {plan['precision']}, which the config does not have.")
+            lines.append(
+                f"That needs --mixed_precision {plan['precision']}, which the config does not have."
+                + (" Stage 1 cannot accumulate gradients in fp16." if plan["precision"] == "fp16" else "")
+            )
     for stage, config in configs.items():
         lines += ["", *report_stage(stage, config, plan["stages"][stage], price)]
     disk = dict(plan["disk_bytes"])

@@ -143,8 +143,9 @@ def test_time_follows_the_peak_until_kernels_have_to_start(on_card):
     slow, fast = (on_card(large, card)[0]["parts"]["steps"] for card in ("A100-80", "H100"))
     assert slow / fast == pytest.approx(989.5 / 312)
     small, figures = on_card(UNET)
-    assert small["seconds_per_step"] == pytest.approx(figures["parameter_tensors"] * cards.START_BY_CLOCK)
-    assert small["seconds_of_kernels"] < small["seconds"]
+    assert small["seconds_per_step"] == pytest.approx(figures["parameter_tensors"] * cards.START_WITH_SLOW_CORES[False])
+    assert small["seconds_with_fast_cores"] < small["seconds"] and small["waits_for_kernels_to_start"]
+    assert not on_card(large)[0]["waits_for_kernels_to_start"]
 
 
 def test_fitting_batch_keeps_the_images_of_a_step():
