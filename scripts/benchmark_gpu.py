@@ -119,6 +119,12 @@ def main() -> int:
     parser.add_argument("--throughput", type=shlex.split, default=[], help="likewise")
     parser.add_argument("--rehearse", action="store_true", help="every part at toy size, on a CPU")
     options = parser.parse_args()
+    if options.minutes <= 0:
+        parser.error("--minutes must be greater than 0")
+    if options.data and not Path(options.data).is_dir():
+        parser.error(f"--data {options.data} is not a folder")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is a file")
     out, begun = options.out, time.monotonic()
     ends = begun + 60 * options.minutes - CLOSING
     out.mkdir(parents=True, exist_ok=True)
@@ -150,19 +156,24 @@ def main() -> int:
     for name in ("quality", "sampling"):
         if name == "quality" and name in parts and not options.data:
             print("quality: left out, because it needs --data")
-        elif name in parts and left() > 10:
+        elif name in parts and left() <= 10:
+            summary[name] = {"status": "skipped: out of time", "seconds": 0}
+            print(f"{name}: skipped, no time is left")
+        elif name in parts:
             data = ["--data", options.data] if name == "quality" and options.data else []
             summary[name] = Part(name, out, [*minutes(name), *data]).wait(left())
     merge_throughput(out)
     (out / "lock").unlink()
-    try:
-        draw(out)
-    except Exception as error:
-        print(f"no figure: {error}")
+    if (out / "throughput.json").exists():
+        try:
+            draw(out)
+        except Exception as error:
+            print(f"no figure: {error}")
     (out / "gpu.json").write_text(json.dumps({"seconds": time.monotonic() - begun, "parts": summary}, indent=1) + "\n")
     failed = [name for name, happened in summary.items() if happened["status"] != 0]
-    print(f"written to {out}" + (f"; not complete: {', '.join(failed)}" if failed else ""))
-    return 0
+    logs = ", ".join(f"{name}.log" for name in failed)
+    print(f"written to {out}" + (f"; not complete: {', '.join(failed)} ({logs} say why)" if failed else ""))
+    return 1 if failed else 0
 
 
 def rehearse(out: Path, parts: list[str]) -> list[str]:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, in_steps, keys_of, parse_config, same_batch
 from latent_ddpm.errors import UserError
@@ -93,20 +94,21 @@ def configs_of(words: Sequence[str], processes: int = 1) -> dict[str, RunConfig]
 
 @contextlib.contextmanager
 def folder_beside(output_dir: Path) -> Iterator[Path]:
-    """A temporary folder on the disk of output_dir; it is removed at the end, also after Ctrl-C or SIGTERM."""
+    """A temporary folder on the disk of output_dir; it is removed at the end, also after Ctrl-C, SIGTERM or SIGHUP."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     parent = next(path for path in output_dir.resolve().parents if path.is_dir())
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {name: signal.signal(name, stop) for name in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))}
     try:
         with tempfile.TemporaryDirectory(
             prefix=".plan-", dir=parent if os.access(parent, os.W_OK) else None, ignore_cleanup_errors=True
         ) as name:
             yield Path(name)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def launched(config: RunConfig, device: str | None, words: list[str]) -> list[str]:
@@ -495,10 +497,16 @@ def main(argv: list[str]) -> int:
         raise UserError("see the message above") from error
     for name in ("hours", "price", "seconds", "images", "gpus"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # NaN is not, either
             raise UserError(f"--{name} is {value:g}; it must be greater than 0.")
+    if options.images == 1:
+        raise UserError("--images is 1; it must be at least 2, because one image is held out.")
     configs = configs_of(rest, options.gpus)
     if options.device in (None, "cpu", "cuda"):
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "There is no GPU here. Give a card's name for --device, or leave it out to measure the CPU."
+            )
         if options.images is not None or options.gpus > 1:
             raise UserError("--images and --gpus are for a card's name; here one process is measured on your images.")
         plan, seconds = measured_plan(configs, rest, options.seconds, options.device)

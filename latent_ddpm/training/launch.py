@@ -178,6 +178,10 @@ def _fit_to_memory(config: Config, state: dict, accelerator: Accelerator, fittin
     if 0 < before <= most and share % before == 0:
         size = before  # a resumed run repeats its bits only with the same micro-batches
     logger.info("train_batch_size auto: %d images at a time, %d times a step (%d fit)", size, share // size, most)
+    if not before and 2 * size <= min(most, share) and accelerator.is_main_process:
+        better = count * round(share / min(most, share)) * min(most, share)
+        logger.warning("%d images a step have no larger divisor that fits. A new run is faster with %d.",
+                       config.images_per_step, better)  # fmt: skip
     return dataclasses.replace(config, train_batch_size=size)
 
 

@@ -20,7 +20,7 @@ UNET = {"unet_block_out_channels": [32, 64], "unet_attention_levels": [1]}
 class Processes:
     """What fit_to_processes needs of an accelerator, on a GPU that does not exist."""
 
-    mixed_precision = "bf16"
+    mixed_precision, is_main_process = "bf16", True
 
     def __init__(self, count=1, kind="cuda"):
         self.num_processes = count
@@ -54,6 +54,16 @@ def test_micro_batches_make_the_step(gpu, count, fits, size, accumulation):
     config = fit_to_processes(UNetConfig(**AUTO, **UNET), None, Processes(count), fitting)
     assert (config.train_batch_size, config.gradient_accumulation_steps) == (size, accumulation)
     assert asked == [("bf16", 24 * GIB, count)]
+
+
+@pytest.mark.parametrize(("images", "better"), [(67, 64), (134, 128), (240, None), (127, 128)])
+def test_images_without_a_large_divisor_are_named(gpu, caplog, images, better):
+    config = UNetConfig(**{**AUTO, "images_per_step": images}, **UNET)
+    fit_to_processes(config, None, Processes(), lambda *_: 64)
+    warned = f"{images} images a step have no larger divisor that fits. A new run is faster with {better}."
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [warned] * (
+        better is not None
+    )
 
 
 def test_a_resumed_run_keeps_its_micro_batches_where_they_fit(gpu):

@@ -104,6 +104,9 @@ def test_errors_are_one_sentence(config, tmp_path, preloaded, monkeypatch):
         plan_run.main(["--config", str(config), "--train_data_dir", str(tmp_path / "none"), "--seconds", "3"])
     for words, sentence in (
         (["--hours", "0"], "--hours is 0"),
+        (["--hours", "nan"], "--hours is nan"),
+        (["--device", "cuda"], "There is no GPU here"),
+        (["--device", "L4", "--images", "1"], "at least 2"),
         (["--sead", "1"], "Did you mean 'seed'"),
         (["--images", "5"], "for a card's name"),
         (["--device", "H1000"], "Did you mean H100"),
@@ -130,7 +133,7 @@ def test_keys_go_to_the_stage_that_has_them():
     assert plan_run.of_stage(words, "unet") == [*words[:2], words[4], *words[7:]]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_leaves_nothing(config, tmp_path, signum):
     words = ["scripts/plan_run.py", "--config", str(config), "--output_dir", str(tmp_path / "run"), "--seconds", "60"]
     script = Script(words)
