@@ -144,7 +144,7 @@ class RunConfig:
     """micro-batches per optimizer step."""
     images_per_step: int | None = None
     """images per optimizer step, of all processes; sets gradient_accumulation_steps, so that a step does not depend on
-    the number of processes and their memory."""
+    the number of processes and their memory. train_batch_size auto needs it."""
     max_train_steps: int = 10_000
     """total number of optimizer steps."""
     max_train_images: int | None = None
@@ -173,7 +173,7 @@ class RunConfig:
 
     torch_compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
     """compile the networks with torch.compile, in one of its modes. The first steps take minutes, the others less time.
-    reduce-overhead and max-autotune use CUDA graphs."""
+    reduce-overhead (CUDA graphs) is for small networks; max-autotune needs deterministic false."""
     channels_last: bool | None = None
     """store images and convolutions with the channels innermost, the layout of a GPU's matrix units; unset does so on a
     GPU."""
