@@ -182,7 +182,7 @@ def rehearse(out: Path, parts: list[str]) -> list[str]:
     for name in parts:
         words = ["--rehearse", *(["--minutes", "9"] if name != "correctness" else [])]
         running.append(Part(name, out, words, "-rehearsal" if name == "throughput" else ""))
-    failed = [part.name for part in running if part.wait(300)["status"] != 0]
+    failed = [part.name for part in running if part.wait(900)["status"] != 0]
     merge_throughput(out)
     if "throughput" in parts:
         draw(out)
