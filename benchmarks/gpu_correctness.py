@@ -242,6 +242,8 @@ def train(run: Run, stage: str, folder: Path, steps: int, until_checkpoint: bool
 
 def cause(output: str) -> str:
     """The part of a failed run's output that says why: its first traceback, as a launcher adds its own after it."""
+    for folder in (f"{ROOT}/", *(f"{path}/" for path in sys.path if path.endswith("-packages"))):
+        output = output.replace(folder, "")  # results are published: they name files relative to their package
     first = output.find("Traceback (most recent call last)")
     return output[first:][:8000] if first >= 0 else output[-3000:]
 

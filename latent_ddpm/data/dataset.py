@@ -73,7 +73,7 @@ class ImageDataset(Dataset):
         # usually all of them: then nothing has to be stored
         self.kept = None if kept is None or len(kept) == len(source) else np.asarray(kept, dtype=np.int64)
         self.class_names, self.labels = source.class_names, source.labels
-        self.library = resizer(cfg.image_resize)
+        self.resized_by = resizer(cfg.image_resize)
         self.fingerprint = _cache_key(source, cfg)
         if self.kept is not None:
             self.labels = None if self.labels is None else self.labels[self.kept]
@@ -113,7 +113,7 @@ class ImageDataset(Dataset):
         for candidate in range(i, i + len(self)):
             candidate %= len(self)
             k = self.source_index(candidate)
-            pixels = decode_square(self.source, k, self.resolution, self.channels, crop, self.library)
+            pixels = decode_square(self.source, k, self.resolution, self.channels, crop, self.resized_by)
             if not isinstance(pixels, str):
                 return pixels, candidate
             self.bad_images.add(self.name(candidate), pixels)
@@ -249,13 +249,13 @@ class _Squares(Dataset):
 
     def __init__(self, source: ImageSource, cfg: Any) -> None:
         self.source, self.resolution, self.channels = source, cfg.resolution, cfg.image_channels
-        self.library = resizer(cfg.image_resize)
+        self.resized_by = resizer(cfg.image_resize)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, k: int) -> tuple[int, np.ndarray | str]:
-        return k, decode_square(self.source, k, self.resolution, self.channels, CENTRE, self.library)
+        return k, decode_square(self.source, k, self.resolution, self.channels, CENTRE, self.resized_by)
 
 
 def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadImages, size: int) -> None:

@@ -318,7 +318,7 @@ class ConditioningImages(ImageDataset):
         name = self.name(i)
         if self.classes is None:
             k = self.source_index(i)
-            pixels = decode_square(self.of, k, self.resolution, self.channels, crop, self.library)
+            pixels = decode_square(self.of, k, self.resolution, self.channels, crop, self.resized_by)
             if isinstance(pixels, str):
                 raise UserError(f"The conditioning image of {name} cannot be used: {pixels}")
             return pixels, i

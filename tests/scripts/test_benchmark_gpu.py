@@ -54,6 +54,7 @@ def test_what_a_failed_run_says():
     )
     assert cause(launched).startswith("Traceback (most recent call last):\n  first\nValueError: why")
     assert cause("one sentence") == "one sentence"
+    assert cause(f"{ROOT}/train_unet.py FAILED") == "train_unet.py FAILED"
 
 
 def test_lines_that_wait_in_every_step():
