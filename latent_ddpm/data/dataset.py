@@ -273,7 +273,6 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
         batch_size=64,
         collate_fn=list,
         num_workers=cfg.dataloader_num_workers,
-        pin_memory=torch.cuda.is_available(),  # by a thread, ahead of the copy to the GPU
         generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
     kept, bad = [], []
