@@ -785,6 +785,7 @@ def _explain(error: Exception) -> str:
     if not match:
         return text
     kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
+    kind = re.sub(r"^(\w+), Literal\[('\w+')\]$", r"\1 or \2", kind)
     kind = re.sub(r"Literal\[(.+?)\]", lambda words: f"one of {words[1]}", kind)
     return f"{match[1]} must be {kind}, not {match[3]!r}."
 
@@ -853,11 +854,8 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 FREE_KEYS = {
     *("output_dir", "resume_from_checkpoint", "report_to", "tracker_project_name", "autoencoder", "latents_dir"),
     *("max_train_steps", "max_train_images"),
-    *(
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "images_per_step",
-    ),  # same_batch keeps their product with the processes
+    # same_batch keeps their product with the processes
+    *("train_batch_size", "gradient_accumulation_steps", "images_per_step"),
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("dataloader_num_workers", "heartbeat_timeout", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots", "guidance_scale"),

@@ -64,6 +64,7 @@ def test_sections_override_common_keys_and_flags_override_both(config_file):
         (["--learning_rate", "fast"], "learning_rate must be float, not 'fast'"),
         (["--seed", "1.5"], "seed must be int"),
         (["--mixed_precision", "fp8"], "^mixed_precision must be one of 'no', 'bf16', 'fp16', not 'fp8'"),
+        (["--train_batch_size", "many"], "^train_batch_size must be int or 'auto', not 'many'"),
         (["--lr_scheduler", "cosin"], "lr_scheduler must be one of 'constant', 'cosine', .*, not 'cosin'"),
         (["--learning_rate"], "learning_rate"),
         (["stray"], "stray"),
