@@ -1,12 +1,14 @@
 """The interface of an image source, and a subset of one."""
 
 import abc
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from latent_ddpm.data.findings import Findings
 from latent_ddpm.data.indexing import PART, AllBut, digest_of_many, narrow
 from latent_ddpm.errors import UserError
 
@@ -23,11 +25,16 @@ class ImageSource(abc.ABC):
         labels: int8, int16 or int32 (N,), the class of each image, -1 where unknown; None without classes.
         class_names: the name of each class, indexed by label; None exactly when `labels` is None.
         fingerprint: changes when the collection or the content of its images changes.
+        findings: what else was found; a dataset's two splits share one object.
     """
 
     labels: np.ndarray | None = None
     class_names: list[str] | None = None
     fingerprint: str
+
+    @functools.cached_property
+    def findings(self) -> Findings:
+        return Findings()
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -84,7 +91,7 @@ class SubsetSource(ImageSource):
     def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray | AllBut) -> None:
         self.source = source
         self.indices = indices if isinstance(indices, AllBut) else np.asarray(indices, dtype=np.int64)
-        self.class_names = source.class_names
+        self.class_names, self.findings = source.class_names, source.findings
         if source.labels is not None:
             parts = (source.labels[self.indices[start : start + PART]] for start in range(0, len(self), PART))
             self.labels = narrow(parts, len(self))
