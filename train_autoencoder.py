@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     if sources is None:
         read_stream(config, *process, accelerator.wait_for_everyone)
         sources = open_sources(config)
+    training.check_data(sources[0].identity(), sources[0].findings.notes)
     train_set, validation_set, bad_images = open_datasets(training, sources)
     order = ExampleOrder(len(train_set), config.seed)
     batches = train_batches(

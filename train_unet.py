@@ -20,6 +20,7 @@ from latent_ddpm.autoencoder.stock import StockAutoencoder, check_autoencoder_fi
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data.dataset import ExampleOrder
 from latent_ddpm.data.latents import LatentCache, hash_folder, images_for_run, latents_for_run, read_ahead
+from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.diffusion.conditions import (
     Conditions,
     Given,
@@ -81,7 +82,12 @@ def main(argv: list[str]) -> int:
     is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
     autoencoder.to(device)
     encoder = load_encoder(config)
-    images = images_for_run(config, is_main, wait, check_source)
+
+    def check(source: ImageSource, config: UNetConfig) -> None:
+        check_source(source, config)
+        training.check_data(source.identity(), source.findings.notes)
+
+    images = images_for_run(config, is_main, wait, check)
     latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)
     conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait, encoder)
     check_conditions(training, conditions)
@@ -98,7 +104,7 @@ def main(argv: list[str]) -> int:
         with must_fit(config.resume_from_checkpoint):
             unet.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-        if state["latents"] != latents.folder.name:
+        if state["latents"] != latents.folder.name and training.data_changed is None:
             logger.warning(
                 "The images or their transform differ from those of the checkpoint. Training continues on the new ones."
             )

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same_batch
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
+from latent_ddpm.places import no_folder
 from latent_ddpm.progress import close_bars
 from latent_ddpm.resizing import resizer
 from latent_ddpm.training.acceleration import check_compiler, set_arithmetic, take_compile_request
@@ -79,8 +80,11 @@ def claim(output_dir: Path, stage: str) -> None:
     _claims.append(file)
 
 
-def check_before_loading(config: RunConfig, stage: str) -> Path:
-    """Check what needs neither data nor models; returns the path of the run's saved config.
+def check_before_loading(config: RunConfig, stage: str) -> tuple[Path, str]:
+    """Check what needs neither data nor models.
+
+    Returns:
+        The path of the run's saved config, and how the places of the data differ from the saved ones, or "".
 
     Raises:
         UserError: the run cannot work.
@@ -94,12 +98,12 @@ def check_before_loading(config: RunConfig, stage: str) -> Path:
     saved = Path(config.output_dir) / f"train_{stage}.yaml"
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise UserError(f"output_dir {config.output_dir} is a file.")
-    check_same_run(config, saved)
+    moved = check_same_run(config, saved)
     if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
-        raise UserError(f"train_data_dir {config.train_data_dir} is not a folder.")
+        raise UserError(no_folder("train_data_dir", config.train_data_dir))
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision fp16 needs a GPU; on a CPU use no.")
-    return saved
+    return saved, moved
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:

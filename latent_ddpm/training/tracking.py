@@ -47,11 +47,16 @@ def is_finished(config: RunConfig, stage: str, first_step: int, product: str) ->
         )
     if first_step != config.max_train_steps or config.push_to_hub or not (folder / product).exists():
         return False
+    return noted_of(folder, stage).get("finished_at") == first_step
+
+
+def noted_of(folder: Path, stage: str) -> dict:
+    """What run.json in a run's folder says about a stage; empty if it says nothing or is damaged."""
     try:
-        noted = json.loads((folder / "run.json").read_text())
-        return noted[stage].get("finished_at") == first_step
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False
+        noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))[stage]
+        return noted if isinstance(noted, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 class Tracker:
@@ -67,6 +72,7 @@ class Tracker:
         images_per_step: of all processes together.
         training_images: in the training set.
         validation_images: held out.
+        data: identity of the training images, or "".
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Tracker:
         images_per_step: int,
         training_images: int,
         validation_images: int,
+        data: str = "",
     ) -> None:
         self.accelerator, self.stage, self.images_per_step = accelerator, stage, images_per_step
         self.path, self.samples = output_dir / "metrics.jsonl", output_dir / "samples"
@@ -89,7 +96,7 @@ class Tracker:
         if self.main:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._cut(first_step)
-            self._note_machine(output_dir / "run.json", training_images, validation_images)
+            self._note_machine(output_dir / "run.json", training_images, validation_images, data)
             self._start_trackers(config, first_step)
         self.bar = progress_bar(
             total=last_step,
@@ -113,13 +120,14 @@ class Tracker:
                 keep.append(line + "\n")
         write_whole(self.path, "".join(keep))
 
-    def _note_machine(self, path: Path, training_images: int, validation_images: int) -> None:
+    def _note_machine(self, path: Path, training_images: int, validation_images: int, data: str) -> None:
         """Write hardware, versions and numbers of images to run.json, for the model card."""
         noted = json.loads(path.read_text()) if path.exists() else {}
         device = self.accelerator.device
         noted[self.stage] = {key: value for key, value in noted.get(self.stage, {}).items() if key == "tracker_run"} | {
             "training_images": training_images,
             "validation_images": validation_images,
+            "data": data,
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
             else f"{device.type}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}",

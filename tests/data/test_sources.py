@@ -35,6 +35,7 @@ from PIL import Image
 from preloaded import ROOT
 
 from latent_ddpm.data import indexing
+from latent_ddpm.data.formats import readable_extensions
 from latent_ddpm.data.sources import folder, hub, splits
 from latent_ddpm.data.sources.base import ImageSource, SubsetSource
 from latent_ddpm.data.sources.embedded import DigitsSource
@@ -56,29 +57,32 @@ def test_folder_finds_images_at_any_depth_in_sorted_order(tmp_path):
     assert [source.name(i) for i in range(len(source))] == ["a.png", "a/deep/er/y.png", "b/x.PNG", "z.Png"]
     assert source.load(1).getpixel((0, 0)) == colour(1)
     assert source.load(2).getpixel((0, 0)) == colour(0)
-    assert source.labels is None and source.class_names is None  # two images lie in no sub-folder
+    assert source.findings.left_out == {
+        "hidden files": [".hidden.png"],
+        "hidden folders": [".cache/", "a/.git/"],
+    }
 
 
 def test_a_folder_that_vanishes_or_cannot_be_read(tmp_path, monkeypatch):
     fill(tmp_path, ["a/1.png", "b/2.png", "c/3.png"])
     (tmp_path / "a" / "self.png").symlink_to("self.png")
     (tmp_path / "a" / "self").symlink_to("self")
-    listing = folder._images_and_folders
+    listing = folder._listing
 
-    def meanwhile(folder, others):
+    def meanwhile(folder):
         if folder.endswith("/a"):
             shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        return listing(folder, others)
+        return listing(folder)
 
-    monkeypatch.setattr(folder, "_images_and_folders", meanwhile)
+    monkeypatch.setattr(folder, "_listing", meanwhile)
     assert list(FolderSource(tmp_path).names) == ["a/1.png", "a/self.png", "c/3.png"]
 
-    def refused(folder, others):
+    def refused(folder):
         if folder.endswith("/c"):
             raise PermissionError(13, "Permission denied", folder)
-        return listing(folder, others)
+        return listing(folder)
 
-    monkeypatch.setattr(folder, "_images_and_folders", refused)
+    monkeypatch.setattr(folder, "_listing", refused)
     with pytest.raises(UserError, match="/c cannot be read: Permission denied"):
         FolderSource(tmp_path)
 
@@ -147,7 +151,7 @@ def test_folder_fingerprint_follows_names_sizes_and_times(tmp_path):
 
 def test_every_extension_is_one_that_pillow_knows():
     known = Image.registered_extensions()
-    assert [extension for extension in folder.EXTENSIONS if known.get(extension) not in Image.OPEN] == []
+    assert [extension for extension in readable_extensions() if known.get(extension) not in Image.OPEN] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -220,12 +224,12 @@ def test_columns_without_an_image_feature(features):
         source.load(1)
 
 
-def test_folder_of_images_through_datasets(tmp_path):
+def test_folder_of_images_as_dataset_name(tmp_path):
     folder = fill(tmp_path / "set", [f"{kind}/{k}.png" for kind in ("ape", "bee") for k in range(3)])
     train, validation = open_sources(config(dataset_name=str(folder)))
     assert (len(train), len(validation)) == (5, 1)
     assert train.class_names == ["ape", "bee"]
-    every = sorted(source.name(i).split(" ")[1] for source in (train, validation) for i in range(len(source)))
+    every = sorted(source.name(i) for source in (train, validation) for i in range(len(source)))
     assert every == [f"{kind}/{k}.png" for kind in ("ape", "bee") for k in range(3)]  # no path of this machine
     pixels = {train.load(i).getpixel((0, 0)) for i in range(5)} | {validation.load(0).getpixel((0, 0))}
     assert pixels == {colour(k) for k in range(6)}
@@ -347,10 +351,10 @@ def test_rows_in_an_order_of_their_own_and_columns_that_are_not_used(monkeypatch
 
 @pytest.mark.parametrize("labels", [[-100, 3], [2**40, 3]])
 def test_labels_beyond_what_classes_can_be_are_clipped(labels):
-    found, names = hub.classes_of(np.array(labels, dtype=np.int64), ["a", "b", "c", "d"])
-    assert found.tolist() == [max(-1, min(labels[0], 2**31 - 1)), 3] and names == ["a", "b", "c", "d"]
+    found = hub.labels_in_range(np.array(labels, dtype=np.int64))
+    assert found.tolist() == [max(-1, min(labels[0], 2**31 - 1)), 3]
     if labels[0] < 0:
-        assert hub.classes_of(np.array(labels, dtype=np.int8), names)[0].tolist() == [-1, 3]
+        assert hub.labels_in_range(np.array(labels, dtype=np.int8)).tolist() == [-1, 3]
 
 
 def test_captions_are_read_a_part_at_a_time(monkeypatch):
@@ -378,8 +382,8 @@ def test_integer_labels():
             "image",
         )
 
-    assert source([0, 2, None]).labels.tolist() == [0, 2, -1]
-    assert source([0, 2, None]).class_names == ["0", "1", "2"]
+    assert source([2, 0, None]).labels.tolist() == [1, 0, -1]
+    assert source([2, 0, None]).class_names == ["0", "2"]  # nobody drew a 1
     assert source([10**9, 5]).labels is None  # identifiers, not classes
     hashes = datasets.Dataset.from_dict({"image": [png(0)] * 2, "label": np.array([2**64 - 7, 5], dtype=np.uint64)})
     assert HubSource(hashes, "train", "image").labels is None
@@ -488,6 +492,7 @@ from types import SimpleNamespace
 from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.errors import UserError
 cfg = SimpleNamespace(train_data_dir=None, dataset_name=sys.argv[1], dataset_config_name=None, image_column="image",
+                      class_column=None, class_names=None,
                       output_dir="no/such/folder", streaming=False, validation_fraction=0.1, max_validation_images=9)
 try:
     train, validation = open_sources(cfg)
@@ -573,7 +578,7 @@ def test_one_image_can_not_be_split(tmp_path):
 
 
 class Names(ImageSource):
-    fingerprint = "names"
+    fingerprint, roles = "names", None
 
     def __init__(self, names):
         self.names = names
@@ -590,7 +595,7 @@ class Names(ImageSource):
 
 def split(names: list[str], fraction: float, most: int) -> tuple[set[str], set[str]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splits, "FolderSource", lambda root, scratch: Names(names))
+        patch.setattr(splits, "FolderSource", lambda *_: Names(names))
         cfg = config(train_data_dir="x", validation_fraction=fraction, max_validation_images=most)
         return tuple({s.name(i) for i in range(len(s))} for s in open_sources(cfg))
 
