@@ -25,6 +25,7 @@ from latent_ddpm.diffusion.conditions import (
     Conditions,
     Given,
     check_source,
+    identity_of,
     load_encoder,
     make_conditions,
     to_device,
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> int:
 
     def check(source: ImageSource, config: UNetConfig) -> None:
         check_source(source, config)
-        training.check_data(source.identity(), source.findings.notes)
+        training.check_data(identity_of(source, config), source.findings.notes)
 
     images = images_for_run(config, is_main, wait, check)
     latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)

@@ -89,6 +89,7 @@ class RunConfig:
 
     def _check_run(self) -> None:
         _require_nonnegative(self, "seed")
+        _require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "the name of a folder")
 
     # --------------------------------------------------------------------------------------------------------- data
 

@@ -37,6 +37,8 @@ def same_place(one: str, other: str) -> bool:
 def no_folder(key: str, value: str) -> str:
     """Why `value` is not a folder of images, and what may have been meant: one sentence for a UserError."""
     path = Path(value)
+    if "://" in value:
+        return f"{key} {value} is an address. --dataset_name reads parquet and WebDataset files from addresses."
     if path.is_file():
         if path.suffix.lower() in (".parquet", ".tar"):
             return f"{key} {value} is a file. Parquet and WebDataset files are given with --dataset_name."

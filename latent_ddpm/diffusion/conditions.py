@@ -370,6 +370,11 @@ class ConditioningSource(ImageSource):
     def load(self, i: int, at_least: int | None = None) -> Any:
         if self.folder is None:
             return self.source.load_column(i, self.column, at_least)
+        return decode(self.data(i), at_least)
+
+    def data(self, i: int) -> bytes | None:
+        if self.folder is None:
+            return self.source.data(i)  # of the same row
         name = Path(self.name(i))
         stem = name.with_suffix("").as_posix()
         found = self._files.get(stem, [])
@@ -377,8 +382,8 @@ class ConditioningSource(ImageSource):
         if not found:
             raise FileNotFoundError(f"there is no image {self.folder / stem}.*")
         if len(found) > 1:
-            raise ValueError(f"it could be {' or '.join(path.name for path in found)}; keep one of them")
-        return decode(found[0].read_bytes(), at_least)
+            raise OSError(f"it could be {' or '.join(path.name for path in found)}; keep one of them")
+        return found[0].read_bytes()
 
 
 def _images_by_name(folder: Path) -> dict[str, list[Path]]:
@@ -433,6 +438,13 @@ def check_source(source: ImageSource, config: UNetConfig) -> None:
         _class_names(source)
     if "text" in config.conditions:
         check_captions(source, config)
+
+
+def identity_of(source: ImageSource, config: UNetConfig) -> str:
+    """Identifies the training images, and those of a conditioning_image_dir; see `ImageSource.identity`."""
+    if not config.conditioning_image_dir:
+        return source.identity()
+    return digest(source.identity(), ConditioningSource(source, config).identity())
 
 
 def make_conditions(

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
 TABLES = {".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz", ".lance"}  # files that `datasets` takes for the dataset
 SAVED_DATASET = ("dataset_dict.json", "state.json", "dataset_info.json")  # of save_to_disk
+SPLIT_WORDS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"  # as in `datasets`
+ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 LABEL_COLUMNS = ("label", "labels", "cls")  # the last one as in WebDataset
 
 
@@ -343,13 +345,17 @@ def _has_split_folders(path: str) -> bool:
 
 def choose_splits(splits: dict, name: str) -> tuple[str, str | None]:
     """The split to train on and the one to validate on, None without one, of the dataset called `name`."""
+    meant = {split: split_named(split) for split in splits}
     if "train" in splits:
         train = "train"
+    elif list(meant.values()).count("train") == 1:
+        train = next(split for split, use in meant.items() if use == "train")
     elif len(splits) == 1:
         train = next(iter(splits))
     else:
         raise UserError(f"dataset_name: {name!r} has no split 'train'; its splits are {', '.join(splits)}")
-    return train, next((s for s in VALIDATION_SPLITS if s in splits and s != train), None)
+    held_out = [split for use in ("validation", "test") for split in splits if meant[split] == use and split != train]
+    return train, next((split for split in (*VALIDATION_SPLITS, *held_out) if split in held_out), None)
 
 
 def load_splits(name: str, config_name: str | None, streaming: bool = False) -> dict:
@@ -378,9 +384,14 @@ def load_splits(name: str, config_name: str | None, streaming: bool = False) -> 
                 # otherwise a class called "train" would be taken for the only split
                 files = {"train": os.path.join(glob.escape(path), "**")}
                 return dict(datasets.load_dataset("imagefolder", data_files=files, streaming=streaming))
+            if glob.has_magic(path):  # `datasets` takes the folder's name for a pattern
+                parquet = _data_files(os.path.join(glob.escape(path), "**", "*.parquet"))
+                return dict(datasets.load_dataset("parquet", data_files=parquet, streaming=streaming))
             return dict(datasets.load_dataset(path, config_name, streaming=streaming))
-        if path.endswith((".parquet", ".tar")) or glob.has_magic(path) or "://" in path:
-            kind = "webdataset" if path.endswith(".tar") else "parquet"
+        if os.path.isfile(path) and path.lower().endswith(ARCHIVES):
+            raise UserError(f"dataset_name: {name!r} is an archive. Unpack it, and give the folder as train_data_dir.")
+        if path.endswith((".parquet", ".arrow", ".tar")) or glob.has_magic(path) or "://" in path:
+            kind = {".tar": "webdataset", ".arrow": "arrow"}.get(os.path.splitext(path)[1], "parquet")
             return dict(datasets.load_dataset(kind, data_files=_data_files(path), streaming=streaming))
         return dict(datasets.load_dataset(name, config_name, streaming=streaming))
     except UserError:
@@ -411,9 +422,13 @@ def _data_files(pattern: str) -> dict[str, list[str]]:
     Args:
         pattern: a path or an address; both may hold a range {000..023}, a path also * and **.
     """
-    files = _expand_range(pattern)
-    if "://" not in pattern:
-        files = sorted(f for name in files for f in glob.glob(name, recursive=True) if os.path.isfile(f))
+    if os.path.isfile(pattern):  # brackets in the name of a file or folder are no pattern
+        files = [pattern]
+    elif "://" in pattern:
+        files = _expand_range(pattern)
+    else:
+        named = _expand_range(pattern)
+        files = sorted(f for name in named for f in glob.glob(name, recursive=True) if os.path.isfile(f))
     if not files:
         raise UserError(f"dataset_name: no file matches {pattern!r}")
     for file in files:
@@ -421,8 +436,9 @@ def _data_files(pattern: str) -> dict[str, list[str]]:
             _check_tar_ends(file)
     splits: dict[str, list[str]] = {}
     for file in files:
-        word = re.search(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])", os.path.basename(file).lower())
-        splits.setdefault(word.group(1) if word else "train", []).append(file)
+        word = re.search(rf"(?<![a-z])({SPLIT_WORDS})(?![a-z])", os.path.basename(file).lower())
+        of_file = "" if "://" in file else glob.escape(file)  # `datasets` takes a path for a pattern
+        splits.setdefault(word.group(1) if word else "train", []).append(of_file or file)
     return splits
 
 
