@@ -76,7 +76,9 @@ class FolderSource(ImageSource):
         self.root, self._key = Path(root).expanduser(), key
         if not self.root.is_dir():
             raise UserError(f"{key}: there is no folder {str(self.root)!r}")
-        self._without = {place: why for folder, why in (without or {}).items() if (place := _place(folder))}
+        self._without = {
+            place: why for folder, why in (without or {}).items() if (place := _place(os.path.realpath(folder)))
+        }
         if _place(self.root) in self._without:
             raise UserError(f"{key}: {self.root} is {self._without[_place(self.root)]}, so it cannot hold the images.")
         self._extensions = frozenset(readable_extensions())

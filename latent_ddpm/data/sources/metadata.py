@@ -40,7 +40,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     header = text.split("\n", 1)[0]
     # a comma, or what Excel writes where the comma is the decimal mark
     delimiter = next((mark for mark in ",;\t" if FILE_NAME in _names(header, mark)), ",")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
     rows = []
     for row in reader:
