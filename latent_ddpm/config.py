@@ -106,7 +106,7 @@ class RunConfig:
     class_column: str | None = None
     """column of the classes (integers, strings or class labels); for a folder, a key in metadata files or NAME.json.
     Unset takes `label`, `labels` or `cls`, and for a folder the names of its folders."""
-    class_names: list[str] | None = None
+    class_names: list[str | int] | None = None
     """the classes to train on, in this order; images of other classes are left out. Unset takes all."""
     resolution: int = 64
     """images are resized to a square of this many pixels per side."""
@@ -732,6 +732,7 @@ PATH_KEYS = {
     *("output_dir", "train_data_dir", "dataset_name", "resume_from_checkpoint", "lpips_weights"),
     *("autoencoder", "latents_dir", "conditioning_image_dir", "text_encoder"),
 }
+NO_WORDS = {"mixed_precision": "no", "torch_compile": "off"}
 # Keys that describe the images of one source, and mean nothing for another one.
 SOURCE_KEYS = (
     *("train_data_dir", "dataset_name", "dataset_config_name", "streaming", "image_column"),
@@ -795,6 +796,9 @@ def read_yaml(path: str | Path, config_class: type[Config]) -> dict:
             hint = f" It belongs in the section {owner[0]}." if owner else _nearest(key, keys_of(RunConfig))
             raise UserError(f"{path}: unknown key '{key}' at the top level.{hint}")
     values = content | sections[SECTION_OF[config_class]]
+    for key in values.keys() & NO_WORDS.keys():
+        if values[key] is False:  # what YAML makes of no and off
+            values[key] = NO_WORDS[key]
     if values.get("hub_token"):
         raise UserError(
             f"{path} holds a hub_token. The config is saved with the run and published with the model: remove the "
@@ -864,6 +868,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str]) -> Config:
         if getattr(config, key):
             setattr(config, key, expand(getattr(config, key), key))
     config.source_note = note
+    config.class_names = None if config.class_names is None else list(map(str, config.class_names))
     config.validate()
     if config.image_resize is None:
         config.image_resize = _resize_of_run(config)

@@ -112,7 +112,7 @@ class TrainingRun:
             raise another_run(self._saved_config, self._moved)
         if self._moved:
             self.logger.info("the data are those of the run, at another place (%s)", self._moved)
-        self.data_changed = before is not None and not same
+        self.data_changed = None if not before else not same
         if self.data_changed and self.first_step:
             self.logger.warning("The images differ from those of the checkpoint. Training continues on the new ones.")
 
