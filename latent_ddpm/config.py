@@ -108,6 +108,9 @@ class RunConfig:
     Unset takes `label`, `labels` or `cls`, and for a folder the names of its folders."""
     class_names: list[str | int] | None = None
     """the classes to train on, in this order; images of other classes are left out. Unset takes all."""
+    conditioning_image_dir: str | None = None
+    """folder of stage 2's conditioning images, with the file names of train_data_dir and any suffix. Both stages leave
+    it out where it lies among the images."""
     resolution: int = 64
     """images are resized to a square of this many pixels per side."""
     image_channels: int = 3
@@ -486,8 +489,6 @@ class UNetConfig(RunConfig):
     """share of the examples whose class is dropped, which guidance needs (arXiv 2207.12598)."""
     conditioning_image_column: str | None = None
     """column of the dataset that holds the conditioning images."""
-    conditioning_image_dir: str | None = None
-    """folder of the conditioning images, with the file names of train_data_dir and any suffix."""
     conditioning_image_classes: int | None = None
     """number of classes of a semantic map, whose pixel values are class numbers from 0; unset treats the conditioning
     image as an image."""
@@ -796,6 +797,9 @@ def read_yaml(path: str | Path, config_class: type[Config]) -> dict:
             hint = f" It belongs in the section {owner[0]}." if owner else _nearest(key, keys_of(RunConfig))
             raise UserError(f"{path}: unknown key '{key}' at the top level.{hint}")
     values = content | sections[SECTION_OF[config_class]]
+    maps = sections[SECTION_OF[UNetConfig]].get("conditioning_image_dir")
+    if maps and config_class is AutoencoderConfig:  # stage 1 does not train on them either
+        values.setdefault("conditioning_image_dir", maps)
     for key in values.keys() & NO_WORDS.keys():
         if values[key] is False:  # what YAML makes of no and off
             values[key] = NO_WORDS[key]

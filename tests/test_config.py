@@ -275,3 +275,8 @@ def test_the_same_place_in_another_spelling_is_the_same_run(tmp_path, monkeypatc
         UserError, match="holds another run .seed was 0, is 1, train_data_dir was .photos., is .elsewhere."
     ):
         check_same_run(UNetConfig(train_data_dir="elsewhere", seed=1), saved)
+
+
+def test_stage_1_knows_the_folder_of_conditioning_images(tmp_path):
+    (tmp_path / "a.yaml").write_text("train_data_dir: a\ntrain_unet:\n  conditioning_image_dir: a/masks\n")
+    assert parsed("--config", tmp_path / "a.yaml", stage=AutoencoderConfig).conditioning_image_dir == "a/masks"

@@ -42,6 +42,7 @@ from latent_ddpm.data.sources.embedded import DigitsSource
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.data.sources.hub import HubSource
 from latent_ddpm.data.sources.splits import open_sources
+from latent_ddpm.data.sources.streaming import read_stream
 from latent_ddpm.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -387,6 +388,62 @@ def test_integer_labels():
     assert source([10**9, 5]).labels is None  # identifiers, not classes
     hashes = datasets.Dataset.from_dict({"image": [png(0)] * 2, "label": np.array([2**64 - 7, 5], dtype=np.uint64)})
     assert HubSource(hashes, "train", "image").labels is None
+
+
+def test_strings_are_classes_and_captions_are_not(tmp_path, caplog):
+    def source(labels, **words):
+        rows = datasets.Dataset.from_dict({"image": [png(0)] * len(labels), "label": labels})
+        return HubSource(rows.cast_column("image", datasets.Value("binary")), "train", "image", **words)
+
+    found = source(["dog", " cat", None, "dog", ""])
+    assert found.class_names == ["cat", "dog"] and found.labels.tolist() == [1, 0, -1, 1, -1]
+    captions = [f"a picture of number {k}" for k in range(30)]
+    assert source(captions).labels is None and "--class_column label" in caplog.text
+    assert len(source(captions, class_column="label").class_names) == 30
+    assert source([True, False, True]).class_names == ["False", "True"]
+    assert source([1.0, None, 3.0] * 2).class_names == ["1", "3"]  # what a table with gaps makes of integers
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_column_of_classes_can_be_named(tmp_path, streaming):
+    def rows(labels):
+        table = datasets.Dataset.from_dict({"image": [png(k) for k in range(len(labels))], "fine_label": labels})
+        return table.cast_column("image", datasets.Value("binary"))
+
+    parquet_folder(tmp_path / "set", train=rows(["cat", "dog", "dog"]), test=rows(["dog", "emu"]))
+    cfg = config(dataset_name=str(tmp_path / "set"), streaming=streaming, output_dir=str(tmp_path / "run"))
+    cfg.max_bad_image_share = 0
+
+    def splits():
+        if streaming:
+            read_stream(cfg, 0, 1, lambda: None)
+        return open_sources(cfg)
+
+    assert splits()[0].class_names is None
+    assert streaming or splits()[0].class_columns() == ["fine_label"]
+    cfg.class_column = "fine_label"
+    train, validation = splits()
+    assert train.class_names == validation.class_names == ["cat", "dog"]
+    assert (train.labels.tolist(), validation.labels.tolist()) == ([0, 1, 1], [1, -1])  # no training image is an emu
+    cfg.class_names = ["dog"]
+    assert [len(split) for split in splits()] == [2, 1] and splits()[0].labels.tolist() == [0, 0]
+    cfg.class_column = "label"
+    with pytest.raises(UserError, match="no column 'label'. Columns that can hold classes: fine_label"):
+        splits()
+
+
+def test_splits_and_files_are_named_as_datasets_names_them(tmp_path):
+    for name, first, count in (("training-1", 0, 3), ("dev-1", 10, 2), ("set[1]", 20, 2)):
+        table(first, count).to_parquet(str(tmp_path / f"{name}.parquet"))
+    train, validation = open_sources(config(dataset_name=str(tmp_path / "[td]*-1.parquet")))
+    assert (len(train), len(validation)) == (3, 2)
+    train, validation = open_sources(config(dataset_name=str(tmp_path / "set[1].parquet")))  # brackets are no pattern
+    assert len(train) + len(validation) == 2
+    parquet_folder(tmp_path / "a [b]", train=table(0, 3), test=table(9, 2))
+    assert [len(split) for split in open_sources(config(dataset_name=str(tmp_path / "a [b]")))] == [3, 2]
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="photos.zip' is an archive. Unpack it"):
+        open_sources(config(dataset_name=str(tmp_path / "photos.zip")))
 
 
 def test_splits_agree_on_integer_classes(tmp_path):
