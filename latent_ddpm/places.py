@@ -7,6 +7,8 @@ from pathlib import Path
 
 from latent_ddpm.errors import UserError
 
+DATA_KEYS = ("train_data_dir", "dataset_name", "conditioning_image_dir")  # may have names that are not UTF-8
+
 
 def expand(value: str, key: str) -> str:
     """A path without `~`, environment variables and slashes at its end.
@@ -16,8 +18,11 @@ def expand(value: str, key: str) -> str:
         key: of the config, for the message.
 
     Raises:
-        UserError: there is no such environment variable or user.
+        UserError: there is no such environment variable or user, or safetensors could not open the path.
     """
+    if key not in DATA_KEYS and value != value.encode("utf-8", "replace").decode("utf-8"):
+        shown = value.encode("utf-8", "backslashreplace").decode()
+        raise UserError(f"{key} {shown} is not a name in UTF-8, which safetensors needs: use another name.")
     path = os.path.expanduser(value)
     if path.startswith("~") and not os.path.exists(path):
         raise UserError(f"{key} {value}: there is no user {path.split('/')[0]!r}, whose home that would be.")

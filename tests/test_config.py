@@ -249,6 +249,8 @@ def test_places_are_expanded(monkeypatch):
     assert config.autoencoder == "/scratch/a" and parsed("--train_data_dir", "/").train_data_dir == "/"
     with pytest.raises(UserError, match="output_dir .NOWHERE/run: the environment variable NOWHERE is not set"):
         parsed("--train_data_dir", "a", "--output_dir", "$NOWHERE/run")
+    with pytest.raises(UserError, match=r"output_dir caf.udce9 is not a name in UTF-8, which safetensors needs"):
+        parsed("--train_data_dir", "caf\udce9", "--output_dir", "caf\udce9")
     with pytest.raises(UserError, match="there is no user '~nobody-here'"):
         parsed("--train_data_dir", "~nobody-here/a")
 

@@ -286,6 +286,9 @@ def _say_last(sentence: str) -> None:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a script's main with the command line; a UserError or a full disk becomes one sentence and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     _hear_the_launcher_end()
     _start_cpu_processes()
     status: int | None = 0
