@@ -22,6 +22,7 @@ from latent_ddpm.data.sources.layout import JUNK, Layout, read_layout, split_nam
 from latent_ddpm.data.sources.metadata import (
     FILE_NAME,
     METADATA,
+    SIDECARS,
     beside,
     is_given,
     join_rows,
@@ -154,26 +155,28 @@ class FolderSource(ImageSource):
                     self.findings.leave_out(why, f"{prefix}{name}/")
                 else:
                     chosen.append((f"{name}/", True))
-            elif self._is_image(folder, prefix, name):
-                chosen.append((name, False))
+            else:
+                extension = _extension(name)
+                usual = extension in self._extensions and name[0] != "." and prefix + name not in self._conditioning
+                if usual or self._is_image(folder, prefix, name, extension):
+                    chosen.append((name, False))
         return sorted(chosen)
 
-    def _is_image(self, folder: str, prefix: str, name: str) -> bool:
-        """Whether a file is an image to train on; one that is not is counted."""
-        extension = _extension(name)
+    def _is_image(self, folder: str, prefix: str, name: str, extension: str) -> bool:
+        """Whether a file that does not look like an image to train on is one; if it is left out, it is counted."""
         leave_out = functools.partial(self.findings.leave_out, name=prefix + name)
         if name.startswith("."):
             if extension in self._extensions or unreadable(extension):
                 leave_out("hidden files")
             return False
         if extension in self._extensions:
-            if prefix + name in self._conditioning:
-                leave_out(f"named in a column ..._{FILE_NAME} of the metadata")
-                return False
-            return True
+            leave_out(f"named in a column ..._{FILE_NAME} of the metadata")
+            return False
         if extension:
             self.other_extensions.add(extension)
-        self._sidecars |= {kind_of_sidecar(name, lambda stem: _extension(stem) in self._extensions)} - {None}
+        if extension in SIDECARS:
+            self._sidecars |= {kind_of_sidecar(name, lambda stem: _extension(stem) in self._extensions)} - {None}
+            return False
         why = unreadable(extension)
         if why is None and extension in NO_IMAGES:
             return False
