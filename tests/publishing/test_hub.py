@@ -27,6 +27,21 @@ numpy.save(path, images.images)
 print(type(pipeline).__name__)
 """
 
+AGAIN = """
+import sys, torch
+from pathlib import Path
+from diffusers import DiffusionPipeline
+name, other = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
+pipeline.save_pretrained(Path("again"), push_to_hub=True, repo_id=other)
+images = []
+for words in ({}, {"custom_pipeline": other, "trust_remote_code": True}):
+    again = DiffusionPipeline.from_pretrained(other, **words)
+    print(type(pipeline).__name__ if not images else "", type(again).__name__)
+    images.append(again(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images)
+assert abs(images[0] - images[1]).max() < 1e-5
+"""
+
 
 @pytest.fixture
 def hub(tmp_path):
@@ -106,8 +121,13 @@ def test_the_name_alone_loads_it_in_stock_diffusers_and_draws_the_same(published
     assert kind == "LDMPipeline"
     images, kind = sample(hub, tmp_path, NAME)
     assert kind == "LDMPipeline" and np.array_equal(images, local)
-    _, kind = sample(hub, tmp_path, NAME, custom_pipeline=NAME, trust_remote_code=True)
-    assert kind == "LatentDDPMPipeline"
+    words = [sys.executable, "-P", "-c", AGAIN, NAME, f"{USER}/again"]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= hub.environment(tmp_path / "again.cache")
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["LatentDDPMPipeline", "LDMPipeline", "LatentDDPMPipeline"]
+    assert hub.content(f"{USER}/again", "pipeline.py") == (ROOT / "pipeline_latent_ddpm.py").read_bytes()
     _, error = sample(hub, tmp_path, NAME, code=1, custom_pipeline=NAME)
     assert "trust_remote_code" in error
 
