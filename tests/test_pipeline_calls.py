@@ -3,7 +3,6 @@
 Each check is for a model without conditions and for one of each kind of condition.
 """
 
-import copy
 import inspect
 import json
 import shutil
@@ -21,18 +20,15 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-    VQModel,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
+from small_pipeline import CONFIG, make, small_text
 
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:__array:DeprecationWarning")
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "fish", "bird"]
 KINDS = ["none", "class", "image", "map", "text"]
 MAP = Image.fromarray(np.repeat(np.arange(16, dtype=np.uint8)[None] // 8, 16, 0))
 GIVEN = {
@@ -41,12 +37,6 @@ GIVEN = {
     "image": {"conditioning_image": Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3))},
     "map": {"conditioning_image": MAP},
     "text": {"prompt": "a red fish"},
-}
-CHANNELS = {"image": 4, "map": 2}
-CONFIG = {
-    "class": {"class_names": ["cat", "dog"]},
-    "map": {"conditioning_classes": 2},
-    "text": {"max_caption_tokens": 4},
 }
 
 
@@ -60,40 +50,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A text encoder of 8 channels that knows a few words, and its tokenizer."""
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    vocabulary = tmp_path_factory.mktemp("words") / "vocab.txt"
-    vocabulary.write_text("\n".join(WORDS))
-    torch.manual_seed(0)
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    encoder = BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **shape)).eval()
-    return {"text_encoder": encoder, "tokenizer": BertTokenizer(str(vocabulary))}
-
-
-def make(kind, text):
-    torch.manual_seed(0)
-    vqvae = VQModel(
-        in_channels=3, out_channels=3, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        num_vq_embeddings=64, mid_block_add_attention=False, scaling_factor=0.7,
-    ).eval()  # fmt: skip
-    torch.nn.init.normal_(vqvae.quantize.embedding.weight)
-    shape = {"sample_size": 8, "in_channels": 3 + CHANNELS.get(kind, 0), "out_channels": 3, "layers_per_block": 1,
-             "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}  # fmt: skip
-    if kind == "text":
-        blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-                  "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}  # fmt: skip
-        unet = UNet2DConditionModel(cross_attention_dim=8, **blocks, **shape)
-    else:
-        blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-                  "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}  # fmt: skip
-        unet = UNet2DModel(num_class_embeds=3 if kind == "class" else None, **blocks, **shape)
-    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, beta_end=0.012)
-    more = (copy.deepcopy(text) if kind == "text" else {}) | CONFIG.get(kind, {})
-    pipe = LatentDDPMPipeline(vqvae=vqvae, unet=unet.eval(), scheduler=scheduler, **more)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return small_text(tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(params=KINDS)
@@ -293,10 +250,10 @@ def test_to_a_dtype(pipe, kind, dtype):
 def test_many_small_steps_are_not_rounded_away(dtype, text):
     """In bfloat16 latents, a step below 1/256 of a latent is lost."""
     pipe = make("none", text)
-    words = {"num_inference_steps": 500, "output_type": "latent"}
+    words = {"num_inference_steps": 100, "output_type": "latent"}
     expected = draw(pipe, **words)
     found = draw(pipe.to(dtype), **words).float()
-    assert (found - expected).abs().mean() < (0.004 if dtype is torch.float16 else 0.03) * expected.std()
+    assert (found - expected).abs().mean() < (0.0007 if dtype is torch.float16 else 0.008) * expected.std()
 
 
 def test_sequential_offloading_finds_every_component(pipe, kind, monkeypatch):
@@ -364,10 +321,11 @@ def test_callbacks_may_return_anything(pipe, kind):
         same(draw(pipe, kind, callback_on_step_end=lambda *_, answer=answer: answer), expected)
 
     def replaced(pipe, step, t, tensors):
-        assert tensors["latents"].shape == (1, 3, 8, 8)
+        assert tensors["latents"].shape == (1, 3, 8, 8) and tensors["latents"].dtype == torch.float32
         return {"latents": torch.zeros(1, 3, 8, 8, dtype=torch.float64)}
 
-    assert draw(pipe, kind, callback_on_step_end=replaced, output_type="latent").abs().sum() == 0
+    words = {"callback_on_step_end_tensor_inputs": ["latents", "pred_original_sample"], "output_type": "latent"}
+    assert draw(pipe, kind, callback_on_step_end=replaced, **words).abs().sum() == 0
 
 
 def test_callbacks_get_the_tensors_that_they_name(pipe, kind):
