@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from latent_ddpm.training.sharding import Sharding
 from latent_ddpm.training.tracking import check_tracker
 
 Fitting = Callable[[RunConfig, int, int], int]  # config, free bytes of the GPU, processes -> images that fit
+PROBE = 2**20  # bytes that a run's folder must have room for before anything is loaded
 IMAGES_ON_A_CPU = 64  # of train_batch_size auto, at most: a CPU is no faster with more
 
 # Errors of a disk that is full, broken or not writable.
@@ -80,6 +82,27 @@ def claim(output_dir: Path, stage: str) -> None:
     _claims.append(file)
 
 
+def check_writable(output_dir: Path) -> None:
+    """Check that files can be written to a run's folder, or that it can be made. Nothing is left.
+
+    Raises:
+        UserError: it is a file or below one, or its disk is full or cannot be written.
+    """
+    there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"output_dir {output_dir}: {there} is a file.")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"output_dir {output_dir} cannot be written ({error.strerror or error}): make room or change its "
+            f"permissions, or give another --output_dir."
+        ) from error
+
+
 def check_before_loading(config: RunConfig, stage: str) -> tuple[Path, str]:
     """Check what needs neither data nor models.
 
@@ -93,11 +116,10 @@ def check_before_loading(config: RunConfig, stage: str) -> tuple[Path, str]:
         os.environ["HF_TOKEN"] = config.hub_token  # where the Hub's client looks; it is never saved
         sys.argv = [word.replace(config.hub_token, "***") for word in sys.argv]  # trackers record the command line
         config.hub_token = None
-    check_tracker(config.report_to)
+    check_tracker(config.report_to, config.tracker_project_name)
     config.image_resize = resizer(config.image_resize)  # is saved with the run, which keeps it
     saved = Path(config.output_dir) / f"train_{stage}.yaml"
-    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
-        raise UserError(f"output_dir {config.output_dir} is a file.")
+    check_writable(Path(config.output_dir))
     moved = check_same_run(config, saved)
     if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
         raise UserError(no_folder("train_data_dir", config.train_data_dir))

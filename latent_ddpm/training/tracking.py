@@ -1,9 +1,12 @@
 """What a run shows: progress bar, metrics.jsonl, picture grids, and TensorBoard, Weights & Biases or Trackio."""
 
 import dataclasses
-import importlib.util
+import importlib
+import inspect
 import json
 import math
+import os
+import re
 import secrets
 import time
 from pathlib import Path
@@ -12,6 +15,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
+from huggingface_hub import get_token
 from PIL import Image
 
 from latent_ddpm import __version__
@@ -20,11 +24,63 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.files import save_png, write_json, write_whole
 from latent_ddpm.progress import progress_bar
 
+MODULES = {"tensorboard": "torch.utils.tensorboard"}  # what a tracker is imported as, where that is not its name
 
-def check_tracker(name: str) -> None:
-    """Raise UserError when the package behind `report_to` is not installed."""
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise UserError(f"report_to {name} needs the package {name}: pip install {name}, or --report_to none.")
+
+def check_tracker(name: str, project: str) -> None:
+    """Check that a tracker will start, so that it does not fail or ask for a login after hours of reading images.
+
+    Args:
+        name: `report_to` of the config.
+        project: `tracker_project_name`.
+
+    Raises:
+        UserError: the tracker's package is missing or cannot be imported, there is no login, or the project's name is
+            not one.
+    """
+    if name == "none":
+        return
+    instead = "or choose another --report_to, such as none"
+    try:
+        importlib.import_module(name)
+        importlib.import_module(MODULES.get(name, name))
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise UserError(f"report_to {name} needs the package {name}: pip install {name}, {instead}.") from error
+        raise UserError(f"report_to {name}: its package needs {error.name}: install it, {instead}.") from error
+    except Exception as error:  # whatever a broken installation raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"report_to {name}: its package cannot be imported ({reason}): repair it, {instead}."
+        ) from error
+    if int(os.environ.get("RANK", "0")):  # of several processes the first one logs
+        return
+    if name == "wandb":
+        _check_wandb(project, instead)
+    if name == "trackio" and os.environ.get("TRACKIO_SPACE_ID") and not get_token():
+        raise UserError(f"TRACKIO_SPACE_ID needs a token: run `hf auth login` once, unset the variable, {instead}.")
+
+
+def _check_wandb(project: str, instead: str) -> None:
+    """Raise UserError if `wandb.init` would ask for a login, or be refused."""
+    import wandb
+
+    if len(project) > 128 or re.search(r"[/\\#?%:]", project):
+        raise UserError(
+            f"tracker_project_name {project!r} cannot be a project of wandb: at most 128 characters, and none of "
+            f"/ \\ # ? % :"
+        )
+    if (os.environ.get("WANDB_MODE") or wandb.setup().settings.mode) != "online":
+        return
+    offline = f"set WANDB_MODE=offline to upload later with `wandb sync`, {instead}"
+    silent = {"prompt": False} if "prompt" in inspect.signature(wandb.login).parameters else {}
+    try:  # without `prompt`, which is of wandb 0.31, login asks only where there is no key
+        found = wandb.login(verify=True, **silent) if silent or wandb.api.api_key else False
+    except Exception as error:  # a refused key, or no connection
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"report_to wandb: the login fails ({reason}): repeat `wandb login`, {offline}.") from error
+    if not found:
+        raise UserError(f"report_to wandb needs a login: run `wandb login` once, or set WANDB_API_KEY; {offline}.")
 
 
 def is_finished(config: RunConfig, stage: str, first_step: int, product: str) -> bool:
