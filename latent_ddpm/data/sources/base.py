@@ -47,6 +47,13 @@ class ImageSource(abc.ABC):
         With `at_least`, a JPEG may be reduced in size as long as both sides keep that many pixels.
         """
 
+    def data(self, i: int) -> bytes | None:
+        """The bytes of image i's file, or None where the pixels are stored decoded.
+
+        Raises whatever reading the file raises.
+        """
+        return None
+
     @abc.abstractmethod
     def name(self, i: int) -> str:
         """The name of image i in messages and in the hash of the split."""
@@ -105,6 +112,9 @@ class SubsetSource(ImageSource):
 
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
         return self.source.load(int(self.indices[i]), at_least)
+
+    def data(self, i: int) -> bytes | None:
+        return self.source.data(int(self.indices[i]))
 
     def name(self, i: int) -> str:
         return self.source.name(int(self.indices[i]))

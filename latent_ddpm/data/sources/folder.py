@@ -94,7 +94,10 @@ class FolderSource(ImageSource):
         return len(self.names)
 
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
-        return decode((self.root / self.names[i]).read_bytes(), at_least)
+        return decode(self.data(i), at_least)
+
+    def data(self, i: int) -> bytes:
+        return (self.root / self.names[i]).read_bytes()
 
     @functools.cached_property
     def _metadata(self) -> dict[str, dict]:

@@ -105,6 +105,9 @@ class HubSource(ImageSource):
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
         return self.load_column(i, self.image_column, at_least)
 
+    def data(self, i: int) -> bytes:
+        return image_bytes(self._cell(i, self.image_column))
+
     def caption_columns(self) -> list[str]:
         return [name for name, feature in self._features.items() if _holds_text(feature)]
 
