@@ -9,6 +9,7 @@ Decodes every image as training does, and writes to <output_dir>/inspection/ (or
     sheet.png                   images as training sees them
     left_out.jsonl              every file that is not trained on, and why
     duplicates.jsonl            groups of equal, nearly equal and mirrored images
+    noted.jsonl                 images of one colour, too small, transparent, animated and the like
 
 It prints a line for each thing that you may want to change, the most important first. Takes the keys of both training
 scripts. --workers N sets the number of processes (as many as there are cores). A stopped inspection goes on with the

@@ -31,6 +31,7 @@ VERSION = 1  # change it when a fact changes its meaning
 SPLITS = ("training", "validation")
 ELONGATED = 3.0  # times as long as wide, or as wide as long
 MOST_LISTED = 20  # words and sizes that are counted one by one
+MOST_NAMED = 100_000  # images that are named for one reason
 Sources = tuple[ImageSource, ImageSource]
 
 
@@ -44,12 +45,14 @@ class Inspection:
         facts: numbers and words, JSON-able, without names of files; see `facts_of`.
         bad: of each undecodable image its number, and why.
         copies: groups of images: what they have in common, and their numbers.
+        noted: of each thing worth knowing of single images, such as "of one colour", the numbers of the images.
         folder: of the cache.
     """
 
     facts: dict[str, Any]
     bad: list[tuple[int, str]]
     copies: list[tuple[str, list[int]]]
+    noted: dict[str, list[int]]
     folder: Path
 
 
@@ -75,15 +78,16 @@ def inspect(sources: Sources, config: Any, cache_dir: Path, workers: int) -> Ins
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         found = json.loads(path.read_text())
         facts = found["facts"] | outside(sources, config)
-        return Inspection(facts, [tuple(bad) for bad in found["bad"]], [tuple(c) for c in found["copies"]], folder)
+        bad, copies = ([tuple(pair) for pair in found[name]] for name in ("bad", "copies"))
+        return Inspection(facts, bad, copies, found["noted"], folder)
     table = look_at_all(sources, config, folder, workers)
     copies, duplicates = find_copies(table, len(sources[0]))
     facts = facts_of(table, sources, config) | {"duplicates": duplicates, "complete": True}
-    bad = sorted(table.errors.items())
-    write_whole(path, json.dumps({"facts": facts, "bad": bad, "copies": copies}))
+    bad, noted = sorted(table.errors.items()), note(table, config)
+    write_whole(path, json.dumps({"facts": facts, "bad": bad, "copies": copies, "noted": noted}))
     for block in folder.glob("block-*.npz"):
         block.unlink()
-    return Inspection(facts | outside(sources, config), bad, copies, folder)
+    return Inspection(facts | outside(sources, config), bad, copies, noted, folder)
 
 
 def known_facts(sources: Sources, config: Any, cache_dir: Path) -> dict[str, Any] | None:
@@ -136,6 +140,28 @@ def facts_of(table: Table, sources: Sources, config: Any) -> dict[str, Any]:
         facts[flag] = int((table.has(flag) & good).sum())
     facts["gray"] = facts["looked_at"] - facts["colour"]
     return facts | sizes_of(table["width"][good], table["height"][good], config.resolution)
+
+
+def note(table: Table, config: Any) -> dict[str, list[int]]:
+    """The numbers of the images of which something is worth knowing, by what it is; at most MOST_NAMED for each."""
+    good = ~table.has("bad")
+    width, height = table["width"], table["height"]
+    shorter, longer = np.minimum(width, height), np.maximum(width, height)
+    broken = np.isin(table.words["profile"], [k for k, w in enumerate(table.vocabulary["profile"]) if w == "broken"])
+    colour = table.has("colour")
+    found = {
+        "of one colour": table.has("flat"),
+        "nearly black": table.has("dark"),
+        "floating-point": table.has("float"),
+        "only the first frame or page is used": table.has("frames"),
+        "transparent": table.has("transparent"),
+        "broken colour profile": broken,
+        "smaller than the resolution": shorter < config.resolution,
+        "very long or wide": longer > ELONGATED * shorter,
+    }
+    found |= {"in colour": colour} if config.image_channels == 1 else {"gray": ~colour}
+    rows = {what: np.flatnonzero(good & mask)[:MOST_NAMED].tolist() for what, mask in found.items()}
+    return {what: numbers for what, numbers in rows.items() if numbers}
 
 
 def sizes_of(widths: np.ndarray, heights: np.ndarray, resolution: int) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def say_of_data(config: RunConfig, sources: Sources, stage: str, log: logging.Lo
         facts, lines = quick_lines(config, sources)
         for line in lines[:MOST_LINES]:
             log.info("%s", line.text)
+        if lines and not facts["complete"]:
+            log.info("scripts/inspect_data.py with the same flags looks at every image, and names them.")
         command = f"python train_{stage}.py --config train_{stage}.yaml"
         save_known(Path(config.output_dir), sources, config, facts, command, in_training=True)
     except Exception as error:  # whatever it is, the run can do without

@@ -1,6 +1,7 @@
 """Facts to sentences: one for each thing that the owner of the images wants to know, with what to do about it."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ NOTABLE = 0.01  # shares below are not worth a line where nothing is wrong with 
 MUCH_CROPPED = 0.35  # photographs of 3:2 lose a third
 LISTED = "left_out.jsonl names them"
 COPIES = "duplicates.jsonl names them"
+NOTED = "noted.jsonl"
 NAMES = {True: "Stage 2", False: "Stage 1"}
 
 
@@ -53,6 +55,8 @@ def lines_of(facts: dict[str, Any], configs: Sequence[RunConfig], captions: dict
         *_of_captions(captions),
         *_of_length(facts, configs),
     ]
+    if not facts["complete"]:  # no files name the images
+        found = [Line(line.importance, re.sub(r" \(\w+\.jsonl( names them)?\)", "", line.text)) for line in found]
     return sorted(found, key=lambda line: -line.importance)
 
 
@@ -95,53 +99,67 @@ def _of_copies(facts: dict[str, Any]) -> Iterator[Line]:
         text = f"{of_all} {'has' if leaked == 1 else 'have'} a copy among the training images, so the validation looks "
         yield Line(80 if share >= NOTABLE else 52, f"{text}better than it is: remove one of each ({COPIES}).")
     if exact:
-        yield Line(75, f"{_are(exact, facts)} exact copies of others: remove them ({COPIES}).")
-    importance = 55 if copies["near"] + copies["mirrored"] >= NOTABLE * facts["looked_at"] else 25
-    if copies["near"]:
-        yield Line(importance, f"{_are(copies['near'], facts)} nearly equal to others, such as the same picture in "
-                               f"another size or quality: keep the best of each ({COPIES}).")  # fmt: skip
-    if copies["mirrored"]:
-        yield Line(importance - 1, f"{_are(copies['mirrored'], facts)} mirrored copies of others ({COPIES}); "
-                                   "random_flip mirrors images by itself.")  # fmt: skip
+        what = "an exact copy of another" if exact == 1 else "exact copies of others"
+        yield Line(75, f"{_are(exact, facts)} {what}: remove {_them(exact)} ({COPIES}).")
+    near, mirrored = copies["near"], copies["mirrored"]
+    importance = 55 if near + mirrored >= NOTABLE * facts["looked_at"] else 25
+    if near:
+        text = (
+            f"{_are(near, facts)} nearly equal to {'another' if near == 1 else 'others'}, such as the same picture in "
+        )
+        yield Line(importance, f"{text}another size or quality: keep the best of each ({COPIES}).")
+    if mirrored:
+        what = "a mirrored copy of another" if mirrored == 1 else "mirrored copies of others"
+        yield Line(importance - 1, f"{_are(mirrored, facts)} {what} ({COPIES}); random_flip mirrors images by itself.")
+
+
+def _them(count: int) -> str:
+    return "it" if count == 1 else "them"
 
 
 def _of_pixels(facts: dict[str, Any]) -> Iterator[Line]:
-    looked_at, flat = facts["looked_at"], facts["flat"]
+    looked_at, flat, dark = facts["looked_at"], facts["flat"], facts["dark"]
     if flat:
-        yield Line(65, f"{_are(flat, facts)} of one colour: remove {'it' if flat == 1 else 'them'} ({LISTED}).")
+        yield Line(65, f"{_are(flat, facts)} of one colour: remove {_them(flat)} ({NOTED}).")
     if facts["image_channels"] == 1 and facts["colour"]:
-        yield Line(90, f"{_are(facts['colour'], facts)} in colour, but image_channels is 1, so the run is gray: for "
-                       "colours, set --image_channels 3.")  # fmt: skip
+        text = f"{_are(facts['colour'], facts)} in colour, but image_channels is 1, so the run is gray"
+        yield Line(90, f"{text}: for colours, give --image_channels 3.")
     if facts["image_channels"] == 3 and facts["gray"] == looked_at > 0:
         yield Line(50, "All images are gray, but image_channels is 3: --image_channels 1 learns the same with less.")
     elif facts["image_channels"] == 3 and facts["gray"] >= NOTABLE * looked_at > 0:
-        yield Line(42, f"{_are(facts['gray'], facts)} gray in a run with colours: the model will draw gray ones too.")
-    if facts["dark"]:
-        yield Line(82, f"{_are(facts['dark'], facts)} of 16 or more bits and nearly black, since their values use a "
-                       "small part of the range: scale them to the full range.")  # fmt: skip
+        yield Line(
+            42, f"{_are(facts['gray'], facts)} gray in a run with colours ({NOTED}): the model will draw gray too."
+        )
+    if dark:
+        text = f"{_are(dark, facts)} nearly black, with values in a small part of the range of 16 or more bits"
+        yield Line(82, f"{text}: scale {_them(dark)} to the full range ({NOTED}).")
     if facts["float"]:
-        yield Line(44, f"{_are(facts['float'], facts)} of floating-point numbers: values up to 1 are taken for 0 to 1, "
-                       "others for 0 to 255, and what lies outside is cut.")  # fmt: skip
+        text = (
+            f"{_are(facts['float'], facts)} of floating-point numbers. Values up to 1 are taken for 0 to 1, others for "
+        )
+        yield Line(44, f"{text}0 to 255, and what lies outside is cut ({NOTED}).")
     if facts["frames"]:
-        yield Line(43, f"{_are(facts['frames'], facts)} animated or of several pages: only the first is used.")
+        text = f"{_are(facts['frames'], facts)} animated or of several pages, of which only the first is used"
+        yield Line(43, f"{text}: save the others as files if you want them ({NOTED}).")
     if facts["transparent"]:
-        yield Line(41, f"{_are(facts['transparent'], facts)} partly transparent and put on white: if another "
-                       "background suits them, give them one.")  # fmt: skip
+        text = f"{_are(facts['transparent'], facts)} partly transparent and put on white"
+        yield Line(41, f"{text}: if another background suits {_them(facts['transparent'])}, paint it ({NOTED}).")
     if broken := facts["profiles"].get("broken"):
-        yield Line(40, f"{_are(broken, facts, 'have')} a broken colour profile, which is ignored.")
+        yield Line(40, f"{_are(broken, facts, 'have')} a broken colour profile, which is ignored ({NOTED}).")
 
 
 def _of_sizes(facts: dict[str, Any]) -> Iterator[Line]:
     if upscaled := facts["upscaled"]:
+        text = f"{_are(upscaled, facts)} smaller than resolution {facts['resolution']} and enlarged, so "
+        text += "it is blurred" if upscaled == 1 else "they are blurred"
         importance = 72 if upscaled >= 0.1 * facts["looked_at"] else 48
-        yield Line(importance, f"{_are(upscaled, facts)} smaller than resolution {facts['resolution']} and enlarged, "
-                               "so they are blurred: remove them, or lower the resolution.")  # fmt: skip
+        yield Line(importance, f"{text}: remove {_them(upscaled)}, or lower the resolution ({NOTED}).")
     if facts["elongated"]:
-        yield Line(46, f"{_are(facts['elongated'], facts)} more than three times as long as wide, or as wide as long: "
-                       "most of them is cropped away.")  # fmt: skip
+        text = f"{_are(facts['elongated'], facts, 'have')} a side more than three times the other, so most of it is cut"
+        yield Line(46, f"{text} off: crop what matters out of it yourself ({NOTED}).")
     if facts["cropped_away"] > MUCH_CROPPED:
-        yield Line(47, f"The square in the centre leaves out {percent(facts['cropped_away'])} of the pixels: crop the "
-                       "images yourself if what matters is not in their centre.")  # fmt: skip
+        text = f"The square in the centre leaves out {percent(facts['cropped_away'])} of the pixels"
+        yield Line(47, f"{text}: crop the images yourself if what matters is not in their centre.")
 
 
 def _of_classes(facts: dict[str, Any], unet: UNetConfig | None) -> Iterator[Line]:

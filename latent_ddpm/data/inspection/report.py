@@ -1,4 +1,4 @@
-"""The files of an inspection: report.json, report.html, sheet.png, left_out.jsonl, duplicates.jsonl."""
+"""The files of an inspection: report.json and .html, sheet.png, left_out.jsonl, duplicates.jsonl, noted.jsonl."""
 
 import base64
 import html
@@ -52,6 +52,7 @@ def write_report(
         save_png(sheet, folder / "sheet.png")
     write_whole(folder / "left_out.jsonl", _lines(left_out(inspection, sources)))
     write_whole(folder / "duplicates.jsonl", _lines(duplicates(inspection, sources)))
+    write_whole(folder / "noted.jsonl", _lines(noted(inspection, sources)))
     facts = inspection.facts | ({"captions": captions} if captions else {})
     said = [{"importance": line.importance, "text": line.text} for line in lines]
     write_json(folder / "report.json", {"command": command, "lines": said, **facts})
@@ -76,6 +77,17 @@ def duplicates(inspection: Inspection, sources: Sources) -> Iterator[dict[str, A
     for kind, group in inspection.copies:
         splits, names = zip(*(name_of(i, sources) for i in group), strict=True)
         yield {"kind": kind, "images": names, "splits": splits}
+
+
+def noted(inspection: Inspection, sources: Sources) -> Iterator[dict[str, Any]]:
+    """{"name", "split", "what"} of each image that a line is about; `what` is a list."""
+    of_image: dict[int, list[str]] = {}
+    for what, numbers in inspection.noted.items():
+        for i in numbers:
+            of_image.setdefault(i, []).append(what)
+    for i in sorted(of_image):
+        split, name = name_of(i, sources)
+        yield {"name": name, "split": split, "what": of_image[i]}
 
 
 def name_of(i: int, sources: Sources) -> tuple[str, str]:
