@@ -32,6 +32,7 @@ from latent_ddpm.data.dataset import (
     train_batches,
 )
 from latent_ddpm.data.images import to_float
+from latent_ddpm.data.inspection.known import say_of_data
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.data.sources.streaming import read_stream, undecodable
@@ -74,6 +75,8 @@ def main(argv: list[str]) -> int:
         read_stream(config, *process, accelerator.wait_for_everyone)
         sources = open_sources(config)
     training.check_data(sources[0].identity(), sources[0].findings.notes)
+    if accelerator.is_main_process:
+        say_of_data(config, sources, "autoencoder", logger)
     train_set, validation_set, bad_images = open_datasets(training, sources)
     order = ExampleOrder(len(train_set), config.seed)
     batches = train_batches(

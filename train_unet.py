@@ -8,6 +8,7 @@ the config can be overridden (--learning_rate 2e-4). The same command starts a r
 finished.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from latent_ddpm.autoencoder.scaling import fold_normalization
 from latent_ddpm.autoencoder.stock import StockAutoencoder, check_autoencoder_fits, load_autoencoder
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data.dataset import ExampleOrder
+from latent_ddpm.data.inspection.known import say_of_data
 from latent_ddpm.data.latents import LatentCache, hash_folder, images_for_run, latents_for_run, read_ahead
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.diffusion.conditions import (
@@ -83,12 +85,7 @@ def main(argv: list[str]) -> int:
     is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
     autoencoder.to(device)
     encoder = load_encoder(config)
-
-    def check(source: ImageSource, config: UNetConfig) -> None:
-        check_source(source, config)
-        training.check_data(identity_of(source, config), source.findings.notes)
-
-    images = images_for_run(config, is_main, wait, check)
+    images = images_for_run(config, is_main, wait, functools.partial(check_images, training))
     latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)
     conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait, encoder)
     check_conditions(training, conditions)
@@ -233,6 +230,18 @@ def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_
     latent_size = check_autoencoder_fits(autoencoder, config)
     check_latents_fit(config, latent_size)
     return latent_size
+
+
+def check_images(training: TrainingRun, sources: tuple[ImageSource, ImageSource], config: UNetConfig) -> None:
+    """Check that the training images have what the conditions need and are those of the run; say what is known of them.
+
+    Raises:
+        UserError: they lack it, or are those of another run.
+    """
+    check_source(sources[0], config)
+    training.check_data(identity_of(sources[0], config), sources[0].findings.notes)
+    if training.accelerator.is_main_process:
+        say_of_data(config, sources, "unet", logger)
 
 
 def check_conditions(training: TrainingRun, conditions: Conditions) -> None:

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     accelerator = make_accelerator(config)
     device, is_main, wait = accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone
     encoder = load_encoder(config)
-    images = images_for_run(config, is_main, wait, check_source)
+    images = images_for_run(config, is_main, wait, lambda sources, config: check_source(sources[0], config))
     cache, _ = latents_for_run(config, autoencoder.to(device), device, is_main, wait, images)
     make_conditions(config, images, latent_size, cache.flips, device, wait, encoder)
     logger.info("%d latents of %s in %s", len(cache), "x".join(map(str, cache.shape)), cache.folder)

@@ -35,13 +35,12 @@ from typing import Any
 import psutil
 import torch
 
-from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, in_steps, keys_of, parse_config, same_batch
+from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, in_steps, parse_config, same_batch
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
-from latent_ddpm.training.launch import run
+from latent_ddpm.training.launch import of_stage, run
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"autoencoder": AutoencoderConfig, "unet": UNetConfig}
 NAMES = {"autoencoder": "Stage 1, the autoencoder", "unet": "Stage 2, the U-Net"}
 LAUNCHER = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
 LAUNCHER += ["--dynamo_backend", "no"]  # as docs/quickstart.md launches
@@ -50,19 +49,6 @@ GIB = 2**30
 
 
 # -------------------------------------------------------------------------------------------------- command line
-
-
-def of_stage(words: Sequence[str], stage: str) -> list[str]:
-    """The words of a command line that are for a stage: without the keys of the other stage."""
-    other = next(kind for name, kind in STAGES.items() if name != stage)
-    foreign = set(keys_of(other)) - set(keys_of(STAGES[stage]))
-    chosen, skipping = [], False
-    for word in words:
-        if word.startswith("--"):
-            skipping = word[2:].partition("=")[0].replace("-", "_") in foreign
-        if not skipping:
-            chosen.append(word)
-    return chosen
 
 
 def configs_of(words: Sequence[str], processes: int = 1) -> dict[str, RunConfig]:

@@ -102,7 +102,7 @@ def read_captions(images: ImageDataset, config: UNetConfig, required: bool = Tru
     else:
         source, column = images.source, config.caption_column
         found = (source.captions(images.source_index(i), column) for i in range(len(images)))
-        captions = Captions(map(_clean, found))
+        captions = Captions(map(cleaned, found))
     missing = int((np.diff(captions.starts) == 0).sum())
     if required and missing == len(captions):
         raise UserError("conditions has text, but no image has a caption.")
@@ -111,7 +111,8 @@ def read_captions(images: ImageDataset, config: UNetConfig, required: bool = Tru
     return captions
 
 
-def _clean(value: Any) -> list[str]:
+def cleaned(value: Any) -> list[str]:
+    """The captions in a cell: a text, a list of texts, or None; without those that are empty."""
     values = value if isinstance(value, (list, tuple)) else [value]
     return [" ".join(str(v).split()) for v in values if v is not None and str(v).strip()]
 

@@ -399,11 +399,11 @@ def images_for_run(
     config: UNetConfig,
     is_main: bool,
     wait: Callable[[], None],
-    check: Callable[[ImageSource, UNetConfig], None] | None = None,
+    check: Callable[[tuple[ImageSource, ImageSource], UNetConfig], None] | None = None,
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training set of stage 2 and its held-out images, cropped at the centre; call in every process.
 
-    Arguments and errors are those of `latents_for_run`. `check` is called with the training source before images are
+    Arguments and errors are those of `latents_for_run`. `check` is called with both sources before images are
     decoded.
     """
     output_dir = Path(config.output_dir)
@@ -411,7 +411,7 @@ def images_for_run(
         read_stream(config, process_index(), process_count(), wait)
     sources = open_sources(config)
     if check is not None:
-        check(sources[0], config)
+        check(sources, config)
     total = sum(map(len, sources)) + undecodable(config)
     bad_images = BadImages(output_dir / "bad_images.jsonl", total, config.max_bad_image_share)
     # train=False: the cache holds centre crops, whatever stage 1 used

@@ -39,6 +39,7 @@ class Facts:
         configs: of the published parts ("vqvae", "unet", "scheduler"), their config.json.
         parameters: of the published parts, their number.
         index: the pipeline's model_index.json.
+        data: data.json, what is known of the images; {} where it is not there.
     """
 
     autoencoder: dict[str, Any]
@@ -49,6 +50,7 @@ class Facts:
     configs: dict[str, dict[str, Any]]
     parameters: dict[str, int]
     index: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def conditions(self) -> list[str]:
@@ -134,6 +136,7 @@ def read_facts(folder: Path) -> Facts:
                  for part in parts},
         parameters={part: _count(paths[0]) for part, paths in weights.items() if paths},
         index=_json(folder / "model_index.json"),
+        data=_json(folder / "data.json"),
     )  # fmt: skip
 
 
@@ -453,6 +456,45 @@ def _training_part(facts: Facts, shape: Shape) -> str:
     return text + ("\n\n![training curves](curves.png)" if "curves.png" in facts.files else "")
 
 
+def _data_part(facts: Facts) -> str:
+    """What is known of the images: from scripts/inspect_data.py, or from the sample at the start of training."""
+    known = facts.data["facts"]
+    trained = next(
+        (facts.training[s] for s in ("unet", "autoencoder") if "training_images" in facts.training.get(s, {})), {}
+    )
+    counts = {split: trained.get(f"{split}_images", known[split]) for split in ("training", "validation")}
+    rows = [("images for training, for validation", f"{counts['training']:,}, {counts['validation']:,}")]
+    bad = sum(known.get("undecodable", {}).values()) + known.get("undecodable_in_stream", 0)
+    rows += [("images that cannot be decoded", f"{bad:,}")] if bad else []
+    rows += [(f"files left out: {reason}", f"{count:,}") for reason, count in known["left_out"].items()]
+    if classes := known.get("classes"):
+        spread = f"{classes['number']:,}, {classes['smallest']:,} to {classes['largest']:,}"
+        rows.append(("classes, images of a class", spread))
+    sample = "" if known["complete"] else f" (in a sample of {known['looked_at']:,} images)"
+    if known["formats"]:
+        rows.append((f"formats{sample}", ", ".join(f"{name} {count:,}" for name, count in known["formats"].items())))
+    if sides := known.get("shorter_side"):
+        shown = f"{sides['smallest']:,}, {sides['median']:,}, {sides['largest']:,}"
+        rows.append((f"smallest, median and largest shorter side in pixels{sample}", shown))
+    for key, what in (
+        ("upscaled", f"images smaller than {known['resolution']} pixels, which were enlarged"),
+        ("gray", "gray images"),
+        ("flat", "images of one colour"),
+        ("transparent", "images with transparency, put on white"),
+    ):
+        if known[key] and (key != "gray" or known["image_channels"] == 3):
+            rows.append((f"{what}{sample}", f"{known[key]:,}"))
+    if copies := known.get("duplicates"):
+        rows.append(("exact copies of other images", f"{copies['same_file'] + copies['same_pixels']:,}"))
+        rows.append(("nearly equal images, mirrored copies", f"{copies['near']:,}, {copies['mirrored']:,}"))
+        rows.append(("validation images with a copy among the training images", f"{copies['in_both_splits']:,}"))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (
+        f"## Training data\n\nTrained on {dataset_of(facts)[0]}.\n\n| what | number |\n|---|---|\n{table}\n\nThe raw "
+        f"result is in `data.json`. This command found it:\n\n```\n{facts.data['command']}\n```"
+    )
+
+
 def _limits(facts: Facts) -> str:
     draws = "unet" in facts.configs
     what = "It draws images" if draws else "It encodes and decodes images"
@@ -482,6 +524,8 @@ def _parts(facts: Facts, repo_id: str) -> dict[str, str]:
             "### Nearest training images\n\n![samples beside the training images nearest to them](neighbours.png)\n\n"
             "*The samples that are closest to a training image, each beside its nearest training images.*"
         )
+    if facts.data.get("facts"):
+        parts["data"] = _data_part(facts)
     return parts | {"training": _training_part(facts, shape), "limits": _limits(facts)}
 
 

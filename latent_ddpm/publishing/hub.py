@@ -50,7 +50,7 @@ PICTURES = {
     "reconstructions.png": ("samples/autoencoder-*.png",),
     "film_strip.png": ("samples/final/film_strip.png", "samples/film_strip.png"),
 }
-TEXTS = ("train_autoencoder.yaml", "train_unet.yaml", "metrics.jsonl", "run.json")
+TEXTS = ("train_autoencoder.yaml", "train_unet.yaml", "metrics.jsonl", "run.json", "data.json")
 
 
 # what was measured, and the part whose weights it is about; left out where those are newer

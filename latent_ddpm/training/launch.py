@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
@@ -26,7 +26,7 @@ from accelerate.commands.config.config_args import default_yaml_config_file
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from safetensors import SafetensorError
 
-from latent_ddpm.config import Config, RunConfig, check_same_run, in_steps, same_batch
+from latent_ddpm.config import SECTION_OF, Config, RunConfig, check_same_run, in_steps, keys_of, same_batch
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
 from latent_ddpm.places import no_folder
@@ -304,6 +304,25 @@ def _say_last(sentence: str) -> None:
     with contextlib.suppress(OSError):
         of_process = f" (process {rank})" if rank else ""
         print(f"\nerror: {sentence}{of_process}{_launcher_note()}", file=sys.stderr, flush=True)
+
+
+def of_stage(words: Sequence[str], stage: str) -> list[str]:
+    """The words of a command line that are for a stage: without the keys of the other stage.
+
+    Args:
+        words: after the name of a script that takes the keys of both stages.
+        stage: "autoencoder" or "unet".
+    """
+    stages = {section.removeprefix("train_"): kind for kind, section in SECTION_OF.items()}
+    other = next(kind for name, kind in stages.items() if name != stage)
+    foreign = set(keys_of(other)) - set(keys_of(stages[stage]))
+    chosen, skipping = [], False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word[2:].partition("=")[0].replace("-", "_") in foreign
+        if not skipping:
+            chosen.append(word)
+    return chosen
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

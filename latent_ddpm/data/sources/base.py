@@ -49,6 +49,13 @@ class ImageSource(abc.ABC):
         With `at_least`, a JPEG may be reduced in size as long as both sides keep that many pixels.
         """
 
+    def data(self, i: int) -> bytes | None:
+        """The bytes of image i's file, or None where the pixels are stored decoded.
+
+        Raises whatever reading the file raises.
+        """
+        return None
+
     @abc.abstractmethod
     def name(self, i: int) -> str:
         """The name of image i in messages and in the hash of the split."""
@@ -62,10 +69,6 @@ class ImageSource(abc.ABC):
 
     def squares(self) -> Any | None:
         """The decoded images (see the class), or None."""
-        return None
-
-    def data(self, i: int) -> bytes | None:
-        """The file of image i; None where images are stored as pixels. What is missing raises `OSError`."""
         return None
 
     def identity(self) -> str:
@@ -137,11 +140,11 @@ class SubsetSource(ImageSource):
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
         return self.source.load(int(self.indices[i]), at_least)
 
-    def name(self, i: int) -> str:
-        return self.source.name(int(self.indices[i]))
-
     def data(self, i: int) -> bytes | None:
         return self.source.data(int(self.indices[i]))
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.indices[i]))
 
     def squares(self) -> Any | None:
         squares = self.source.squares()

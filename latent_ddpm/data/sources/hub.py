@@ -139,6 +139,9 @@ class HubSource(ImageSource):
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
         return decode(self.data(i), at_least)
 
+    def data(self, i: int) -> bytes:
+        return image_bytes(self._cell(i, self.image_column))
+
     def caption_columns(self) -> list[str]:
         return [name for name, feature in self._features.items() if _holds_text(feature)]
 
@@ -153,9 +156,6 @@ class HubSource(ImageSource):
 
     def image_columns(self) -> list[str]:
         return [name for name, feature in self._features.items() if _holds_images(feature)]
-
-    def data(self, i: int) -> bytes:
-        return image_bytes(self._cell(i, self.image_column))
 
     def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
         return decode(image_bytes(self._cell(i, column)), at_least)
