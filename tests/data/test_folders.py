@@ -15,6 +15,7 @@ from latent_ddpm.config import UNetConfig
 from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.captions import read_captions
 from latent_ddpm.data.dataset import open_image_dataset
+from latent_ddpm.data.inspection.inspect import inspect
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.data.sources.layout import read_layout, split_named
 from latent_ddpm.data.sources.splits import open_sources
@@ -349,6 +350,10 @@ def test_each_image_of_any_folder_is_trained_on_or_counted(tree):
                 known = name in used or name in left_out or above & left_out or set(name.split("/")) & unused
                 assert known or path.suffix in (".txt", ".json", ".csv", ".jsonl", ".yaml"), name
         assert not used & left_out and used.isdisjoint(bad.names())
+        seen = inspect(sources, cfg, output / "cache", workers=0)  # of inspect_data: the same, to the image
+        assert (seen.facts["training"], seen.facts["validation"]) == (len(train), len(held_out))
+        assert sum(seen.facts["undecodable"].values()) == len(seen.bad) == len(bad.names())
+        assert sum(seen.facts["left_out"].values()) == len(list(sources[0].findings.all_left_out()))
         try:
             read_captions(train, dataclasses.replace(cfg, conditions=["text"], text_encoder="x"))
         except UserError as error:
