@@ -13,9 +13,9 @@ import io
 import json
 import multiprocessing
 import random
-import resource
 import shlex
 import struct
+import sys
 import time
 import warnings
 from collections import Counter
@@ -142,7 +142,10 @@ def damaged(content: bytes, other: bytes, dice: random.Random) -> bytes:
 
 def serve(pipe: Connection) -> None:
     """In a process of its own: decode what comes, answer with what came of it."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while (content := pipe.recv_bytes()) != b"end":
         square = decode_square(BytesSource(content), 0, RESOLUTION, 3, CENTRE, resizer(None))
         if isinstance(square, str):
