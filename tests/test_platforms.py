@@ -47,6 +47,7 @@ def test_both_stages_train_as_on_another_system(photos, tmp_path):
     flags = {"train_data_dir": photos, "resolution": 16, "max_train_steps": 2, "checkpointing_steps": 1}
     flags |= {"dataloader_num_workers": 1, "image_cache_gib": 0}  # so that workers decode in each step
     settings = {"PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), str(ROOT)))}
+    settings |= {"ACCELERATE_MIXED_PRECISION": "no"}  # as `accelerate launch`, with which a run counts its cores
     settings |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONWARNINGS": "default::EncodingWarning"}
     for script in ("train_autoencoder.py", "train_unet.py"):
         done = finished(command(script, tmp_path / "run", **flags), env={**environment(), **settings})
