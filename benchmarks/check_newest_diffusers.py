@@ -43,7 +43,7 @@ def make_environment(folder: Path, version: str | None) -> Path:
     python = folder / "bin" / "python"
     installed = next(path for path in sys.path if path.endswith("site-packages"))
     own = command([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).stdout.strip()
-    Path(own, "installed.pth").write_text(f"{installed}\n")
+    Path(own, "installed.pth").write_text(f"{installed}\n", encoding="utf-8")
     wanted = f"diffusers=={version}" if version else "diffusers"
     done = command([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", wanted])
     if done.returncode:

@@ -32,8 +32,6 @@ UNREADABLE = b"\0"  # stands for a profile of which nothing can be read
 _BASES = {"CMYK": "CMYK", "LAB": "LAB", "I": "I;16"}
 _BASES |= dict.fromkeys(("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr", "HSV"), "RGB")
 _BASES |= dict.fromkeys(("L", "LA", "La"), "L") | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "I;16")
-_SPACES = {"RGB": b"RGB ", "L": b"GRAY", "I;16": b"GRAY", "CMYK": b"CMYK", "LAB": b"Lab "}  # of an ICC header
-_CLASSES = (b"scnr", b"mntr", b"prtr", b"spac", b"abst")  # not links and named colours; LAB profiles are "abst"
 
 # x and y of red, green, blue and white, by the code points of ITU-T H.273
 _D65 = (0.3127, 0.3290)
@@ -205,17 +203,14 @@ def _transform(profile: bytes, base: str) -> ImageCms.ImageCmsTransform | str | 
     Most files of a folder share a few profiles. A transform has no state that changes, so threads share it.
     """
     try:
-        if base in ("L", "I;16") and profile[16:20] == _SPACES["RGB"] and _transform(profile, "RGB") is None:
+        if base in ("L", "I;16") and profile[16:20] == b"RGB " and _transform(profile, "RGB") is None:
             return None  # common: a gray file that says "sRGB"
-        # LittleCMS takes any three channels for any others, and refuses only what cannot be
-        if profile[36:40] != b"acsp" or profile[12:16] not in _CLASSES or profile[16:20] != _SPACES[base]:
-            return BROKEN
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
         # The optimizer makes a short table of a curve, which is too coarse for 16-bit gray.
         flags = ImageCms.Flags.NOOPTIMIZE if base == "I;16" else ImageCms.Flags.NONE
         transform = ImageCms.buildTransform(source, _srgb(), base, "RGB", renderingIntent=intent, flags=flags)
-    except Exception as error:  # PyCMSError, and OSError for what is no profile
+    except Exception as error:  # OSError for what is no profile, PyCMSError for one of another kind than the image
         logger.debug("ignored a colour profile: %s", error)
         return BROKEN
     return None if base in ("RGB", "L", "I;16") and _changes_nothing(source, base) else transform

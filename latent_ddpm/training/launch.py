@@ -7,8 +7,10 @@ import dataclasses
 import errno
 import logging
 import os
+import platform
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +34,7 @@ from latent_ddpm.files import remove_leftovers
 from latent_ddpm.places import no_folder
 from latent_ddpm.progress import close_bars
 from latent_ddpm.resizing import resizer
+from latent_ddpm.system import usable_cores
 from latent_ddpm.training.acceleration import check_compiler, set_arithmetic, take_compile_request
 from latent_ddpm.training.distributed import Heartbeat, joining
 from latent_ddpm.training.sharding import Sharding
@@ -56,12 +59,13 @@ def claim(output_dir: Path, stage: str) -> None:
     Raises:
         UserError: another process holds the lock.
     """
+    output_dir.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
-    except ImportError:  # Windows
+    except ImportError:  # Windows has no such lock
+        _remove_all_leftovers(output_dir)
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file = (output_dir / f".{stage}.lock").open("a+")
+    file = (output_dir / f".{stage}.lock").open("a+", encoding="utf-8")
     try:
         # not flock: DataLoader workers would inherit the lock, and they outlive a killed run by seconds
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,12 +78,16 @@ def claim(output_dir: Path, stage: str) -> None:
     except OSError:  # a file system without locks
         file.close()
         return
-    for folder in (output_dir, *(output_dir / name for name in ("samples", "ema", "cache"))):
-        remove_leftovers(folder)
+    _remove_all_leftovers(output_dir)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     _claims.append(file)
+
+
+def _remove_all_leftovers(output_dir: Path) -> None:
+    for folder in (output_dir, *(output_dir / name for name in ("samples", "ema", "cache"))):
+        remove_leftovers(folder)
 
 
 def check_writable(output_dir: Path) -> None:
@@ -221,7 +229,7 @@ def _use_all_cores(accelerator: Accelerator) -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if accelerator.device.type == "cpu" and launched:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        torch.set_num_threads(max(1, usable_cores() // here))
 
 
 TOPOLOGY = {"num_processes": 1, "num_machines": 1, "machine_rank": 0}
@@ -236,7 +244,7 @@ def _topology_asked_for(launcher: list[str]) -> dict:
         flags.add_argument(f"--{key}", f"--{key.replace('_', '-')}", type=type(default))
     found = vars(flags.parse_known_args(launcher)[0])
     path = found.pop("config_file") or default_yaml_config_file  # what `accelerate config` wrote
-    saved = (yaml.safe_load(Path(path).read_text()) or {}) if path and Path(path).exists() else {}
+    saved = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}) if path and Path(path).exists() else {}
     named = {key: saved[key] for key in TOPOLOGY if saved.get(key) is not None}
     return {**TOPOLOGY, **named, **{key: value for key, value in found.items() if value is not None}}
 
@@ -264,13 +272,16 @@ def _start_cpu_processes() -> None:
         return
     here = asked["num_processes"] // asked["num_machines"]
     if asked["num_processes"] > 1:
-        if asked["num_machines"] == 1 or asked["main_process_ip"].startswith("127."):  # all on this machine
+        here_only = asked["num_machines"] == 1 or asked["main_process_ip"].startswith("127.")
+        if here_only and os.name == "posix":  # Windows names its interfaces otherwise
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         meeting = ["--standalone"]
         if asked["num_machines"] > 1:
             meeting = ["--nnodes", str(asked["num_machines"]), "--node_rank", str(asked["machine_rank"])]
             meeting += ["--master_addr", asked["main_process_ip"], "--master_port", str(asked["main_process_port"])]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(here)]
+        if os.name == "nt":  # there, execv lets the launcher go on while the new process runs
+            sys.exit(subprocess.call([*torchrun, *sys.argv]))
         os.execv(sys.executable, [*torchrun, *sys.argv])
 
 
@@ -327,7 +338,7 @@ def of_stage(words: Sequence[str], stage: str) -> list[str]:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a script's main with the command line; a UserError or a full disk becomes one sentence and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot show must not end a run
+    for stream in (sys.stdout, sys.stderr):  # a name or a sign that the terminal's encoding lacks ends no run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _hear_the_launcher_end()

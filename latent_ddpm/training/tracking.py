@@ -167,7 +167,7 @@ class Tracker:
         if not self.path.exists():
             return
         keep = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the incomplete last line of a killed run
@@ -178,7 +178,7 @@ class Tracker:
 
     def _note_machine(self, path: Path, training_images: int, validation_images: int, data: str) -> None:
         """Write hardware, versions and numbers of images to run.json, for the model card."""
-        noted = json.loads(path.read_text()) if path.exists() else {}
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         device = self.accelerator.device
         noted[self.stage] = {key: value for key, value in noted.get(self.stage, {}).items() if key == "tracker_run"} | {
             "training_images": training_images,
@@ -196,7 +196,7 @@ class Tracker:
     def _start_trackers(self, config: RunConfig, first_step: int) -> None:
         """Start the tracker, or continue its run when the stage is resumed."""
         path = self.path.parent / "run.json"
-        noted = json.loads(path.read_text())
+        noted = json.loads(path.read_text(encoding="utf-8"))
         mine = noted[self.stage]
         run_id = mine.get("tracker_run") if first_step else None
         mine["tracker_run"] = run_id or secrets.token_hex(4)
@@ -241,7 +241,7 @@ class Tracker:
     def _append(self, metrics: dict) -> None:
         images = self.step * self.images_per_step
         record = {"stage": self.stage, "step": self.step, "images": images, "time": round(time.time(), 3)}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record | metrics) + "\n")
 
     def advance(self) -> None:
@@ -299,7 +299,7 @@ class Tracker:
         """Note in run.json that the stage is done and exported."""
         if self.main:
             path = self.path.parent / "run.json"
-            noted = json.loads(path.read_text())
+            noted = json.loads(path.read_text(encoding="utf-8"))
             noted[self.stage]["finished_at"] = self.step
             write_json(path, noted)
 
