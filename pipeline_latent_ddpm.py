@@ -363,9 +363,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 raise ValueError("prompt: this pipeline has no text encoder; give prompt_embeds")
             import transformers
 
-            kind = ENCODER_CLASSES.get(transformers.AutoConfig.from_pretrained(name).model_type, "AutoModel")
+            # False, because unset asks at the terminal whether to run the code of a repository that has some
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            kind = ENCODER_CLASSES.get(config.model_type, "AutoModel")
             encoder = getattr(transformers, kind).from_pretrained(name).eval().requires_grad_(False)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.register_modules(text_encoder=encoder.to(self._execution_device), tokenizer=tokenizer)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens = self.tokenizer(

@@ -23,7 +23,8 @@ from latent_ddpm.files import write_json
 from latent_ddpm.training.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/publishing/test_export.py", "tests/test_pipeline.py", "tests/diffusion/test_objective.py")
+TESTS = ("tests/publishing/test_export.py", "tests/test_pipeline.py", "tests/test_pipeline_calls.py")
+TESTS += ("tests/diffusion/test_objective.py",)
 PACKAGES = ("diffusers", "huggingface_hub", "transformers", "accelerate", "torch")
 VERSIONS = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {PACKAGES!r}}}))"
 

@@ -210,6 +210,32 @@ def test_optional_components_may_be_absent(text, tmp_path):
     same(draw(load(tmp_path, **text), "text", guidance_scale=2.0), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_encoder_that_is_only_named_is_loaded_and_saved(dtype, text, tmp_path):
+    pipe = make("text", text)
+    expected = draw(pipe, "text", guidance_scale=2.0)
+    pipe.text_encoder.save_pretrained(tmp_path / "encoder")
+    pipe.tokenizer.save_pretrained(tmp_path / "encoder")
+    words = {"text_encoder_id": str(tmp_path / "encoder"), "max_caption_tokens": 4}
+    named = LatentDDPMPipeline(pipe.vqvae, pipe.unet, pipe.scheduler, **words)
+    named.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a" / "text_encoder").exists()
+    again = load(tmp_path / "a", torch_dtype=dtype)
+    assert (draw(again, "text", guidance_scale=2.0) - expected).abs().mean() < 0.02
+    again.save_pretrained(tmp_path / "b")
+    shutil.rmtree(tmp_path / "encoder")
+    assert (draw(load(tmp_path / "b"), "text", guidance_scale=2.0) - expected).abs().mean() < 0.02
+
+
+def test_an_encoder_with_code_of_its_own_is_refused_and_not_asked_about(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks at the terminal"))
+    content = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    parts = make("text", text).components | {"text_encoder": None, "tokenizer": None}
+    with pytest.raises(ValueError, match="custom code"):
+        LatentDDPMPipeline(**parts, text_encoder_id=str(tmp_path)).encode_prompt("a fish")
+
+
 # ------------------------------------------------------------------------------------------------ other pipelines
 
 
@@ -225,8 +251,8 @@ def test_from_pipe_of_the_stock_class(text, tmp_path):
     pipe = make("none", text)
     pipe.save_pretrained(tmp_path)
     stock = DiffusionPipeline.from_pretrained(tmp_path)
-    richer = DiffusionPipeline.from_pipe(stock, custom_pipeline=str(tmp_path), trust_remote_code=True)
-    assert type(richer).__name__ == "LatentDDPMPipeline" and richer.unet is stock.unet
+    richer = LatentDDPMPipeline.from_pipe(stock)
+    assert richer.unet is stock.unet
     same(draw(richer), draw(pipe))
     assert type(LDMPipeline.from_pipe(richer)) is LDMPipeline
 
