@@ -10,6 +10,7 @@ import datasets
 import pytest
 import yaml
 from conftest import ROOT, finished, launch, run_script
+from odd_images import picture
 from PIL import Image
 from preloaded import Script
 
@@ -304,3 +305,32 @@ def test_chaos_on_a_full_disk(tmp_path):
     script("chaos.py", "--fault", "full_disk", "--stride", 150, "--json", tmp_path / "d.json")
     result = json.loads((tmp_path / "d.json").read_text())
     assert sum(result["outcomes"].values()) >= 4 and set(result["outcomes"]) == {"a sentence"}
+
+
+def test_check_inspection_finds_what_it_plants(tmp_path, monkeypatch):
+    """With pictures in the place of CIFAR-10, and the script run plainly."""
+    spec = importlib.util.spec_from_file_location("check_inspection", ROOT / "benchmarks" / "check_inspection.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    for split, first in (("train", 0), ("test", 40)):
+        cells = [{"bytes": benchmark.saved(picture(first + k, (32, 32)), "PNG"), "path": None} for k in range(40)]
+        datasets.Dataset.from_dict(
+            {"image": cells, "label": [k % 2 for k in range(40)]},
+            features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}),
+        ).to_parquet(tmp_path / f"{split}.parquet")
+
+    def plainly(words, cwd, env, check):
+        done = Script([*words[1:-1], "0"], environment={"HF_DATASETS_CACHE": env["HF_DATASETS_CACHE"]}).finish()
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    monkeypatch.setattr(benchmark.subprocess, "run", plainly)
+    monkeypatch.setattr(benchmark, "decode_all", lambda sources, workers: None)
+    words = ["--data", str(tmp_path), "--planted", "4", "--hashes", "1000", "--json", str(tmp_path / "r.json")]
+    assert benchmark.main(words) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["images"] == 80 and result["found_near"] == 1 and set(result["found"].values()) == {1.0}
+    assert result["command"].startswith("python benchmarks/check_inspection.py --data DATA --planted 4")
+    assert result["not_planted"] == {} and (tmp_path / "r-not-planted.png").exists()
+    groups = [("near", ["train[1]", "test[2]"]), ("near", ["train[8]", "train[9]"])]
+    judged = benchmark.judged(groups, [("jpeg 80", "train[1]", "test[2]"), ("jpeg 80", "train[3]", "test[4]")])
+    assert judged["found"] == {"jpeg 80": 0.5} and judged["not_planted"] == {"near": 1}

@@ -261,3 +261,42 @@ def test_the_owner_keeps_results_beside_those_of_training():
     merged = yaml.safe_load(merge_cards(ours, theirs).split("---\n")[1])
     names = [m["name"] for result in merged["model-index"][0]["results"] for m in result["metrics"]]
     assert "mine" in names and len(names) == len(set(names)) == 6
+
+
+KNOWN = {
+    "looked_at": 640, "training": 600, "validation": 40, "undecodable": {"training": 2, "validation": 1},
+    "undecodable_in_stream": 0, "resolution": 32, "image_channels": 3, "formats": {"JPEG": 500, "PNG": 140},
+    "shorter_side": {"smallest": 20, "median": 640, "largest": 4000, "histogram": []}, "upscaled": 12, "gray": 3,
+    "flat": 0, "transparent": 1, "left_out": {"HEIC: pip install pillow-heif": 7}, "complete": True,
+    "classes": {"number": 4, "empty": 1, "unknown": 0, "smallest": 9, "largest": 300},
+    "duplicates": {"same_file": 5, "same_pixels": 2, "near": 4, "mirrored": 1, "in_both_splits": 6},
+}  # fmt: skip
+COMMAND = "python scripts/inspect_data.py --config configs/mnist.yaml"
+
+
+def test_what_is_known_of_the_images(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps({"command": COMMAND, "facts": KNOWN}))
+    data = read_facts(tmp_path).data
+    trained = {"unet": FACTS.training["unet"] | {"training_images": 598, "validation_images": 40}}
+    card = make_card(dataclasses.replace(FACTS, data=data, training=trained), "someone/digits")
+    assert "## Training data" in card and f"```\n{COMMAND}\n```" in card
+    for row in (
+        "| images for training, for validation | 598, 40 |",  # as the run counted them
+        "| images that cannot be decoded | 3 |",
+        "| files left out: HEIC: pip install pillow-heif | 7 |",
+        "| classes, images of a class | 4, 9 to 300 |",
+        "| formats | JPEG 500, PNG 140 |",
+        "| smallest, median and largest shorter side in pixels | 20, 640, 4,000 |",
+        "| images smaller than 32 pixels, which were enlarged | 12 |",
+        "| gray images | 3 |",
+        "| exact copies of other images | 7 |",
+        "| nearly equal images, mirrored copies | 4, 1 |",
+        "| validation images with a copy among the training images | 6 |",
+    ):
+        assert row in card, row
+    assert "of one colour" not in card
+    sample = KNOWN | {"complete": False, "looked_at": 256}
+    sample = {key: value for key, value in sample.items() if key not in ("duplicates", "undecodable")}
+    card = make_card(dataclasses.replace(FACTS, data={"command": "x", "facts": sample}), "someone/digits")
+    assert "| formats (in a sample of 256 images) | JPEG 500, PNG 140 |" in card and "copies" not in card
+    assert "## Training data" not in make_card(FACTS, "someone/digits")

@@ -1,4 +1,4 @@
-"""scripts/inspect_data.py sees what training sees, to the image; training says what it found, and the card has it."""
+"""scripts/inspect_data.py: it sees what training sees, to the image; training and the card say what it found."""
 
 import importlib.util
 import json

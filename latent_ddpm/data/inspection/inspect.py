@@ -117,7 +117,7 @@ def facts_of(table: Table, sources: Sources, config: Any) -> dict[str, Any]:
         training, validation: numbers of decodable images. undecodable: of the others, by split.
         formats, modes, depths, profiles, sizes: number of images by word, the most frequent first.
         shorter_side: smallest, median and largest, and a histogram as [from, to, images].
-        classes: see `classes_of`, of all splits. The others are numbers of images, or shares.
+        The others are numbers of images, or shares.
     """
     good = ~table.has("bad")
     train = np.arange(len(table)) < len(sources[0])
@@ -132,7 +132,6 @@ def facts_of(table: Table, sources: Sources, config: Any) -> dict[str, Any]:
         "resolution": config.resolution,
         "image_channels": config.image_channels,
         "stored": int((table.has("stored") & good).sum()),
-        "classes": classes_of(sources),
     }
     for plural, name in (("formats", "format"), ("modes", "mode"), ("depths", "depth"), ("profiles", "profile")):
         facts[plural] = _first(table.count(name, good))
@@ -210,9 +209,10 @@ def classes_of(sources: Sequence[ImageSource]) -> dict[str, Any] | None:
 
 
 def outside(sources: Sources, config: Any) -> dict[str, Any]:
-    """What the source found besides the images, which does not depend on their pixels."""
+    """What depends on the source and not on the pixels: classes, splits, and what it left out."""
     findings = sources[0].findings
     return {
+        "classes": classes_of(sources),
         "left_out": findings.counts(),
         "splits": {name: list(split) for name, split in findings.splits.items()},
         "notes": list(findings.notes),

@@ -14,7 +14,7 @@ from typing import Any
 
 from latent_ddpm.config import RunConfig, UNetConfig
 from latent_ddpm.data.captions import cleaned
-from latent_ddpm.data.inspection.inspect import Sources, cache_folder, classes_of, facts_of_rows, known_facts, outside
+from latent_ddpm.data.inspection.inspect import Sources, cache_folder, facts_of_rows, known_facts, outside
 from latent_ddpm.data.inspection.lines import Line, lines_of
 from latent_ddpm.data.inspection.table import BIT, finish, look_at
 from latent_ddpm.data.sources.base import ImageSource
@@ -57,10 +57,7 @@ def quick_lines(config: RunConfig, sources: Sources) -> tuple[dict[str, Any], li
     if facts is None:
         noted = _read(Path(config.output_dir))
         same = noted.get("key") == _key(sources, config)
-        if same:
-            facts = noted["facts"] | {"classes": classes_of(sources)} | outside(sources, config)
-        else:
-            facts = sample_facts(sources, config)
+        facts = noted["facts"] | outside(sources, config) if same else sample_facts(sources, config)
     captions = None
     if isinstance(config, UNetConfig) and "text" in config.conditions and not config.caption_templates:
         captions = _captions_of_sample(sources[0], config.caption_column)
