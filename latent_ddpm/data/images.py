@@ -3,6 +3,8 @@
 import contextlib
 import io
 import logging
+import os
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -18,6 +20,35 @@ logger = logging.getLogger(__name__)
 TRANSFORM_VERSIONS = {"pillow": 3, "pytorch": 4}
 CENTRE = (0.5, 0.5)
 _MOST_OF_A_JPEG = 2**28  # pixels before it is reduced; a progressive one needs up to 6 bytes for each
+
+
+class _Quiet:
+    """Silences Pillow while any thread decodes; `warnings.catch_warnings` by itself is not for several threads.
+
+    Pillow says "Corrupt EXIF data" and the like of images that decode, and of large ones that they may be bombs.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._caught = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.|pillow_|pi_heif")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._caught.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+if hasattr(os, "register_at_fork"):  # a thread may be inside when a worker is forked
+    os.register_at_fork(after_in_child=_quiet.__init__)
 
 
 def decode(data: bytes, at_least: int | None = None) -> Image.Image:
@@ -38,9 +69,7 @@ def decode(data: bytes, at_least: int | None = None) -> Image.Image:
     if not data:
         raise OSError("the file is empty")
     data, said_of_colours = png.essential(data)
-    with warnings.catch_warnings():
-        # "Corrupt EXIF data" and the like, on images that decode; from 89 megapixels on, that it may be a bomb
-        warnings.simplefilter("ignore")
+    with _quiet:
         image = _opened(data)
         if at_least is not None:
             image.draft(None, (at_least, at_least))  # only JPEG supports it
@@ -126,9 +155,10 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
+        return image  # sooner than by asking Pillow for an empty EXIF block
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with _quiet:
             image.load()
             if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
                 return image  # exif_transpose would copy it

@@ -124,6 +124,25 @@ def test_an_installed_plugin_is_used_where_it_is_needed(without_plugins, tmp_pat
     monkeypatch.delitem(sys.modules, "pillow_jxl")
 
 
+def test_a_plugin_that_has_to_be_asked_to_register(without_plugins, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "pillow_heif")
+    lines = FAKE.replace("JXL", "HEIF").replace(".jxl", ".heic").splitlines()
+    registering = [f"    {line}" for line in lines if line.startswith("Image.register")]
+    lines = [line for line in lines if not line.startswith("Image.register")]
+    (tmp_path / "pillow_heif.py").write_text("\n".join([*lines, "def register_heif_opener():", *registering]))
+    assert ".heic" in formats.readable_extensions()
+    monkeypatch.delitem(sys.modules, "pillow_heif")
+
+
+def test_a_pillow_that_lists_avif_without_reading_it(without_plugins, monkeypatch):
+    """As Pillow's own plugin does where libavif is missing."""
+    monkeypatch.setitem(Image.OPEN, "AVIF", (None, lambda head: "AVIF support not installed"))
+    assert ".avif" not in formats.readable_extensions()
+    with pytest.raises(OSError, match="pillow>="):
+        decode(HEADS["AVIF"] + bytes(100))
+
+
 def plugin(extension):
     return pytest.mark.skipif(
         extension not in formats.readable_extensions(), reason=f"nothing that reads {extension} is installed"

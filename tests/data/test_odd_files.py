@@ -5,6 +5,7 @@ import struct
 import tracemalloc
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -186,7 +187,12 @@ def test_the_orientation_stays(turning, after):
     np.testing.assert_array_equal(as_seen(decode(data), 3), PICTURE.transpose(Image.Transpose.ROTATE_270))
 
 
-def test_the_last_pixels_of_an_animation_are_those_of_its_first_frame():
+def test_the_orientation_in_the_xmp_block_of_a_jpeg():
+    data = jpeg(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP))
+    assert as_seen(decode(data), 3).size == PICTURE.size[::-1]
+
+
+def test_of_an_animation_the_first_frame_is_seen():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encoded(image=frames[0], save_all=True, append_images=frames[1:])
     assert Image.open(io.BytesIO(data)).n_frames == 2
@@ -210,6 +216,14 @@ def test_a_phone_of_200_megapixels():
     header = data.index(b"\xff\xc0")
     with pytest.raises(Image.DecompressionBombError):
         decode(data[: header + 5] + struct.pack(">2H", 65_000, 65_000) + data[header + 9 :], at_least=512)
+
+
+def test_threads_that_decode_leave_the_filters_of_warnings_alone():
+    before = list(warnings.filters)
+    data = jpeg(segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff"))
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: as_seen(decode(data), 3), range(200)))
+    assert warnings.filters == before
 
 
 def test_pillow_alone_refuses_what_these_tests_are_about():
