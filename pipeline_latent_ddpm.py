@@ -17,6 +17,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
 
 import numpy as np
@@ -204,8 +205,13 @@ class LatentDDPMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vqvae"
+    # A VQModel reads its codebook without a call that enable_sequential_cpu_offload could see.
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["vqvae"]
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "pred_original_sample"]
+    # This file, for `save_config`. Read now and kept by the class, because diffusers copies the pipeline.py of each
+    # local folder to one place of its cache and runs it in one module: later, another model's may be there.
+    _source: ClassVar[bytes] = Path(__file__).read_bytes()
 
     # Union, not |: from_pretrained of diffusers 0.35 reads these annotations and fails on `|`.
     def __init__(
@@ -253,7 +259,70 @@ class LatentDDPMPipeline(DiffusionPipeline):
                     os.symlink(os.path.abspath(entry.path), os.path.join(aside, entry.name), target_is_directory=True)
             with open(os.path.join(aside, "model_index.json"), "w") as file:
                 json.dump({**index, "_class_name": cls.__name__}, file)
-            return super().from_pretrained(aside, **kwargs)
+            pipeline = super().from_pretrained(aside, **kwargs)
+        pipeline.register_to_config(_name_or_path=name)  # not that of the copy, which is gone
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Like `DiffusionPipeline.save_pretrained`, in a folder that loads again.
+
+        What stock diffusers can draw is saved as an `LDMPipeline`: `DiffusionPipeline.from_pretrained(folder)` loads
+        it. Other pipelines load with `custom_pipeline=folder, trust_remote_code=True`. Both hold this file as
+        pipeline.py.
+        """
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)  # with push_to_hub, it must be a str
+
+    def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write model_index.json and pipeline.py."""
+        folder = os.fspath(save_directory)
+        os.makedirs(folder, exist_ok=True)
+        aside = os.path.join(folder, ".pipeline.py.tmp")
+        with open(aside, "wb") as file:
+            file.write(self._source)
+        os.replace(aside, os.path.join(folder, "pipeline.py"))
+        for name in self.components:
+            self._remove_stale_index(os.path.join(folder, name))
+        super().save_config(folder, *args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The content of model_index.json."""
+        index = json.loads(super().to_json_string())
+        if self._is_stock(index):
+            index = {key: value for key, value in index.items() if key not in self._optional_components}
+            index["_class_name"] = "LDMPipeline"
+        else:
+            index["_class_name"] = ["pipeline", "LatentDDPMPipeline"]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def _remove_stale_index(folder: str) -> None:
+        """Remove the index of shards that an earlier `save_pretrained` left: diffusers would load by it, and fail."""
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            path = os.path.join(folder, name)
+            if name.endswith(".index.json"):
+                with open(path, encoding="utf-8") as file:
+                    shards = set(json.load(file)["weight_map"].values())
+                if not all(os.path.exists(os.path.join(folder, shard)) for shard in shards):
+                    os.unlink(path)
+
+    def _is_stock(self, index: dict[str, Any]) -> bool:
+        """Whether diffusers' LDMPipeline loads the components of this model_index.json and draws with them."""
+        try:
+            from diffusers import LDMPipeline  # noqa: F401
+        except (ImportError, RuntimeError):  # RuntimeError: a lazy import of diffusers that fails
+            return False
+        own = ("class_names", "conditioning_classes", "text_encoder_id", "max_caption_tokens")
+        return (
+            index["unet"] == ["diffusers", "UNet2DModel"]
+            and index["vqvae"] in (["diffusers", "VQModel"], ["diffusers", "AutoencoderKL"])
+            and isinstance(self.unet.config.sample_size, int)
+            and not (self.unet.config.num_class_embeds or self.conditioning_channels)
+            and not any(index.get(name) for name in own)
+            and index["text_encoder"][0] is None
+            # LDMPipeline uses these; the schedulers of flow matching have none
+            and hasattr(self.scheduler, "init_noise_sigma")
+            and hasattr(self.scheduler, "scale_model_input")
+        )
 
     @property
     def num_timesteps(self) -> int:
@@ -294,9 +363,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 raise ValueError("prompt: this pipeline has no text encoder; give prompt_embeds")
             import transformers
 
-            kind = ENCODER_CLASSES.get(transformers.AutoConfig.from_pretrained(name).model_type, "AutoModel")
+            # False, because unset asks at the terminal whether to run the code of a repository that has some
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            kind = ENCODER_CLASSES.get(config.model_type, "AutoModel")
             encoder = getattr(transformers, kind).from_pretrained(name).eval().requires_grad_(False)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.register_modules(text_encoder=encoder.to(self._execution_device), tokenizer=tokenizer)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         tokens = self.tokenizer(
@@ -305,6 +376,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
         ids, mask = (tokens[name].to(self._execution_device) for name in ("input_ids", "attention_mask"))
         hidden = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden * mask.unsqueeze(-1), mask.bool()
+
+    @property
+    def guidance_scale(self) -> float | dict[str, float]:
+        """The `guidance_scale` of the latest call; a callback may set `pipe._guidance_scale` for the next step."""
+        return self._guidance_scale
 
     @property
     def interrupt(self) -> bool:
@@ -349,7 +425,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["LatentDDPMPipeline", int, Any, dict], dict] | None = None,
+        callback_on_step_end: Callable[["LatentDDPMPipeline", int, Any, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         image: PipelineImageInput | None = None,
         strength: float | None = None,
@@ -365,6 +441,9 @@ class LatentDDPMPipeline(DiffusionPipeline):
         negative_prompt: str = "",
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw images; `image` draws variations of an image (SDEdit, arXiv 2108.01073); `mask_image` inpaints.
 
@@ -374,7 +453,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
         of the mask are copied from `image`, not decoded.
 
         Args:
-            batch_size: number of images; 1 is replaced by the number of class labels, conditioning images or prompts.
+            batch_size: number of images if `num_images_per_prompt` is 1; 1 is replaced by the number of class labels,
+                conditioning images or prompts.
             num_inference_steps: denoising steps, at least 1.
             eta: 0 is deterministic DDIM, 1 has the noise of DDPM (arXiv 2010.02502, equation 16). Schedulers without
                 `eta` ignore it.
@@ -387,10 +467,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 the final model-space latents, in the dtype of the U-Net.
             return_dict: False returns the tuple `(images,)`.
             callback_on_step_end: called after each step as `callback(pipe, step, t, {"latents": latents})`. "latents"
-                in the dict that it returns replaces the latents. A diffusers `PipelineCallback` also works.
+                in the dict that it returns replaces the latents; it may return None. It may change
+                `pipe._guidance_scale` for the next step. A diffusers `PipelineCallback` also works.
             callback_on_step_end_tensor_inputs: tensors passed to the callback: "latents", the scheduler's latents after
                 the step, and "pred_original_sample", the clean latents in model space that the U-Net predicted in this
-                step.
+                step. Both are float32 for a U-Net in half precision.
             image: one image for all or one per drawn image: PIL images, float (B, C, H, W) in [0, 1], or any other
                 input of `VaeImageProcessor`. Resized to the model's size without keeping the aspect ratio.
             strength: in (0, 1], the share of the steps to run, at least one; `image` is noised to the level of the
@@ -416,6 +497,10 @@ class LatentDDPMPipeline(DiffusionPipeline):
             negative_prompt: text for the unconditional prediction; training uses the empty text.
             negative_prompt_embeds: instead of `negative_prompt`, embeddings, (1, T, W).
             negative_prompt_attention_mask: attention mask of `negative_prompt_embeds`.
+            num_images_per_prompt: images for each of the `batch_size` class labels, conditioning images or prompts; the
+                images of one are neighbours in the result. `latents` and a list of generators are for all images.
+            timesteps: instead of `num_inference_steps`, the timesteps of the scheduler, if it takes them.
+            sigmas: instead of `num_inference_steps`, the noise levels of the scheduler, if it takes them.
 
         Returns:
             `ImagePipelineOutput` with `images` as in `output_type`, or a tuple.
@@ -423,7 +508,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
         Raises:
             ValueError: an invalid batch_size, num_inference_steps, output_type, shape of latents, number of
                 generators, images or masks, strength or callback input; a strength or mask without an image; a
-                scheduler that cannot begin midway or has no known noise level. The message names the argument or class.
+                scheduler that cannot begin midway, has no known noise level or does not take timesteps or sigmas. The
+                message names the argument or class.
         """
         # A diffusers PipelineCallback names the tensors that it needs.
         wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
@@ -432,17 +518,27 @@ class LatentDDPMPipeline(DiffusionPipeline):
         given, scales = self._read_conditions(
             class_labels, conditioning_image, text, no_text, guidance_scale, guidance_unet
         )
-        batch_size = self._spread(given, batch_size)
+        if not isinstance(batch_size, int) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(
+                f"batch_size and num_images_per_prompt are numbers of images, got {batch_size!r} and "
+                f"{num_images_per_prompt!r}; give conditions by name, as in prompt='...'"
+            )
+        each = self._spread(given, batch_size)
+        batch_size = each * num_images_per_prompt
         shape = self._latents_shape(batch_size)
         self._check_inputs(batch_size, num_inference_steps, generator, latents, shape, output_type, wanted)
-        original, repaint, strength = self._read_image(image, mask_image, strength, batch_size)
-        self._interrupt = False
-        dtype = self.unet.dtype
+        original, repaint, strength = self._read_image(image, mask_image, strength, each)
         given = {name: value.to(self._execution_device) for name, value in given.items()}
+        given = {name: value.repeat_interleave(num_images_per_prompt, 0) for name, value in given.items()}
+        original, repaint = (
+            pixels if pixels is None or len(pixels) == 1 else pixels.repeat_interleave(num_images_per_prompt, 0)
+            for pixels in (original, repaint)
+        )
+        self._interrupt, self._guidance_scale = False, guidance_scale
 
         # ------------------------------------------------------------------------------ initial latents
         # Some schedulers' init_noise_sigma depends on the timesteps, so these are set first.
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        num_inference_steps = self._set_timesteps(num_inference_steps, timesteps, sigmas)
         steps = num_inference_steps if image is None else max(1, round(num_inference_steps * strength))
         timesteps = skip_steps(self.scheduler, num_inference_steps - steps)
         noise = self._initial_noise(latents, shape, generator)
@@ -461,18 +557,19 @@ class LatentDDPMPipeline(DiffusionPipeline):
                 if self.interrupt:
                     continue
                 inputs, last = {}, i == len(timesteps) - 1
+                scales = self._read_guidance(self._guidance_scale, guidance_unet)  # a callback may have changed it
                 scales_now = self._scales_at(t, scales, guidance_interval)
                 prediction = self._predict(scale_model_input(latents, t), t, given, scales_now, guidance_unet)
                 if "pred_original_sample" in wanted:
-                    inputs["pred_original_sample"] = predict_original(latents, prediction, self.scheduler, t).to(dtype)
-                latents = self.scheduler.step(prediction, t, latents, return_dict=False, **extra)[0].to(dtype)
+                    inputs["pred_original_sample"] = predict_original(latents, prediction, self.scheduler, t)
+                latents = self.scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
                 if repaint is not None:
                     outside = clean if last else self._noised(clean, noise, timesteps[i + 1])
                     latents = torch.where(inside, latents, outside)
                 if callback_on_step_end is not None:
                     inputs["latents"] = latents
-                    outputs = callback_on_step_end(self, i, t, {name: inputs[name] for name in wanted})
-                    latents = outputs.pop("latents", latents)
+                    outputs = callback_on_step_end(self, i, t, {name: inputs[name] for name in wanted}) or {}
+                    latents = outputs.get("latents", latents).to(latents)
                 if last or (i + 1 > warmup and (i + 1) % order == 0):
                     progress_bar.update()
         images = self._to_images(latents, output_type, original, repaint)
@@ -487,12 +584,15 @@ class LatentDDPMPipeline(DiffusionPipeline):
         shape: tuple[int, int, int, int],
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """The `latents` of `__call__`, or standard normal noise of that shape; on the pipeline's device."""
+        """The `latents` of `__call__`, or standard normal noise of that shape; on the pipeline's device, float32.
+
+        The latents stay in float32 until the end, also for a U-Net in half precision: the noise is then that of
+        LDMPipeline, and the steps of the scheduler, which half precision would round away, add up.
+        """
         device = self._execution_device
         if latents is None:
-            # In float32, as in LDMPipeline, so that a half-precision pipeline starts from the same noise.
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return latents.to(device)
+        return latents.to(device, torch.promote_types(self.unet.dtype, torch.float32))
 
     def _initial_latents(
         self,
@@ -512,14 +612,14 @@ class LatentDDPMPipeline(DiffusionPipeline):
             midway: start from the noised image instead of from pure noise.
 
         Returns:
-            (B, C, h, w) in the dtype of the U-Net; with an image, its model-space latents, otherwise None; with a mask,
+            (B, C, h, w) in the dtype of the noise; with an image, its model-space latents, otherwise None; with a mask,
             bool (1 or B, 1, h, w), true for the latents to repaint, otherwise None.
         """
         # Flow matching schedulers have no init_noise_sigma: they start from the noise itself.
-        latents = (noise * getattr(self.scheduler, "init_noise_sigma", 1.0)).to(self.unet.dtype)
+        latents = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         if original is None:
             return latents, None, None
-        clean = self.encode(original * 2 - 1)
+        clean = self.encode(original * 2 - 1).to(noise)
         if midway:
             latents = self._noised(clean, noise, t)
         if repaint is None:
@@ -530,14 +630,14 @@ class LatentDDPMPipeline(DiffusionPipeline):
     def _noised(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w): the model-space latents `clean` at the noise level of the scheduler's next step, at `t`."""
         keep, spread = noise_level(self.scheduler, t)
-        return (keep * clean.float() + spread * noise.float()).to(clean.dtype)
+        return keep * clean + spread * noise
 
     def _to_images(
         self, latents: torch.Tensor, output_type: str, original: torch.Tensor | None, repaint: torch.Tensor | None
     ) -> Any:
         """Model-space latents -> images of `output_type`. Pixels outside of a mask are those of `original`."""
         if output_type == "latent":
-            return latents
+            return latents.to(self.unet.dtype)
         images = (self.decode(latents) / 2 + 0.5).float()  # (B, C, H, W) in [0, 1]
         if repaint is not None:
             images = torch.where(repaint.to(images.device), images, original.to(images))
@@ -599,6 +699,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
         if name == "class_labels":
             return torch.full_like(like, self.unet.config.num_class_embeds - 1)
         if name == "prompt":
+            if self._no_text is None:  # no guidance was asked for, and a callback has switched it on
+                self._no_text = self._pack_prompt(*self._no_text_given)
             empty = self._no_text.to(like)  # of its own length; `_join` pads all to one length
             return empty.expand(len(like), -1, -1)
         return torch.zeros_like(like)
@@ -610,19 +712,22 @@ class LatentDDPMPipeline(DiffusionPipeline):
         t: torch.Tensor,
         given: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """A U-Net's prediction (B, C, h, w) with the `given` conditions, and null conditions for the others."""
-        words = {}
+        """A U-Net's prediction (B, C, h, w) with the `given` conditions, and null conditions for the others.
+
+        The U-Net computes in its own dtype; the prediction has that of the latents.
+        """
+        words, kind = {}, latents.dtype
         if unet.config.num_class_embeds is not None:
             nobody = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
             words["class_labels"] = given.get("class_labels", self._nothing("class_labels", nobody))
         if self.takes_text:
             text = given["prompt"] if "prompt" in given else self._nothing("prompt", latents)
-            words["encoder_hidden_states"] = text[..., :-1].to(latents.dtype)
+            words["encoder_hidden_states"] = text[..., :-1].to(unet.dtype)
             words["encoder_attention_mask"] = text[..., -1] > 0.5
         if self.conditioning_channels:
             empty = latents.new_zeros(len(latents), self.conditioning_channels, *latents.shape[2:])
             latents = torch.cat((latents, given.get("conditioning_image", empty).to(latents.dtype)), dim=1)
-        return unet(latents, t, **words).sample
+        return unet(latents.to(unet.dtype), t, **words).sample.to(kind)
 
     # ------------------------------------------------------------------------------ reading the arguments
 
@@ -650,6 +755,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
             needed = packed is None or (guidance_unet is None and any(scale != 1 for scale in scales.values()))
             if no_text[1] is not None:  # embeddings replace the default negative_prompt
                 no_text = (None, *no_text[1:])
+            self._no_text_given = no_text
             self._no_text = self._pack_prompt(*no_text) if needed else None
         elif text[0] is not None or text[1] is not None:
             raise ValueError("prompt: this model is not conditioned on text")
@@ -665,7 +771,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         if isinstance(labels, torch.Tensor):
             labels = labels.flatten().tolist()
         numbers = []
-        for label in [labels] if isinstance(labels, (int, str)) else labels:
+        for label in [labels] if isinstance(labels, (int, str, np.integer)) else labels:
             if isinstance(label, str):
                 if label not in names:
                     nearest = difflib.get_close_matches(label, names, n=1, cutoff=0.0)
@@ -752,6 +858,23 @@ class LatentDDPMPipeline(DiffusionPipeline):
         for name, value in given.items():
             given[name] = value.expand(batch_size, *value.shape[1:])
         return batch_size
+
+    def _set_timesteps(
+        self, num_inference_steps: int, timesteps: Sequence[int] | None, sigmas: Sequence[float] | None
+    ) -> int:
+        """Set the scheduler's timesteps, as asked for in `__call__`; returns their number in steps."""
+        asked = {"timesteps": timesteps, "sigmas": sigmas}
+        asked = {name: list(values) for name, values in asked.items() if values is not None}
+        if not asked:
+            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            return num_inference_steps
+        taken = inspect.signature(self.scheduler.set_timesteps).parameters
+        unknown = [name for name in asked if name not in taken]
+        if unknown or len(asked) > 1:
+            what = f"{type(self.scheduler).__name__} takes no {unknown[0]}" if unknown else "got both"
+            raise ValueError(f"timesteps, sigmas: give one of them, if the scheduler takes it; {what}")
+        self.scheduler.set_timesteps(**asked, device=self._execution_device)
+        return -(-len(self.scheduler.timesteps) // getattr(self.scheduler, "order", 1))
 
     def _read_guidance(self, scale: float | dict[str, float], guidance_unet: Any) -> dict[str, float]:
         if isinstance(scale, dict):

@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
     if sources is None:
         read_stream(config, *process, accelerator.wait_for_everyone)
         sources = open_sources(config)
+    training.check_data(sources[0].identity(), sources[0].findings.notes)
     if accelerator.is_main_process:
         say_of_data(config, sources, "autoencoder", logger)
     train_set, validation_set, bad_images = open_datasets(training, sources)

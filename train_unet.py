@@ -27,6 +27,7 @@ from latent_ddpm.diffusion.conditions import (
     Conditions,
     Given,
     check_source,
+    identity_of,
     load_encoder,
     make_conditions,
     to_device,
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> int:
     is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
     autoencoder.to(device)
     encoder = load_encoder(config)
-    images = images_for_run(config, is_main, wait, functools.partial(check_images, is_main))
+    images = images_for_run(config, is_main, wait, functools.partial(check_images, training))
     latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)
     conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait, encoder)
     check_conditions(training, conditions)
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
         with must_fit(config.resume_from_checkpoint):
             unet.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-        if state["latents"] != latents.folder.name:
+        if state["latents"] != latents.folder.name and training.data_changed is None:
             logger.warning(
                 "The images or their transform differ from those of the checkpoint. Training continues on the new ones."
             )
@@ -231,14 +232,15 @@ def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_
     return latent_size
 
 
-def check_images(is_main: bool, sources: tuple[ImageSource, ImageSource], config: UNetConfig) -> None:
-    """Check that the training images have what the conditions need, and say what is known of them.
+def check_images(training: TrainingRun, sources: tuple[ImageSource, ImageSource], config: UNetConfig) -> None:
+    """Check that the training images have what the conditions need and are those of the run; say what is known of them.
 
     Raises:
-        UserError: they lack it.
+        UserError: they lack it, or are those of another run.
     """
     check_source(sources[0], config)
-    if is_main:
+    training.check_data(identity_of(sources[0], config), sources[0].findings.notes)
+    if training.accelerator.is_main_process:
         say_of_data(config, sources, "unet", logger)
 
 

@@ -184,7 +184,7 @@ class Contestant:
         """
         if not self.record_path.exists():
             return False
-        if json.loads(self.record_path.read_text())["asked"] != [minutes, *self.words]:
+        if json.loads(self.record_path.read_text(encoding="utf-8"))["asked"] != [minutes, *self.words]:
             raise UserError(f"{self.folder} holds another run. Give another --work_dir, or remove that folder.")
         return True
 
@@ -214,11 +214,11 @@ class Contestant:
             "rates": self.rates,
             "sampling_steps": steps,
         }
-        self.record_path.write_text(json.dumps(record, indent=1) + "\n")
+        self.record_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     def figures(self, options: argparse.Namespace) -> dict:
         """What training left, and what scripts/evaluate.py says of the samples."""
-        record = json.loads(self.record_path.read_text())
+        record = json.loads(self.record_path.read_text(encoding="utf-8"))
         path = self.folder / "evaluation.json"
         words = [*self.data_words, "--pipeline", self.folder / "pipeline"]
         words += ["--steps", record["sampling_steps"], "--num_images", options.num_images, "--json", path]
@@ -230,7 +230,7 @@ class Contestant:
             if subprocess.run([str(word) for word in [*script, *words]]).returncode:
                 raise UserError(f"{self.name} could not be measured.")
         rates = record.pop("rates")
-        settings = json.loads(path.read_text())["settings"]
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
         more = {"settings": settings} if len(settings) > 1 else {}
         return {
             **{key: value for key, value in record.items() if key != "asked"},

@@ -50,10 +50,10 @@ def folder_of(work_dir: Path, seed: int, name: str) -> Path:
 def train(folder: Path, words: list[str]) -> None:
     """Run train_autoencoder.py to its end, from where it was."""
     wanted, saved = json.dumps(words, indent=1), folder / "benchmark.json"
-    if saved.exists() and saved.read_text() != wanted:
+    if saved.exists() and saved.read_text(encoding="utf-8") != wanted:
         raise UserError(f"{folder} holds a run with other options. Give another --work_dir, or remove that folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    saved.write_text(wanted)
+    saved.write_text(wanted, encoding="utf-8")
     if (folder / "autoencoder").exists():
         return
     if (folder / "checkpoints").exists():
@@ -73,7 +73,7 @@ def measure(folder: Path, config: AutoencoderConfig, extractor: str, work_dir: P
         words += ["--output_dir", str(folder), "--json", str(path), "--feature_extractor", extractor]
         words += ["--feature_cache", str(work_dir / "features")]
         subprocess.run([sys.executable, str(ROOT / "scripts" / "evaluate.py"), "autoencoder", *words], check=True)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def draw(path: Path, results: list[dict], work_dir: Path, config: AutoencoderConfig) -> None:

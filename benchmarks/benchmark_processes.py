@@ -29,6 +29,7 @@ from latent_ddpm.files import write_json
 from latent_ddpm.publishing.curves import overall_speed
 from latent_ddpm.training.launch import run
 
+LINUX = hasattr(os, "sched_setaffinity")  # elsewhere, the processes may use all cores
 ROOT = Path(__file__).resolve().parent.parent
 ENCODING_SECONDS = 20.0  # several times what the start of a process varies by
 
@@ -41,14 +42,17 @@ def launch(processes: int, threads: int, words: list[object]) -> float:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
     launcher += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    begun, before = time.monotonic(), os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[: processes * threads])  # which those that are started inherit
+    begun = time.monotonic()
+    if LINUX:
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, sorted(before)[: processes * threads])  # which those that are started inherit
     try:
         done = subprocess.run(
             list(map(str, [*launcher, *words])), cwd=ROOT, env=environment, capture_output=True, text=True
         )
     finally:
-        os.sched_setaffinity(0, before)
+        if LINUX:
+            os.sched_setaffinity(0, before)
     if done.returncode:
         raise UserError(f"{shlex.join(map(str, words))} ended with {done.returncode}: {done.stderr[-2000:]}")
     return time.monotonic() - begun

@@ -261,7 +261,7 @@ def fill_the_disk(folder: Path, options: argparse.Namespace) -> dict:
         output_dir = folder / "run"
 
         def attempt(at: int, script: str = script, output_dir: Path = output_dir) -> subprocess.CompletedProcess:
-            orders.write_text(f"{at} {output_dir}")
+            orders.write_text(f"{at} {output_dir}", encoding="utf-8")
             return start(script, folder / "images", output_dir, 1).finish()
 
         def afresh(output_dir: Path = output_dir) -> None:
@@ -271,7 +271,7 @@ def fill_the_disk(folder: Path, options: argparse.Namespace) -> dict:
         afresh()
         if attempt(0).returncode:
             raise RuntimeError(f"{script} fails even without being attacked")
-        calls[script] = int((folder / "orders.count").read_text())
+        calls[script] = int((folder / "orders.count").read_text(encoding="utf-8"))
         shutil.copytree(output_dir, folder / f"quiet-{script}")
         comparison = Comparison(output_dir)
         for at in progress_bar(range(1, calls[script] + 1, options.stride), script, unit="call"):

@@ -51,7 +51,7 @@ def train(stage: str, folder: Path, words: list[str], mode: str) -> dict:
     done = subprocess.run([*command, "--output_dir", str(folder)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"train_{stage}.py ended with {done.returncode}: {done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     graphs = re.findall(r"graphs at step (\d+) (\d+)", done.stdout)
     return {
         "losses": {line["step"]: line["loss"] for line in lines if line["stage"] == stage and "loss" in line},

@@ -23,7 +23,8 @@ from latent_ddpm.files import write_json
 from latent_ddpm.training.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/publishing/test_export.py", "tests/test_pipeline.py", "tests/diffusion/test_objective.py")
+TESTS = ("tests/publishing/test_export.py", "tests/test_pipeline.py", "tests/test_pipeline_calls.py")
+TESTS += ("tests/diffusion/test_objective.py",)
 PACKAGES = ("diffusers", "huggingface_hub", "transformers", "accelerate", "torch")
 VERSIONS = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {PACKAGES!r}}}))"
 
@@ -43,7 +44,7 @@ def make_environment(folder: Path, version: str | None) -> Path:
     python = folder / "bin" / "python"
     installed = next(path for path in sys.path if path.endswith("site-packages"))
     own = command([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).stdout.strip()
-    Path(own, "installed.pth").write_text(f"{installed}\n")
+    Path(own, "installed.pth").write_text(f"{installed}\n", encoding="utf-8")
     wanted = f"diffusers=={version}" if version else "diffusers"
     done = command([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", wanted])
     if done.returncode:

@@ -32,7 +32,7 @@ from PIL import Image
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
 from latent_ddpm.planning.forecast import bytes_in
-from latent_ddpm.planning.rehearsal import peak_resident_bytes
+from latent_ddpm.system import peak_resident_bytes
 from latent_ddpm.training.launch import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,7 @@ SIDES = {"folder": 80, "crops": 160}
 def write_config(case: str, folder: Path, data: Path) -> Path:
     """Write a case's config, with its data beside it; returns its path."""
     name, changes = CASES[case]
-    content = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    content = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
     content |= changes.get("", {})
     for section in ("train_autoencoder", "train_unet"):
         content[section] = {**content[section], "lr_warmup_steps": 10, **changes[section]}
@@ -122,7 +122,7 @@ def write_config(case: str, folder: Path, data: Path) -> Path:
             image = row["image"].resize((SIDES[case], SIDES[case]), Image.Resampling.BICUBIC)
             image.save(path, quality=92)
     path = folder / f"{case}.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -135,7 +135,7 @@ def train(stage: str, config: Path, output_dir: Path) -> dict[str, float]:
     """
     words = [*LAUNCHER, f"train_{stage}.py", "--config", str(config), "--output_dir", str(output_dir)]
     begun, busy = time.monotonic(), busy_seconds()
-    with (output_dir.parent / f"{stage}.log").open("w") as log:
+    with (output_dir.parent / f"{stage}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         peak, ended = 0, 0
         while not ended:
@@ -146,7 +146,7 @@ def train(stage: str, config: Path, output_dir: Path) -> dict[str, float]:
             ended, status, used = os.wait4(process.pid, os.WNOHANG)
     seconds = time.monotonic() - begun
     if status:
-        raise UserError(f"train_{stage}.py failed: {Path(log.name).read_text()[-2000:]}")
+        raise UserError(f"train_{stage}.py failed: {Path(log.name).read_text(encoding='utf-8')[-2000:]}")
     worked = used.ru_utime + used.ru_stime
     others = max(0.0, busy_seconds() - busy - worked) / seconds
     return {"seconds": seconds, "processor_seconds": worked, "memory_bytes": peak, "cores_of_others": others}
@@ -158,7 +158,7 @@ def plan(config: Path, output_dir: Path, seconds: float) -> dict[str, Any]:
     words = ["scripts/plan_run.py", "--config", str(config), "--output_dir", str(output_dir), "--json", str(result)]
     begun = time.monotonic()
     subprocess.run([sys.executable, *words, "--seconds", str(seconds)], cwd=ROOT, check=True)
-    return json.loads(result.read_text()) | {"took": time.monotonic() - begun}
+    return json.loads(result.read_text(encoding="utf-8")) | {"took": time.monotonic() - begun}
 
 
 def busy_seconds() -> float:

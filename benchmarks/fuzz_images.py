@@ -2,10 +2,11 @@
 
     python benchmarks/fuzz_images.py --files 10000 --json docs/results/NAME.json
 
-Real photographs (from --images FOLDER, else those in scikit-image) are written in every format, mode and odd size, then
-damaged: flipped bits, overwritten bytes, truncation, parts of other files, huge lengths in headers, repeated, removed
-or zeroed pieces. A separate process decodes each file as training does. The result counts the outcomes: an image of the
-right size, an error with a message, a crash, or a process that hangs or uses too much memory.
+Real photographs (from --images FOLDER, else those in scikit-image) are written in every format, mode and odd size, with
+and without a colour profile, then damaged: flipped bits, overwritten bytes, truncation, parts of other files, huge
+lengths in headers, repeated, removed or zeroed pieces. A separate process decodes each file as training does. The
+result counts the outcomes: an image of the right size, an error with a message, a crash, or a process that hangs or
+uses too much memory.
 """
 
 import argparse
@@ -13,9 +14,9 @@ import io
 import json
 import multiprocessing
 import random
-import resource
 import shlex
 import struct
+import sys
 import time
 import warnings
 from collections import Counter
@@ -26,6 +27,7 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
+from latent_ddpm.data.colours import matrix_profile
 from latent_ddpm.data.dataset import decode_square
 from latent_ddpm.data.images import CENTRE, decode
 from latent_ddpm.data.sources.base import ImageSource
@@ -38,6 +40,7 @@ from latent_ddpm.training.launch import run
 PATIENCE = 30  # seconds that a file may take
 MEMORY = 8 * 2**30  # bytes that a process may take
 RESOLUTION = 64
+PRIMARIES = ((0.7, 0.3), (0.2, 0.75), (0.13, 0.05), (0.31, 0.33))  # x and y of red, green, blue and white
 
 
 class BytesSource(ImageSource):
@@ -75,6 +78,8 @@ def whole_files(folder: Path | None) -> list[tuple[str, bytes]]:
     options |= {"TIFF": [{"compression": compression} for compression in compressions]}
     options |= {"PNG": [{}, {"optimize": True}], "WEBP": [{}, {"lossless": True}], "GIF": [{}, {"interlace": 1}]}
     options |= {name: [{}] for name in ("BMP", "PPM", "TGA", "JPEG2000", "AVIF", "QOI")}
+    for name in ("JPEG", "TIFF", "PNG", "WEBP"):
+        options[name].append({"icc_profile": matrix_profile("fuzz", PRIMARIES, 1.8)})
     for number, photograph in enumerate(photographs(folder)):
         for mode in ("RGB", "L", "RGBA", "P", "CMYK", "1", "I;16", "F", "LA", "YCbCr"):
             image = photograph.convert("L" if mode in ("I;16", "F") else mode)
@@ -142,7 +147,10 @@ def damaged(content: bytes, other: bytes, dice: random.Random) -> bytes:
 
 def serve(pipe: Connection) -> None:
     """In a process of its own: decode what comes, answer with what came of it."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while (content := pipe.recv_bytes()) != b"end":
         square = decode_square(BytesSource(content), 0, RESOLUTION, 3, CENTRE, resizer(None))
         if isinstance(square, str):

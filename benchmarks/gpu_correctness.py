@@ -224,7 +224,7 @@ def train(run: Run, stage: str, folder: Path, steps: int, until_checkpoint: bool
     words = [*launcher, str(ROOT / f"train_{stage}.py"), *MNIST, *small(stage, steps), *run.words]
     words += [*(TOY_STAGE[stage] if run.words is TOY else []), "--output_dir", str(folder)]
     begun, log = time.monotonic(), folder.parent / f"{run.name}-{stage}.log"
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
         _children.append(process.pid)
         try:
@@ -237,7 +237,7 @@ def train(run: Run, stage: str, folder: Path, steps: int, until_checkpoint: bool
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return process.returncode, log.read_text(errors="replace"), time.monotonic() - begun
+    return process.returncode, log.read_text(errors="replace", encoding="utf-8"), time.monotonic() - begun
 
 
 def cause(output: str) -> str:
@@ -283,7 +283,7 @@ def make(run: Run, root: Path, steps: int) -> dict:
 
 def logged(folder: Path, stage: str) -> list[float]:
     try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return []
     return [line["loss"] for line in lines if line.get("stage") == stage and "loss" in line]

@@ -34,7 +34,7 @@ EXTRACTOR = "efficientnet-lite0"
 def last_metrics(folder: Path, stage: str) -> dict[str, float]:
     """The last value of every metric of a stage."""
     found: dict[str, float] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if record["stage"] == stage:
             found |= record
@@ -68,7 +68,7 @@ def lengths(config: str, minutes: float) -> dict[str, list[str]]:
     """The keys of both stages for so many minutes instead of MINUTES."""
     import yaml
 
-    sections, words = yaml.safe_load(Path(config).read_text()), {}
+    sections, words = yaml.safe_load(Path(config).read_text(encoding="utf-8")), {}
     for stage in ("autoencoder", "unet"):
         steps = max(2, round(sections[f"train_{stage}"]["max_train_steps"] * minutes / MINUTES))
         words[stage] = ["--max_train_steps", str(steps), "--validation_steps", str(steps)]
@@ -87,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.rehearse else "cpu")
     if options.measure:
-        result = json.loads(options.json.read_text()) | distance(
+        result = json.loads(options.json.read_text(encoding="utf-8")) | distance(
             np.load(options.measure)["samples"], options.data, device
         )
         write_json(options.json, result)

@@ -13,7 +13,6 @@ by side, and one measures while the others wait.
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import gc
 import json
 import statistics
@@ -471,20 +470,23 @@ class Bench:
         return time.perf_counter() - begun
 
     @contextlib.contextmanager
-    def holding(self, kind: int) -> Iterator[None]:
+    def holding(self, exclusive: bool) -> Iterator[None]:
         """Hold the lock: shared to compile, exclusive to measure."""
         if self.options.lock is None:
             yield
             return
-        with self.options.lock.open("a") as file:
-            fcntl.flock(file, kind)
+        with self.options.lock.open("a", encoding="utf-8") as file:
+            with contextlib.suppress(ImportError):  # Windows
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
             yield
 
     def measure(self, name: str, case: Case) -> None:
         stock_loop, our_loop = LOOPS[case.stage]
         found = self.result["cases"].setdefault(name, {"batch": case.batch, "variants": {}})
         self.arithmetic_of_stock()
-        with self.holding(fcntl.LOCK_SH):
+        with self.holding(exclusive=False):
             stock = stock_loop(*self.arguments(case))
             found["stock_warm_up_s"] = self.warm_up(stock)
         found["stock_peak_gib"] = as_gib(peak_bytes(stock.step, self.device))
@@ -511,10 +513,10 @@ class Bench:
         return config, shape_of(config, case.stage, case.batch, case.words), self.accelerator
 
     def measure_variant(self, case: Case, variant: str, stock: object, our_loop: type, found: dict) -> dict:
-        with self.holding(fcntl.LOCK_SH):
+        with self.holding(exclusive=False):
             ours = self.build(case, our_loop, VARIANTS[variant])
             measured: dict = {"warm_up_s": self.warm_up(ours)}
-        with self.holding(fcntl.LOCK_EX):
+        with self.holding(exclusive=True):
             if "flops_per_step" not in found:
                 with FlopCount() as counter, uncompiled():
                     ours.step()

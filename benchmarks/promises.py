@@ -69,7 +69,7 @@ class Figure:
         if self.over is None:
             return value
         if str(self.over[0]).endswith(".json"):
-            return value / _find(json.loads((ROOT / self.over[0]).read_text()), self.over[1:])
+            return value / _find(json.loads((ROOT / self.over[0]).read_text(encoding="utf-8")), self.over[1:])
         return value / _find(content, self.over)
 
     def holds(self, value: float) -> bool:
@@ -116,7 +116,7 @@ class Promise:
 
     def content(self) -> Any:
         """The committed JSON."""
-        return json.loads((ROOT / self.file).read_text())
+        return json.loads((ROOT / self.file).read_text(encoding="utf-8"))
 
     def command(self, result: Path) -> list[str]:
         """The words that measure it anew and write `result`."""
@@ -158,7 +158,7 @@ def read_promises(path: Path = PROMISES) -> list[Promise]:
         UserError: it is damaged.
     """
     try:
-        entries = yaml.safe_load(path.read_text())
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
         return [Promise(**{**entry, "figures": [Figure(**figure) for figure in entry["figures"]]}) for entry in entries]
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -178,7 +178,7 @@ def check(promises: list[Promise]) -> list[str]:
             if not figure.holds(value):
                 wrong.append(f"{name} is {value:g}, promised {figure.bound}")
             for page, text in figure.stated.items():
-                pages.setdefault(page, (ROOT / page).read_text())
+                pages.setdefault(page, (ROOT / page).read_text(encoding="utf-8"))
                 if text not in pages[page]:
                     wrong.append(f"{page} does not say {text!r} ({name})")
                 if not figure.is_stated(value, text):
@@ -193,7 +193,7 @@ def measure(promise: Promise, work_dir: Path, limit: float | None) -> tuple[Any,
     result.unlink(missing_ok=True)
     log = result.with_suffix(".log")
     try:
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             done = subprocess.run(
                 promise.command(result), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False
             )
@@ -201,7 +201,7 @@ def measure(promise: Promise, work_dir: Path, limit: float | None) -> tuple[Any,
         return None, "took longer than the minutes allow"
     if done.returncode or not result.exists():
         return None, f"the command failed with exit status {done.returncode}; see {log}"
-    return json.loads(result.read_text()), "measured"
+    return json.loads(result.read_text(encoding="utf-8")), "measured"
 
 
 def rows_of(promise: Promise, content: Any) -> list[dict[str, Any]]:

@@ -104,10 +104,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     page = make_page()
     if not options.check:
-        PAGE.write_text(page)
+        PAGE.write_text(page, encoding="utf-8")
         print(PAGE)
         return 0
-    if PAGE.read_text() != page:
+    if PAGE.read_text(encoding="utf-8") != page:
         print("docs/reference.md is out of date: run python docs/make_reference.py", file=sys.stderr)
         return 1
     return 0

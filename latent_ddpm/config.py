@@ -21,6 +21,8 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_whole
+from latent_ddpm.places import expand, same_place
+from latent_ddpm.text_files import read_text
 
 MAX_SIGMA_REL = 0.28  # the plain mean of all weights has 12^-0.5 = 0.289, the largest possible (ema.gamma_of)
 LPIPS_MIN_PIXELS = {"vgg": 16, "alex": 31, "squeeze": 17}  # smaller images leave a pooling layer of the trunk empty
@@ -73,6 +75,8 @@ def _require_divisible(channels: Sequence[int], groups: int, prefix: str = "") -
 class RunConfig:
     """The keys that both stages share."""
 
+    source_note = ""  # what `parse_config` replaced, for the log; not a key
+
     # ---------------------------------------------------------------------------------------------------------- run
 
     output_dir: str = "outputs/run"
@@ -85,6 +89,7 @@ class RunConfig:
 
     def _check_run(self) -> None:
         _require_nonnegative(self, "seed")
+        _require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "the name of a folder")
 
     # --------------------------------------------------------------------------------------------------------- data
 
@@ -98,6 +103,14 @@ class RunConfig:
     """read dataset_name once, from start to end, and keep only the pixels that training uses."""
     image_column: str = "image"
     """column of `dataset_name` that holds the images."""
+    class_column: str | None = None
+    """column of the classes (integers, strings or class labels); for a folder, a key in metadata files or NAME.json.
+    Unset takes `label`, `labels` or `cls`, and for a folder the names of its folders."""
+    class_names: list[str | int] | None = None
+    """the classes to train on, in this order; images of other classes are left out. Unset takes all."""
+    conditioning_image_dir: str | None = None
+    """folder of stage 2's conditioning images, with the file names of train_data_dir and any suffix. Both stages leave
+    it out where it lies among the images."""
     resolution: int = 64
     """images are resized to a square of this many pixels per side."""
     image_channels: int = 3
@@ -130,6 +143,9 @@ class RunConfig:
             )
         if self.streaming and not self.center_crop:
             raise UserError("streaming keeps only the centre of each image, so center_crop cannot be false.")
+        if self.class_names is not None:
+            fits = len(self.class_names) == len(set(self.class_names)) > 0
+            _require(fits, "class_names", self.class_names, "a list of different names, or null")
         _require(self.image_channels in (1, 3), "image_channels", self.image_channels, "1 (grayscale) or 3 (RGB)")
         _require_positive(self, "resolution", "max_validation_images")
         _require_nonnegative(self, "image_cache_gib", "dataloader_num_workers")
@@ -473,8 +489,6 @@ class UNetConfig(RunConfig):
     """share of the examples whose class is dropped, which guidance needs (arXiv 2207.12598)."""
     conditioning_image_column: str | None = None
     """column of the dataset that holds the conditioning images."""
-    conditioning_image_dir: str | None = None
-    """folder of the conditioning images, with the file names of train_data_dir and any suffix."""
     conditioning_image_classes: int | None = None
     """number of classes of a semantic map, whose pixel values are class numbers from 0; unset treats the conditioning
     image as an image."""
@@ -715,6 +729,17 @@ def encoding_batch_size(config: RunConfig) -> int:
 
 # --------------------------------------------------------------------------------------- YAML file and command line
 
+PATH_KEYS = {
+    *("output_dir", "train_data_dir", "dataset_name", "resume_from_checkpoint", "lpips_weights"),
+    *("autoencoder", "latents_dir", "conditioning_image_dir", "text_encoder"),
+}
+NO_WORDS = {"mixed_precision": "no", "torch_compile": "off"}
+# Keys that describe the images of one source, and mean nothing for another one.
+SOURCE_KEYS = (
+    *("train_data_dir", "dataset_name", "dataset_config_name", "streaming", "image_column"),
+    *("class_column", "class_names", "caption_column", "conditioning_image_column", "conditioning_image_dir"),
+)
+
 SECTION_OF = {AutoencoderConfig: "train_autoencoder", UNetConfig: "train_unet"}
 
 
@@ -728,15 +753,29 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f" Did you mean '{match[0]}'?" if match else ""
 
 
+class _Loader(yaml.SafeLoader):
+    """Rejects a key that is given twice, of which PyYAML silently takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:str" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is given twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key.value, str) else None)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path, config_class: type[Config]) -> dict:
     """The flat keys of one stage from a config file: the common keys, overridden by the stage's section.
 
     Raises:
         UserError: the file is missing, is not a mapping, or has an unknown key (the message suggests the nearest one).
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(read_text(path), _Loader)
     except OSError as error:
         raise UserError(f"Cannot read the config file {path}: {error.strerror}.") from error
     except yaml.YAMLError as error:
@@ -758,6 +797,12 @@ def read_yaml(path: str | Path, config_class: type[Config]) -> dict:
             hint = f" It belongs in the section {owner[0]}." if owner else _nearest(key, keys_of(RunConfig))
             raise UserError(f"{path}: unknown key '{key}' at the top level.{hint}")
     values = content | sections[SECTION_OF[config_class]]
+    maps = sections[SECTION_OF[UNetConfig]].get("conditioning_image_dir")
+    if maps and config_class is AutoencoderConfig:  # stage 1 does not train on them either
+        values.setdefault("conditioning_image_dir", maps)
+    for key in values.keys() & NO_WORDS.keys():
+        if values[key] is False:  # what YAML makes of no and off
+            values[key] = NO_WORDS[key]
     if values.get("hub_token"):
         raise UserError(
             f"{path} holds a hub_token. The config is saved with the run and published with the model: remove the "
@@ -810,8 +855,10 @@ def parse_config(config_class: type[Config], argv: Sequence[str]) -> Config:
             word = f"--{flag}{equals}{value}"
         words.append(word)
     parser = _parser(config_class)
-    path = next((value for flag, value in _pairs(words) if flag == "--config"), None)
+    given = {flag.removeprefix("--"): value for flag, value in _pairs(words) if flag.startswith("--")}
+    path = given.get("config")
     values = read_yaml(path, config_class) if path else {}
+    note = _replace_source(values, given)
     try:
         base = parser.parse_object(values) if values else parser.get_defaults()
     except (ArgumentError, ValueError, TypeError) as error:
@@ -821,10 +868,33 @@ def parse_config(config_class: type[Config], argv: Sequence[str]) -> Config:
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_explain(error)) from error
     config = config_class(**{key: getattr(namespace, key) for key in known})
+    for key in PATH_KEYS & set(known):
+        if getattr(config, key):
+            setattr(config, key, expand(getattr(config, key), key))
+    config.source_note = note
+    config.class_names = None if config.class_names is None else list(map(str, config.class_names))
     config.validate()
     if config.image_resize is None:
         config.image_resize = _resize_of_run(config)
     return config
+
+
+def _replace_source(values: dict, given: dict[str, str]) -> str:
+    """Remove the source of a config file, in place, if the command line gives one of the other kind.
+
+    Args:
+        values: keys of the file.
+        given: keys and values of the command line.
+
+    Returns:
+        A sentence on what was replaced, or "".
+    """
+    for key, other in (("train_data_dir", "dataset_name"), ("dataset_name", "train_data_dir")):
+        if given.get(key) not in (None, "", "null") and other not in given and values.get(other):
+            removed = {name: values.pop(name) for name in SOURCE_KEYS if name in values and name not in given}
+            shown = ", ".join(f"{name} {value}" for name, value in removed.items() if name != key)
+            return f"{key} {given[key]} of the command line replaces the config's {shown}"
+    return ""
 
 
 def _resize_of_run(config: Config) -> str | None:
@@ -872,21 +942,41 @@ def save_config(config: RunConfig, path: Path) -> None:
     write_whole(path, yaml.safe_dump({section: dataclasses.asdict(config)}, sort_keys=False))
 
 
-def check_same_run(config: RunConfig, path: Path) -> None:
+PLACE_KEYS = ("train_data_dir", "dataset_name", "conditioning_image_dir")  # the same data may lie elsewhere
+
+
+def check_same_run(config: RunConfig, path: Path) -> str:
     """Reject an output folder that holds another run's config.
 
+    Returns:
+        How the places of the data differ from the saved ones, for the message of an error; "" if they do not. The
+        caller then compares the data.
+
     Raises:
-        UserError: the config saved at `path` differs in a key outside FREE_KEYS.
+        UserError: the config saved at `path` differs in a key outside FREE_KEYS and PLACE_KEYS.
     """
     if not path.exists():
-        return
+        return ""
     saved = read_yaml(path, type(config))
     now = dataclasses.asdict(config)
-    differing = [key for key in now if key in saved and key not in FREE_KEYS and saved[key] != now[key]]
-    if differing:
-        shown = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:4])
-        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise UserError(
-            f"{path.parent} holds another run ({shown}{more}). Use another --output_dir, delete the folder, "
-            f"or use the config that created it: --config {path}."
-        )
+    differing = [key for key in now if key in saved and key not in FREE_KEYS and not _agree(key, saved[key], now[key])]
+    shown = ", ".join(f"{key} was {saved[key]!r}, is {now[key]!r}" for key in differing[:4])
+    if len(differing) > 4:
+        shown += f" and {len(differing) - 4} more"
+    if set(differing) - set(PLACE_KEYS):
+        raise another_run(path, shown)
+    return shown
+
+
+def _agree(key: str, saved: object, now: object) -> bool:
+    if key in PLACE_KEYS and isinstance(saved, str) and isinstance(now, str):
+        return same_place(saved, now)
+    return saved == now
+
+
+def another_run(path: Path, difference: str) -> UserError:
+    """The error of an output folder that holds another run, whose config is at `path`."""
+    return UserError(
+        f"{path.parent} holds another run ({difference}). Use another --output_dir, delete the folder, or use the "
+        f"config that created it: --config {path}."
+    )

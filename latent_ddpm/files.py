@@ -12,21 +12,14 @@ from typing import Any
 import psutil
 from PIL import Image
 
+from latent_ddpm.system import fsync_path
+
 _ASIDE = re.compile(r".*\.(\d+)\.(tmp|new|old)")
 
 
 def aside_name(path: Path) -> Path:
     """The temporary name under which this process writes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

@@ -18,7 +18,7 @@ has torch, but none of the other packages.
 """
 
 import argparse
-import fcntl
+import contextlib
 import json
 import os
 import shlex
@@ -45,7 +45,7 @@ class Part:
         self.name, self.begun = script + suffix, time.monotonic()
         path = ROOT / "benchmarks" / f"gpu_{script}.py"
         command = [sys.executable, str(path), "--json", str(out / f"{self.name}.json"), *words]
-        with (out / f"{self.name}.log").open("w") as file:
+        with (out / f"{self.name}.log").open("w", encoding="utf-8") as file:
             environment = dict(os.environ)
             if "--rehearse" in words:  # capture the graphs, but compile nothing
                 environment |= {"LATENT_DDPM_COMPILE_BACKEND": "aot_eager", "OMP_NUM_THREADS": "1"}
@@ -71,11 +71,11 @@ class Part:
 def merge_throughput(out: Path) -> None:
     """Merge the results of the processes of `throughput` into throughput.json."""
     found = [out / f"throughput-{name}.json" for name in (*THROUGHPUT, "rehearsal")]
-    results = [json.loads(path.read_text()) for path in found if path.exists()]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
     if results:
         cases = {name: case for result in results for name, case in result["cases"].items()}
         merged = results[0] | {"cases": cases, "command": f"python scripts/benchmark_gpu.py {shlex.join(sys.argv[1:])}"}
-        (out / "throughput.json").write_text(json.dumps(merged, indent=1) + "\n")
+        (out / "throughput.json").write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
         for path in found:
             path.unlink(missing_ok=True)
 
@@ -87,7 +87,7 @@ def draw(out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    result = json.loads((out / "throughput.json").read_text())
+    result = json.loads((out / "throughput.json").read_text(encoding="utf-8"))
     rows = [
         (f"{case}\n{variant}", figures["over_stock"], figures.get("share_of_peak"))
         for case, found in result["cases"].items()
@@ -142,8 +142,11 @@ def main() -> int:
         failed = rehearse(out, parts)
         print(f"written to {out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
         return 1 if failed else 0
-    with (out / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    with (out / "lock").open("w", encoding="utf-8") as lock:
+        with contextlib.suppress(ImportError):  # Windows: the parts disturb each other
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_SH)
         running = [Part("correctness", out, options.correctness)] if "correctness" in parts else []
         if "throughput" in parts:
             words = [*minutes("throughput"), "--lock", str(out / "lock"), *options.throughput]
@@ -169,7 +172,9 @@ def main() -> int:
             draw(out)
         except Exception as error:
             print(f"no figure: {error}")
-    (out / "gpu.json").write_text(json.dumps({"seconds": time.monotonic() - begun, "parts": summary}, indent=1) + "\n")
+    (out / "gpu.json").write_text(
+        json.dumps({"seconds": time.monotonic() - begun, "parts": summary}, indent=1) + "\n", encoding="utf-8"
+    )
     failed = [name for name, happened in summary.items() if happened["status"] != 0]
     logs = ", ".join(f"{name}.log" for name in failed)
     print(f"written to {out}" + (f"; not complete: {', '.join(failed)} ({logs} say why)" if failed else ""))

@@ -256,7 +256,11 @@ def main() -> None:
     parser.add_argument("--push_to_hub", metavar="USER/SPACE")
     options = parser.parse_args()
     beside = Path(__file__).resolve().parent / "model_id.txt"
-    model = options.model or os.environ.get("MODEL_ID") or (beside.read_text().strip() if beside.exists() else None)
+    model = (
+        options.model
+        or os.environ.get("MODEL_ID")
+        or (beside.read_text(encoding="utf-8").strip() if beside.exists() else None)
+    )
     if model is None:
         parser.error("which model? Name a pipeline's folder, or a repository of the Hub.")
     if options.push_to_hub:

@@ -69,7 +69,6 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
@@ -126,6 +125,7 @@ from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder, psnr
 from latent_ddpm.files import save_png, write_json
 from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import permutation
+from latent_ddpm.system import peak_resident_bytes
 from latent_ddpm.training.launch import make_accelerator, run
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
@@ -156,11 +156,7 @@ def peak_memory(device: torch.device) -> float:
     """Peak memory in GiB: of the GPU since the process started, or else the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**30
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return peak_resident_bytes() / 2**30
 
 
 def draw_autoencoder(

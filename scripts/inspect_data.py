@@ -18,7 +18,6 @@ same command, and a finished one is kept in <output_dir>/cache/, so that a secon
 
 import argparse
 import logging
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +31,11 @@ from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.data.sources.streaming import stream_folder
 from latent_ddpm.diffusion.conditions import check_source
 from latent_ddpm.errors import UserError
+from latent_ddpm.system import usable_cores
 from latent_ddpm.training.launch import of_stage, run
 
 OF_DATA = ("train_data_dir", "dataset_name", "dataset_config_name", "image_column", "streaming", "validation_fraction")
+OF_DATA += ("class_column", "class_names", "conditioning_image_dir")
 OF_DATA += ("max_validation_images", "resolution", "image_channels", "image_resize", "output_dir")
 
 
@@ -60,7 +61,7 @@ def configs_of(words: Sequence[str]) -> list[RunConfig]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=usable_cores())
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0

@@ -38,6 +38,7 @@ import torch
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, in_steps, parse_config, same_batch
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
+from latent_ddpm.system import kill_with_children
 from latent_ddpm.training.launch import of_stage, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,7 @@ def measure(
     own += ["--latents_dir", "null"] if stage == "unet" else []
     about = json.dumps({"stage": stage, "seconds": seconds, "decode": decode, "result": str(result)})
     begun, worked = time.monotonic(), child_seconds()
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             launched(config, device, ["--rehearse", about, *own]),
             stdout=file,
@@ -136,11 +137,10 @@ def measure(
         try:
             status = process.wait()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_with_children(process)
             process.wait()
     taken = {"seconds": time.monotonic() - begun, "processor_seconds": child_seconds() - worked}
-    said = log.read_text()
+    said = log.read_text(encoding="utf-8", errors="replace")
     if status or not result.exists():
         sentences = [line for line in said.splitlines() if line.startswith("error: ")]
         if "out of memory" in said.lower():
@@ -149,7 +149,7 @@ def measure(
                 f"({config.train_batch_size}) and double gradient_accumulation_steps."
             )
         raise UserError(sentences[-1].removeprefix("error: ") if sentences else f"{stage} failed: {said[-2000:]}")
-    return json.loads(result.read_text()) | {"process": taken}
+    return json.loads(result.read_text(encoding="utf-8")) | {"process": taken}
 
 
 def rehearse_here(words: list[str]) -> int:

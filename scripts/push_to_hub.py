@@ -14,7 +14,14 @@ import sys
 from pathlib import Path
 
 from latent_ddpm.errors import UserError
-from latent_ddpm.publishing.hub import Publisher, check_can_publish, check_repo_id, lay_out, write_card
+from latent_ddpm.publishing.hub import (
+    Publisher,
+    check_can_publish,
+    check_license,
+    check_repo_id,
+    lay_out,
+    write_card,
+)
 from latent_ddpm.publishing.private import Scrubber
 from latent_ddpm.training.launch import run
 
@@ -34,6 +41,7 @@ def main(argv: list[str]) -> int:
     if not options.run_folder.is_dir():
         raise UserError(f"There is no run in {options.run_folder}.")
     check_repo_id(options.run_folder, options.hub_model_id)
+    check_license(options.hub_license)
     if options.dry_run is not None:
         if options.dry_run.exists():
             raise UserError(f"{options.dry_run} exists already.")
@@ -44,7 +52,7 @@ def main(argv: list[str]) -> int:
         return 0
     if options.hub_token:
         os.environ["HF_TOKEN"] = options.hub_token
-    check_can_publish(options.run_folder, options.hub_model_id)
+    check_can_publish(options.run_folder, options.hub_model_id, options.hub_private_repo, options.hub_license)
 
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)

@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
             command = [sys.executable, ROOT / "scripts" / "evaluate.py", *words]
             if subprocess.run([str(word) for word in command]).returncode:
                 raise UserError(f"{folder} could not be measured.")
-            results[f"{width:g}"] = {"step": step, **json.loads(measured.read_text())["settings"][0]}
+            results[f"{width:g}"] = {"step": step, **json.loads(measured.read_text(encoding="utf-8"))["settings"][0]}
     if results:
         command = "python scripts/reconstruct_ema.py " + shlex.join(argv)
         write_json(path, {"command": command, "results": results})

@@ -359,7 +359,7 @@ def sample(args: argparse.Namespace) -> None:
 def remove_earlier(folder: Path) -> None:
     """Remove the images of an earlier call, which may come from another model, and their samples.json."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there was none
-        files = json.loads((folder / "samples.json").read_text())["files"]
+        files = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["files"]
         (folder / "samples.json").unlink()
         for name in files:
             (folder / Path(name).name).unlink(missing_ok=True)

@@ -32,6 +32,8 @@ def config(**changes) -> SimpleNamespace:
         "dataset_config_name": None,
         "streaming": False,
         "image_column": "image",
+        "class_column": None,
+        "class_names": None,
         "output_dir": "no/such/folder",
         "validation_fraction": 0.1,
         "max_validation_images": 100,

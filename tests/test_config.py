@@ -208,3 +208,77 @@ def test_a_run_cannot_change_the_library_that_resizes_its_images(tmp_path):
     other = parse_config(UNetConfig, [*DATA, "--output_dir", str(tmp_path), "--image_resize", "pillow"])
     with pytest.raises(UserError, match="image_resize was 'pytorch', is 'pillow'"):
         check_same_run(other, tmp_path / "train_unet.yaml")
+
+
+def parsed(*words, stage=UNetConfig):
+    return parse_config(stage, list(map(str, words)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_config_file_from_any_editor(tmp_path, encoding):
+    text = "\ufeff" * (encoding == "utf-16-le") + "train_data_dir: caf\u00e9\r\nseed: 3\r\n"
+    (tmp_path / "a.yaml").write_bytes(text.encode(encoding))
+    config = parsed("--config", tmp_path / "a.yaml")
+    assert (config.train_data_dir, config.seed) == ("caf\u00e9", 3)
+    (tmp_path / "a.yaml").write_bytes("train_data_dir: caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UserError, match="a.yaml is not text in UTF-8 .byte 19.: save it as UTF-8"):
+        parsed("--config", tmp_path / "a.yaml")
+
+
+def test_a_source_on_the_command_line_replaces_that_of_the_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("dataset_name: you/set\ndataset_config_name: x\nstreaming: true\nimage_column: img\nseed: 3\n")
+    config = parsed("--config", file, "--train_data_dir", "photos")
+    assert (config.train_data_dir, config.dataset_name, config.dataset_config_name) == ("photos", None, None)
+    assert (config.streaming, config.image_column, config.seed) == (False, "image", 3)
+    assert config.source_note.startswith("train_data_dir photos of the command line replaces the config's dataset_name")
+    assert parsed("--config", file, "--dataset_name", "you/other").dataset_config_name == "x"
+    assert parsed("--config", file, "--dataset_name", "you/other").source_note == ""
+    file.write_text("train_data_dir: photos\n")
+    config = parsed("--config", file, "--dataset_name", "you/set", "--image_column", "img")
+    assert (config.train_data_dir, config.dataset_name, config.image_column) == (None, "you/set", "img")
+    with pytest.raises(UserError, match="both are set"):
+        parsed("--config", file, "--dataset_name", "you/set", "--train_data_dir", "photos")
+
+
+def test_places_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/you")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    config = parsed("--train_data_dir", "~/photos/", "--output_dir", "$SCRATCH/run", "--autoencoder", "${SCRATCH}/a//")
+    assert (config.train_data_dir, config.output_dir) == ("/home/you/photos", "/scratch/run")
+    assert config.autoencoder == "/scratch/a" and parsed("--train_data_dir", "/").train_data_dir == "/"
+    with pytest.raises(UserError, match="output_dir .NOWHERE/run: the environment variable NOWHERE is not set"):
+        parsed("--train_data_dir", "a", "--output_dir", "$NOWHERE/run")
+    with pytest.raises(UserError, match=r"output_dir caf.udce9 is not a name in UTF-8, which safetensors needs"):
+        parsed("--train_data_dir", "caf\udce9", "--output_dir", "caf\udce9")
+    with pytest.raises(UserError, match="there is no user '~nobody-here'"):
+        parsed("--train_data_dir", "~nobody-here/a")
+
+
+def test_what_yaml_makes_of_no(tmp_path):
+    (tmp_path / "a.yaml").write_text("train_data_dir: a\nmixed_precision: no\ntorch_compile: off\n")
+    config = parsed("--config", tmp_path / "a.yaml", "--class_names", "[7, one]")
+    assert (config.mixed_precision, config.torch_compile, config.class_names) == ("no", "off", ["7", "one"])
+    (tmp_path / "a.yaml").write_text("train_data_dir: a\ntrain_unet:\n  seed: 1\n  seed: 2\n")
+    with pytest.raises(UserError, match="the key seed is given twice"):
+        parsed("--config", tmp_path / "a.yaml")
+
+
+def test_the_same_place_in_another_spelling_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    saved = tmp_path / "run" / "train_unet.yaml"
+    save_config(UNetConfig(train_data_dir="photos"), saved)
+    for same in ("photos", "photos/", "./photos", "../" + tmp_path.name + "/photos", str(tmp_path / "photos")):
+        assert check_same_run(UNetConfig(train_data_dir=same), saved) == ""
+    moved = check_same_run(UNetConfig(train_data_dir="elsewhere"), saved)  # then the data decide
+    assert moved == "train_data_dir was 'photos', is 'elsewhere'"
+    with pytest.raises(
+        UserError, match="holds another run .seed was 0, is 1, train_data_dir was .photos., is .elsewhere."
+    ):
+        check_same_run(UNetConfig(train_data_dir="elsewhere", seed=1), saved)
+
+
+def test_stage_1_knows_the_folder_of_conditioning_images(tmp_path):
+    (tmp_path / "a.yaml").write_text("train_data_dir: a\ntrain_unet:\n  conditioning_image_dir: a/masks\n")
+    assert parsed("--config", tmp_path / "a.yaml", stage=AutoencoderConfig).conditioning_image_dir == "a/masks"

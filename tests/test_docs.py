@@ -416,7 +416,11 @@ def test_files(text, problem):
         ("    python train_unet.py --config configs/NAME.yaml --learning-rte 2e-4", "--learning_rte"),
         ("    accelerate launch --num_processes 2 train_unet.py --quantizer kl", "--quantizer"),
         ("    python train_unet.py --config configs/mnist.yaml --seed none", "seed"),
-        ("    python train_unet.py --config configs/mnist.yaml --train_data_dir PHOTOS", "both are set"),
+        (
+            "    python train_unet.py --config configs/mnist.yaml --train_data_dir PHOTOS --dataset_name a/b",
+            "both are set",
+        ),
+        ("    python train_unet.py --config configs/mnist.yaml --train_data_dir PHOTOS", None),
         ("    python train_unet.py --config configs/mnist.yaml --train_data_dir PHOTOS --dataset_name null", None),
         ("    python scripts/sample.py a/pipeline --guidance_interval 0.2 3 --num_images=4", None),
         ("    make quickstart && python scripts/sample.py a/pipeline \\\n        --num_imges 4", "--num_imges"),

@@ -144,10 +144,12 @@ class TextEncoder:
             name = str(embedded_encoder())
         try:
             folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))
-            config = transformers.AutoConfig.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
             kind = ENCODER_CLASSES.get(config.model_type, "AutoModel")
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            self.model = getattr(transformers, kind).from_pretrained(folder, use_safetensors=True)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self.model = getattr(transformers, kind).from_pretrained(
+                folder, use_safetensors=True, trust_remote_code=False
+            )
         except Exception as error:  # the Hub, transformers and safetensors raise unrelated classes
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"text_encoder {name} cannot be loaded: {reason}") from error

@@ -31,6 +31,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import Stream, permutation, scattered, uniform
 from latent_ddpm.resizing import resizer
+from latent_ddpm.system import fsync_path
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +224,7 @@ def open_image_dataset(
         _write_cache(folder, source, cfg, bad_images, size)
     wait()
     try:
-        sidecar = json.loads((folder / "images.json").read_text())
+        sidecar = json.loads((folder / "images.json").read_text(encoding="utf-8"))
         images = np.load(folder / "images.npy", mmap_mode="r")
     except FileNotFoundError as error:
         raise UserError(f"{folder} does not exist: cache_dir must be on a disk that all processes share") from error
@@ -296,7 +297,7 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
             if _write_header(file, len(kept), cfg) != offset:
                 raise RuntimeError("numpy changed the length of the header")
             _sync(file)
-        with open(aside / "images.json", "w") as file:
+        with open(aside / "images.json", "w", encoding="utf-8") as file:
             json.dump({"kept": kept, "bad": bad, "source": source.fingerprint, "total": len(source)}, file)
             _sync(file)
         aside.chmod(0o755)  # mkdtemp makes it private, but other users may share the cache
@@ -305,11 +306,7 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
         except OSError:
             if not folder.is_dir():  # another run was faster, and its images are the same
                 raise
-        descriptor = os.open(folder.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_path(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

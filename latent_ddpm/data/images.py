@@ -1,5 +1,6 @@
-"""Pixels: decode any image file, apply EXIF orientation and transparency, and resize to an 8-bit square."""
+"""Pixels: decode any image file, apply orientation, colour profile and transparency, and resize to an 8-bit square."""
 
+import contextlib
 import io
 import logging
 import warnings
@@ -7,43 +8,78 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+
+from latent_ddpm.data import colours, formats, jpeg, png
 
 logger = logging.getLogger(__name__)
 
 # By the library that resizes. Change a number when the resulting pixels change: it is part of every cache key.
-TRANSFORM_VERSIONS = {"pillow": 1, "pytorch": 2}
+TRANSFORM_VERSIONS = {"pillow": 3, "pytorch": 4}
 CENTRE = (0.5, 0.5)
+_MOST_OF_A_JPEG = 2**28  # pixels before it is reduced; a progressive one needs up to 6 bytes for each
 
 
 def decode(data: bytes, at_least: int | None = None) -> Image.Image:
     """Decodes the first frame of an image file completely; a truncated file raises.
+
+    HEIC, AVIF and JPEG XL are read by the Pillow plugins that are installed. Of a PNG, only what its pixels, their
+    colours and its orientation need is read, so no text in it can be too long.
 
     Args:
         data: the bytes of the file.
         at_least: lets the JPEG decoder reduce the size, as long as both sides keep this many pixels.
 
     Raises:
-        OSError: the bytes are empty or not an image. Pillow's decoders also raise `SyntaxError`, `ValueError`,
-            `DecompressionBombError` and others on damaged files, so a caller that must continue catches `Exception`.
+        OSError: the bytes are empty, not an image, or of a format for which a package is missing. Pillow's decoders
+            also raise `SyntaxError`, `ValueError`, `DecompressionBombError` and others on damaged files, so a caller
+            that must continue catches `Exception`.
     """
     if not data:
         raise OSError("the file is empty")
+    data, said_of_colours = png.essential(data)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "Corrupt EXIF data" and the like, on images that decode
-        try:
-            image = Image.open(io.BytesIO(data))
-        except Image.UnidentifiedImageError:
-            # Pillow's own message is the address of the buffer.
-            raise OSError("not an image, or of a format that Pillow does not read") from None
+        # "Corrupt EXIF data" and the like, on images that decode; from 89 megapixels on, that it may be a bomb
+        warnings.simplefilter("ignore")
+        image = _opened(data)
         if at_least is not None:
             image.draft(None, (at_least, at_least))  # only JPEG supports it
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > 2 * Image.MAX_IMAGE_PIXELS:
+            raise OSError(f"an image of {image.width} x {image.height} pixels needs too much memory")
         image.load()
+        image.info.update(said_of_colours)
         return image
 
 
+def _opened(data: bytes) -> Image.Image:
+    """`Image.open`, with reasons that a person understands, and two kinds of sound JPEG that it refuses."""
+    plugin = formats.plugin_for(data[:32])
+    try:
+        return Image.open(io.BytesIO(data), formats=plugin and (plugin,))
+    except Image.DecompressionBombError:
+        if not data.startswith(b"\xff\xd8"):
+            raise
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))  # a phone's 200 megapixels, which may come reduced
+        if image.width * image.height > _MOST_OF_A_JPEG:
+            raise
+        return image
+    except Image.UnidentifiedImageError:
+        if data.startswith(b"\xff\xd8"):
+            with contextlib.suppress(Image.UnidentifiedImageError):
+                return Image.open(io.BytesIO(jpeg.without_odd_segments(data)))
+        # Pillow's own message is the address of the buffer
+        kind = formats.kind_of(data[:32])
+        reason = kind and formats.unreadable(f".{kind.lower()}")
+        raise OSError(reason or "not an image, or of a format that Pillow does not read") from None
+
+
 def as_seen(image: Image.Image, channels: int) -> Image.Image:
-    """The image as a person sees it: rotated by its EXIF orientation, with transparency on white.
+    """The image as a person sees it: rotated by its EXIF orientation, in sRGB, with transparency on white.
+
+    Colours are converted by LittleCMS, relative colorimetric, from what the file says of them (see `colours`): RGB,
+    gray, CMYK and LAB images whose ICC profile is of the same kind, palettes, and images with transparency, whose alpha
+    stays. 16-bit gray is converted before it becomes 8 bits. Images in sRGB keep their values, and so do those whose
+    profile is broken or of another kind, and float images. One channel is the gray of the converted colours.
 
     16-bit gray is scaled by its full range. A 32-bit integer image is taken for 16-bit gray unless it holds
     values outside [0, 65535]; then its own minimum and maximum become 0 and 255. A float image is taken for
@@ -61,15 +97,25 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, not {channels}")
+    transform = colours.conversion(image) if image.info else None  # before the EXIF block is rewritten
     image = _upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+        values = np.asarray(image)
+        if transform is not None and values.min() >= 0 and values.max() <= 65535:
+            image = colours.to_srgb(Image.fromarray(values.astype(np.uint16)), transform)
+        else:
+            image = Image.fromarray(_to_8_bit(values))
+        transform = None
     elif image.mode in ("La", "RGBa"):
         image = image.convert(
             "LA" if image.mode == "La" else "RGBA"
         )  # premultiplied: Pillow converts it to nothing else
-    if image.has_transparency_data:
+    transparent = image.has_transparency_data
+    if transparent:
         image = image.convert("RGBA")
+    if transform is not None:
+        image = colours.to_srgb(image, transform)
+    if transparent:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode:
@@ -147,6 +193,8 @@ def resize_and_crop(
 
 def nearest_square(image: Image.Image, resolution: int) -> np.ndarray:
     """A map of classes, resized by nearest neighbour within the centre window of `resize_and_crop`.
+
+    Its values are numbers, not colours: a profile does not change them.
 
     Args:
         image: of one channel: "L", "P" (the palette's indices count), "1", or 16 or 32 bits with values below 256.

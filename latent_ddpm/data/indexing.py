@@ -21,6 +21,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from latent_ddpm.system import read_at
+
 PART = 10_000  # rows that are Python objects at the same time
 
 
@@ -170,8 +172,8 @@ class CompactStrings(Sequence):
         start, end = self._starts[first], next(ends)
         found = b""
         while start + len(found) < min(end, self._written):  # a read may be short
-            # pread, because processes and threads share the file position
-            more = os.pread(self._file.fileno(), min(end, self._written) - start - len(found), start + len(found))
+            # not from the file's position, which processes and threads share
+            more = read_at(self._file.fileno(), min(end, self._written) - start - len(found), start + len(found))
             if not more:
                 raise OSError(errno.EIO, "the file of names ended early")
             found += more

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from latent_ddpm.data.sources.streaming import read_stream, undecodable
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers, write_json, write_whole
 from latent_ddpm.progress import progress_bar
+from latent_ddpm.system import read_at
 from latent_ddpm.training.distributed import all_reduce_max, process_count, process_index
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,10 @@ class _OpenShards:
             self.files[shard] = shard_path(self.place, shard).open("rb", buffering=0)
         return self.files[shard].fileno()
 
+    def close(self, shard: int) -> None:
+        if shard in self.files:
+            self.files.pop(shard).close()
+
 
 @dataclasses.dataclass
 class LatentCache:
@@ -171,7 +175,7 @@ class LatentCache:
         parts, found = [], []
         for shard, row in zip(shards.tolist(), from_ends.tolist(), strict=True):
             try:
-                part = os.pread(self._open.fileno(shard), size, self.shards[shard][1] + row * size)
+                part = read_at(self._open.fileno(shard), size, self.shards[shard][1] + row * size)
             except OSError as error:
                 path = shard_path(self.folder, shard)
                 raise UserError(f"{path}: {error}. Run the same command again: it encodes what is missing.") from error
@@ -182,6 +186,7 @@ class LatentCache:
         if len(damaged):
             shard = shards[damaged[0]]
             path, row = shard_path(self.folder, shard), rows[damaged[0]] - self._starts[shard]
+            self._open.close(shard)  # Windows deletes no open file
             path.unlink(missing_ok=True)
             raise UserError(
                 f"{path} has changed since it was written (row {row}), so it was removed. Run the same command again "
@@ -278,7 +283,7 @@ def read_shard(path: Path) -> np.ndarray | None:
 def read_meta(place: Path) -> dict | None:
     """The content of meta.json, or None if it is missing or damaged."""
     try:
-        meta = json.loads((place / "meta.json").read_text())
+        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
         return meta if {"shards", "shape", "mean", "std"} <= meta.keys() else None
     except FileNotFoundError:
         return None

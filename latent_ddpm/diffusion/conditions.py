@@ -20,11 +20,15 @@ import torch
 from latent_ddpm.config import UNetConfig, encoding_batch_size
 from latent_ddpm.data.captions import Captions, TextEncoder, check_captions, embed_captions, read_captions
 from latent_ddpm.data.dataset import ImageDataset, decode_square
+from latent_ddpm.data.formats import readable_extensions
 from latent_ddpm.data.images import decode, nearest_square, to_uint8
 from latent_ddpm.data.indexing import digest
 from latent_ddpm.data.latents import LatentCache, build_cache, latents_folder
 from latent_ddpm.data.sources.base import ImageSource
+from latent_ddpm.data.sources.hub import LABEL_COLUMNS
+from latent_ddpm.data.sources.layout import JUNK
 from latent_ddpm.errors import UserError
+from latent_ddpm.places import no_folder
 from latent_ddpm.random import Stream, uniform
 from pipeline_latent_ddpm import class_shares, image_channels
 
@@ -83,12 +87,13 @@ class ClassCondition(Condition):
     Args:
         names: class names, in the order of the labels.
         dropout: see `Condition`.
+        labels: of each image, integers (N,). None takes those of the latent cache, which may be older.
     """
 
     stream = Stream.DROP_CLASS
 
-    def __init__(self, names: Sequence[str], dropout: float) -> None:
-        self.names, self.dropout = list(names), dropout
+    def __init__(self, names: Sequence[str], dropout: float, labels: np.ndarray | None = None) -> None:
+        self.names, self.dropout, self.labels = list(names), dropout, labels
 
     def unet_arguments(self) -> dict[str, Any]:
         return {"num_class_embeds": len(self.names) + 1}
@@ -96,7 +101,8 @@ class ClassCondition(Condition):
     def values(
         self, records: np.ndarray, flipped: np.ndarray | None = None, numbers: torch.Tensor | None = None
     ) -> Given:
-        labels = torch.from_numpy(records["label"].astype(np.int64))
+        found = records["label"] if self.labels is None else self.labels[records["index"]]
+        labels = torch.from_numpy(found.astype(np.int64))
         return {"class_labels": torch.where(labels < 0, len(self.names), labels)}
 
     def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
@@ -346,10 +352,10 @@ class ConditioningSource(ImageSource):
         self.folder = Path(config.conditioning_image_dir) if config.conditioning_image_dir else None
         if self.folder is not None:
             if not self.folder.is_dir():
-                raise UserError(f"conditioning_image_dir {self.folder} is not a folder.")
-            files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-            self._files = {path.relative_to(self.folder).with_suffix("").as_posix(): path for path in files}
-            about = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in self._files.items()]
+                raise UserError(no_folder("conditioning_image_dir", str(self.folder)))
+            self._files = _images_by_name(self.folder)
+            stats = ((name, path.stat()) for name, paths in self._files.items() for path in paths)
+            about = [(name, found.st_size, found.st_mtime_ns) for name, found in stats]
         else:
             source.check_column(self.column, "conditioning_image_column")
             about = self.column
@@ -364,10 +370,31 @@ class ConditioningSource(ImageSource):
     def load(self, i: int, at_least: int | None = None) -> Any:
         if self.folder is None:
             return self.source.load_column(i, self.column, at_least)
-        stem = Path(self.name(i)).with_suffix("").as_posix()
-        if stem not in self._files:
-            raise FileNotFoundError(f"there is no {self.folder / stem}.*")
-        return decode(self._files[stem].read_bytes(), at_least)
+        return decode(self.data(i), at_least)
+
+    def data(self, i: int) -> bytes | None:
+        if self.folder is None:
+            return self.source.data(i)  # of the same row
+        name = Path(self.name(i))
+        stem = name.with_suffix("").as_posix()
+        found = self._files.get(stem, [])
+        found = [path for path in found if path.name == name.name] or found  # a.png before a.jpg for a.png
+        if not found:
+            raise FileNotFoundError(f"there is no image {self.folder / stem}.*")
+        if len(found) > 1:
+            raise OSError(f"it could be {' or '.join(path.name for path in found)}; keep one of them")
+        return found[0].read_bytes()
+
+
+def _images_by_name(folder: Path) -> dict[str, list[Path]]:
+    """The images in a folder by their path in it without extension."""
+    readable, found = set(readable_extensions()), {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") or part.lower() in JUNK for part in name.parts)
+        if path.suffix.lower() in readable and not hidden and path.is_file():
+            found.setdefault(name.with_suffix("").as_posix(), []).append(path)
+    return found
 
 
 def _image_condition(
@@ -413,6 +440,13 @@ def check_source(source: ImageSource, config: UNetConfig) -> None:
         check_captions(source, config)
 
 
+def identity_of(source: ImageSource, config: UNetConfig) -> str:
+    """Identifies the training images, and those of a conditioning_image_dir; see `ImageSource.identity`."""
+    if not config.conditioning_image_dir:
+        return source.identity()
+    return digest(source.identity(), ConditioningSource(source, config).identity())
+
+
 def make_conditions(
     config: UNetConfig,
     images: tuple[ImageDataset, ImageDataset],
@@ -443,7 +477,7 @@ def make_conditions(
     def of_split(images: ImageDataset, folder: Path, train: bool) -> Conditions:
         made: list[Condition] = []
         if "class" in config.conditions:
-            made.append(ClassCondition(_class_names(images), config.class_dropout))
+            made.append(ClassCondition(_class_names(images), config.class_dropout, images.labels))
         if "image" in config.conditions:
             made.append(_image_condition(config, images, folder, latent_size, train and flip, device, wait))
         if encoder is not None:
@@ -458,9 +492,12 @@ def make_conditions(
 def _class_names(images: ImageDataset | ImageSource) -> list[str]:
     names = images.class_names
     if not names or len(names) < 2:
+        source = images.source if isinstance(images, ImageDataset) else images
+        columns = [column for column in source.class_columns() if column not in LABEL_COLUMNS]
+        hint = f" Columns that class_column may name: {', '.join(columns[:8])}." if columns else ""
         raise UserError(
             "conditions has class, but the dataset has no classes. It needs a column of labels, or images in two or "
-            "more folders, whose names become the classes."
+            f"more folders, whose names become the classes.{hint}"
         )
     if images.labels.max(initial=-1) >= len(names):
         i = int(images.labels.argmax())

@@ -155,7 +155,7 @@ def forecast_disk(folder: Path, configs: dict[str, RunConfig], found: dict[str, 
     """
     disk = {"decoded images": _decoded_bytes(folder / "cache", found), "checkpoints": 0, "samples": 0}
     largest, metrics = 0, folder / "metrics.jsonl"
-    lines = [json.loads(line) | {"bytes": len(line) + 1} for line in metrics.read_text().splitlines()]
+    lines = [json.loads(line) | {"bytes": len(line) + 1} for line in metrics.read_text(encoding="utf-8").splitlines()]
     disk["metrics"] = 0
     for stage, config in configs.items():
         kept = min(config.checkpoints_total_limit, times_due(config, config.checkpointing_steps))

@@ -9,9 +9,6 @@ latent_ddpm/planning/forecast.py.
 import contextlib
 import itertools
 import math
-import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +27,7 @@ from latent_ddpm.data.images import CENTRE, to_float
 from latent_ddpm.data.sources.base import ImageSource, SubsetSource
 from latent_ddpm.files import write_json
 from latent_ddpm.resizing import resizer
+from latent_ddpm.system import peak_resident_bytes
 from latent_ddpm.training.distributed import StopSignal
 from latent_ddpm.training.ema import UPDATE_OFTEN_UNTIL, UPDATE_STEPS, PowerEMA
 from latent_ddpm.training.loop import TrainingRun
@@ -69,18 +67,6 @@ def phases_of(config: RunConfig) -> dict[str, range]:
 def images_per_step(config: RunConfig) -> int:
     """Images of an optimizer step in one process."""
     return config.train_batch_size * config.gradient_accumulation_steps
-
-
-def peak_resident_bytes(pid: int | None = None) -> int:
-    """The largest resident memory that a process has had so far, in bytes; by default this one.
-
-    `ru_maxrss` can be that of the process which started this one: on Linux it outlives an exec.
-    """
-    status = Path(f"/proc/{pid or 'self'}/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class First:

@@ -280,6 +280,27 @@ def _stage_line(name: str, stage: dict[str, Any], config: dict[str, Any]) -> str
     return line + f"batches of {stage['images'] // max(1, stage['step'])}."
 
 
+def _load(repo_id: str, **words: str) -> str:
+    """The call that loads a repository with its own pipeline.py; `words` are further arguments as Python."""
+    more = "".join(f", {name}={value}" for name, value in words.items())
+    return f'DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True{more})'
+
+
+def _variants_use(facts: Facts, repo_id: str) -> str:
+    """How the published 16-bit weights are loaded; "" without any. LDMPipeline fails on them: it draws in float32."""
+    variants = sorted({name.split(".")[-2] for name in facts.files if re.search(r"\.(fp16|bf16)\.safe", name)})
+    if not variants:
+        return ""
+    types = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
+    calls = [
+        f"```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
+        f"pipeline = {_load(repo_id, variant=json.dumps(v), torch_dtype=types[v])}\n```"
+        for v in variants
+    ]
+    stock = " diffusers' own `LDMPipeline` cannot draw with them." if not facts.conditions else ""
+    return "\n\nThe weights are also there in half the size, for GPUs." + stock + "\n\n" + "\n\nor\n\n".join(calls)
+
+
 def _conditioned_use(facts: Facts, repo_id: str, steps: int) -> str:
     """How a model with conditions is called, which is by its own pipeline."""
     words, needs, names = [], [], facts.index.get("class_names") or []
@@ -314,11 +335,11 @@ def _conditioned_use(facts: Facts, repo_id: str, steps: int) -> str:
 ```python
 {needs}
 
-pipeline = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)
+pipeline = {_load(repo_id)}
 pipeline({", ".join(words)}, num_inference_steps={steps}).images[0].save("sample.png")
 ```
 
-{" ".join(told)}"""
+{" ".join(told)}{_variants_use(facts, repo_id)}"""
 
 
 @dataclasses.dataclass
@@ -373,9 +394,8 @@ autoencoder = {vqvae["_class_name"]}.from_pretrained("{repo_id}", subfolder="vqv
 `encode(images)` takes images in -1 to 1; latents times `config.scaling_factor` have unit variance."""
     if facts.conditions:
         return _conditioned_use(facts, repo_id, steps)
-    own = f'DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", trust_remote_code=True)'
     stock = facts.index.get("_class_name", "LDMPipeline") == "LDMPipeline"
-    load = f'DiffusionPipeline.from_pretrained("{repo_id}")' if stock else own
+    load = f'DiffusionPipeline.from_pretrained("{repo_id}")' if stock else _load(repo_id)
     text = f"""## Use
 
 ```python
@@ -391,13 +411,11 @@ The repository also holds a pipeline with more features: given latents, image va
 one generator per image. It is code, so it runs only if you trust it:
 
 ```python
-pipeline = {own}
+from diffusers import DiffusionPipeline
+
+pipeline = {_load(repo_id)}
 ```"""
-    variants = sorted({name.split(".")[-2] for name in facts.files if re.search(r"\.(fp16|bf16)\.safe", name)})
-    if variants:
-        types = {"fp16": "float16", "bf16": "bfloat16"}
-        shown = " or ".join(f'`variant="{v}", torch_dtype=torch.{types[v]}`' for v in variants)
-        text += f"\n\nOn a GPU, {shown} loads weights of half the size."
+    text += _variants_use(facts, repo_id)
     if stock and not shape.has_codes:
         text += (
             "\n\nThe first way logs a warning that `vqvae` is an AutoencoderKL where a VQModel is expected. "

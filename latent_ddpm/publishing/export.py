@@ -38,7 +38,7 @@ folder:
 
 ```python
 from diffusers import DiffusionPipeline
-
+{needs}
 pipeline = DiffusionPipeline.from_pretrained({load})
 pipeline({words}, num_inference_steps={steps}).images[0].save("sample.png")
 ```
@@ -68,7 +68,7 @@ def example_words(conditions: dict[str, Any]) -> str:
     if conditions.get("class_names"):
         words.append(f"class_labels={conditions['class_names'][:2]!r}")
     if "conditioning_classes" in conditions:
-        words.append('conditioning_image=PIL.Image.open("map.png")')
+        words.append('conditioning_image=Image.open("map.png")')
     if "max_caption_tokens" in conditions:
         words.append('prompt="..."')
     return ", ".join(words) or "batch_size=16"
@@ -112,6 +112,7 @@ def export_pipeline(
         card = INTRODUCTION.format(
             task="" if conditions else "pipeline_tag: unconditional-image-generation\n",
             load='"."' if stock else TRUSTED,
+            needs="from PIL import Image\n" if "conditioning_classes" in conditions else "",
             kind=type(unet).__name__,
             name=folder.resolve().parent.name,
             autoencoder=f"a VQ-VAE with {codes} codes" if codes else "a KL-VAE",

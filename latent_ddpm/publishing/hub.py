@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from huggingface_hub import HfApi, constants, get_session, get_token
+from huggingface_hub import HfApi, ModelCard, constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from safetensors.torch import load_file, save_file
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 WAITS = (2, 5, 15, 30, 60)  # seconds between attempts; the last one for all further attempts
 LAST_ATTEMPTS = 4  # attempts after training has ended
 LAST_SECONDS = 3600  # after training, an unfinished upload then counts as failed
+ASKED = 20.0  # seconds for the Hub's answers before training
 SILENCE = 120.0  # seconds without an answer until a request fails
 REFUSALS = (400, 401, 402, 403)  # another attempt does not help
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -75,13 +76,117 @@ def check_repo_id(output_dir: Path, repo_id: str | None) -> None:
         raise UserError(f"hub_model_id {shown} cannot be a repository: {error}") from error
 
 
-def check_can_publish(output_dir: Path, repo_id: str | None) -> None:
-    """Check before training that the run can be published.
+def check_license(license: str | None) -> None:
+    """Raises `UserError` if a license is not spelt like an identifier of the Hub's list."""
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        meant = re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-")
+        raise UserError(
+            f"hub_license {license!r} is no identifier of the Hub's list, "
+            f"huggingface.co/docs/hub/repositories-licenses" + (f"; did you mean {meant}?" if meant else ".")
+        )
+
+
+def refusal_of(account: dict[str, Any], repo_id: str) -> str | None:
+    """Why a token may not write to a repository; None where nothing speaks against it.
+
+    Args:
+        account: answer of the Hub's whoami.
+        repo_id: "owner/name".
+    """
+    token, user = account.get("auth", {}).get("accessToken") or {}, account.get("name", "")
+    role, owner = token.get("role"), repo_id.partition("/")[0]
+    if role == "read":
+        return "the token may only read"
+    if role == "fineGrained":
+        scoped = token.get("fineGrained", {}).get("scoped") or []
+        named = [scope for scope in scoped if scope.get("entity", {}).get("name") in (owner, repo_id)]
+        allowed = {permission for scope in named for permission in scope.get("permissions", ())}
+        return None if "repo.write" in allowed else f"the token has no permission to write to repositories of {owner}"
+    if role == "write":
+        roles = {org.get("name", "").lower(): org.get("roleInOrg") for org in account.get("orgs") or ()}
+        if owner.lower() not in {user.lower(), *roles}:
+            return f"the token is that of {user}, who is no member of {owner}"
+        if roles.get(owner.lower()) == "read":
+            return f"{user} may only read in {owner}"
+    return None
+
+
+def _ask_hub(repo_id: str, private: bool | None, license: str | None) -> None:
+    """Raise UserError for what the Hub would refuse; other errors say that it cannot be asked."""
+    api = HfApi(token=get_token())
+    try:
+        account = api.whoami()
+    except HfHubHTTPError as error:
+        if _status(error) not in (401, 403):
+            raise
+        raise UserError(
+            "push_to_hub: the Hub does not accept the token. Make one that may write, and run `hf auth login` again."
+        ) from error
+    repo_id = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
+    if refusal := refusal_of(account, repo_id):
+        raise UserError(
+            f"push_to_hub: {repo_id} cannot be written, because {refusal}. Use a token that may write there, or "
+            f"another hub_model_id."
+        )
+    if private:
+        try:
+            if not api.model_info(repo_id).private:
+                raise UserError(f"{repo_id} exists already and is public, and hub_private_repo asks for private.")
+        except HfHubHTTPError as error:
+            if _status(error) not in (401, 404):  # it is made later
+                raise
+    if license:
+        try:
+            ModelCard(f"---\nlicense: {license}\n---\n").validate()
+        except ValueError as error:
+            raise UserError(f"hub_license {license}: the Hub refuses it: {' '.join(str(error).split())}") from error
+
+
+def check_hub(repo_id: str, private: bool | None, license: str | None) -> None:
+    """Ask the Hub, for `ASKED` seconds, whether it will take the repository. Without an answer, training goes on.
 
     Raises:
-        UserError: the name is not one of a repository, there is no token at all, or the Hub is switched off.
+        UserError: the token, the repository or the license will be refused.
+    """
+    answers: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            _ask_hub(repo_id, private, license)
+            answers.append(None)
+        except Exception as error:  # is raised or reported below
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, name="ask the Hub", daemon=True)  # whose client may wait for ever
+    thread.start()
+    thread.join(ASKED)
+    answer = answers[0] if answers else TimeoutError(f"no answer in {ASKED:.0f} s")
+    if isinstance(answer, UserError):
+        raise answer
+    if answer is not None:
+        logger.warning(
+            "The Hub cannot be asked now whether %s can be published (%s). It will be tried later.",
+            repo_id, _reason(answer),
+        )  # fmt: skip
+
+
+def check_can_publish(
+    output_dir: Path, repo_id: str | None, private: bool | None = None, license: str | None = None
+) -> None:
+    """Check before training that the run can be published.
+
+    Args:
+        output_dir: the run's folder.
+        repo_id: as for `Publisher`.
+        private: as for `Publisher`.
+        license: as for `Publisher`.
+
+    Raises:
+        UserError: the name is not one of a repository, the license is none, there is no token or it may not write
+            there, a repository is public that shall be private, or the Hub is switched off.
     """
     check_repo_id(output_dir, repo_id)
+    check_license(license)
     if constants.HF_HUB_OFFLINE:
         raise UserError("push_to_hub cannot work with HF_HUB_OFFLINE set.")
     if not get_token():
@@ -89,6 +194,8 @@ def check_can_publish(output_dir: Path, repo_id: str | None) -> None:
             "push_to_hub needs a token that may write: run `hf auth login` once, or set HF_TOKEN. Train without "
             "push_to_hub, and publish afterwards with scripts/push_to_hub.py, if you have none yet."
         )
+    if not int(os.environ.get("RANK", "0")):  # of several processes the first one publishes
+        check_hub(repo_id_of(output_dir, repo_id), private, license)
 
 
 def check_others_have_encoder(encoder: str) -> None:
@@ -112,7 +219,8 @@ def check_before_training(config: RunConfig) -> None:
     """
     if not config.push_to_hub:
         return
-    check_can_publish(Path(config.output_dir), config.hub_model_id)
+    private = True if config.hub_private_repo else None
+    check_can_publish(Path(config.output_dir), config.hub_model_id, private, config.hub_license)
     encoder = getattr(config, "text_encoder", None)
     if encoder is not None and not config.export_text_encoder:
         check_others_have_encoder(encoder)
@@ -127,15 +235,27 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_variants(weights: Path, variants: Sequence[str]) -> None:
-    """Write the weights in 16 bits beside a float32 file, with the names of diffusers' variants."""
+def _write_variants(folder: Path, variants: Sequence[str]) -> None:
+    """Write the weights in 16 bits beside the float32 files of a folder, with the names of diffusers' variants.
+
+    A variant that cannot hold a weight is left out for all parts, with a warning.
+    """
     for variant in variants:
-        dtype = VARIANTS[variant]
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_file(weights).items()}
-        overflown = [name for name, tensor in tensors.items() if tensor.isinf().any()]
-        if overflown:
-            raise UserError(f"{weights.parent.name} has weights too large for {variant} ({overflown[0]}).")
-        save_file(tensors, weights.with_name(f"{weights.stem}.{variant}.safetensors"), {"format": "pt"})
+        made: list[Path] = []
+        for weights in sorted(folder.rglob(WEIGHTS)):
+            whole = load_file(weights)
+            tensors = {k: v.to(VARIANTS[variant]) if v.is_floating_point() else v for k, v in whole.items()}
+            overflown = [name for name, tensor in tensors.items() if tensor.isinf().any()]
+            if overflown:
+                logger.warning(
+                    "There will be no variant %s: the %s has weights too large for it (%s).",
+                    variant, weights.parent.name, overflown[0],
+                )  # fmt: skip
+                for path in made:
+                    path.unlink()
+                break
+            made.append(weights.with_name(f"{weights.stem}.{variant}.safetensors"))
+            save_file(tensors, made[-1], {"format": "pt"})
 
 
 def lay_out(
@@ -152,7 +272,7 @@ def lay_out(
         variants: "fp16", "bf16": weights added in these.
 
     Raises:
-        UserError: it is not there, has weights that do not fit a variant, or names a text encoder of this disk.
+        UserError: it is not there, or names a text encoder of this disk.
     """
     pipeline, autoencoder = output_dir / "pipeline", output_dir / "autoencoder"
     if stage != "autoencoder" and (pipeline / "model_index.json").exists():
@@ -172,8 +292,7 @@ def lay_out(
             scrubber.copy_model_config(path, folder / name)
         else:
             _link(path, folder / name)
-        if path.name == WEIGHTS:
-            _write_variants(folder / name, variants)
+    _write_variants(folder, variants)
     made = {part: max((p.stat().st_mtime for p in (output_dir / part).rglob(WEIGHTS)), default=0.0)
             for part in ("pipeline", "autoencoder")}  # fmt: skip
     for name, patterns in PICTURES.items():

@@ -119,11 +119,11 @@ class CheckpointFolder:
             self._remove_leftovers()
             aside.mkdir(parents=True)
             save_file(tensors, aside / "state.safetensors")
-            (aside / "state.json").write_text(json.dumps(skeleton))
+            (aside / "state.json").write_text(json.dumps(skeleton), encoding="utf-8")
             manifest = {"format": FORMAT} | {
                 name: {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)} for name in _FILES
             }
-            (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (*aside.iterdir(), aside):
                 fsync_path(path)
             if final.exists():
@@ -152,7 +152,7 @@ class CheckpointFolder:
             UserError: a later version of latent-ddpm wrote it.
         """
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
             if manifest.get("format", 0) > FORMAT:
                 raise UserError(
                     f"The checkpoint {path} has format {manifest['format']}, of a later latent-ddpm; "
@@ -164,7 +164,9 @@ class CheckpointFolder:
                                             f"{manifest[name]['bytes']}")  # fmt: skip
                 if _sha256(path / name) != manifest[name]["sha256"]:
                     raise DamagedCheckpoint(f"{name} does not match its SHA-256")
-            return join_state(load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text()))
+            return join_state(
+                load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
+            )
         except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise DamagedCheckpoint(str(error)) from error
 

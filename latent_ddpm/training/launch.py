@@ -7,9 +7,12 @@ import dataclasses
 import errno
 import logging
 import os
+import platform
 import re
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,14 +31,17 @@ from safetensors import SafetensorError
 from latent_ddpm.config import SECTION_OF, Config, RunConfig, check_same_run, in_steps, keys_of, same_batch
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
+from latent_ddpm.places import no_folder
 from latent_ddpm.progress import close_bars
 from latent_ddpm.resizing import resizer
+from latent_ddpm.system import usable_cores
 from latent_ddpm.training.acceleration import check_compiler, set_arithmetic, take_compile_request
 from latent_ddpm.training.distributed import Heartbeat, joining
 from latent_ddpm.training.sharding import Sharding
 from latent_ddpm.training.tracking import check_tracker
 
 Fitting = Callable[[RunConfig, int, int], int]  # config, free bytes of the GPU, processes -> images that fit
+PROBE = 2**20  # bytes that a run's folder must have room for before anything is loaded
 IMAGES_ON_A_CPU = 64  # of train_batch_size auto, at most: a CPU is no faster with more
 
 # Errors of a disk that is full, broken or not writable.
@@ -53,12 +59,13 @@ def claim(output_dir: Path, stage: str) -> None:
     Raises:
         UserError: another process holds the lock.
     """
+    output_dir.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
-    except ImportError:  # Windows
+    except ImportError:  # Windows has no such lock
+        _remove_all_leftovers(output_dir)
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file = (output_dir / f".{stage}.lock").open("a+")
+    file = (output_dir / f".{stage}.lock").open("a+", encoding="utf-8")
     try:
         # not flock: DataLoader workers would inherit the lock, and they outlive a killed run by seconds
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,16 +78,44 @@ def claim(output_dir: Path, stage: str) -> None:
     except OSError:  # a file system without locks
         file.close()
         return
-    for folder in (output_dir, *(output_dir / name for name in ("samples", "ema", "cache"))):
-        remove_leftovers(folder)
+    _remove_all_leftovers(output_dir)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     _claims.append(file)
 
 
-def check_before_loading(config: RunConfig, stage: str) -> Path:
-    """Check what needs neither data nor models; returns the path of the run's saved config.
+def _remove_all_leftovers(output_dir: Path) -> None:
+    for folder in (output_dir, *(output_dir / name for name in ("samples", "ema", "cache"))):
+        remove_leftovers(folder)
+
+
+def check_writable(output_dir: Path) -> None:
+    """Check that files can be written to a run's folder, or that it can be made. Nothing is left.
+
+    Raises:
+        UserError: it is a file or below one, or its disk is full or cannot be written.
+    """
+    there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"output_dir {output_dir}: {there} is a file.")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"output_dir {output_dir} cannot be written ({error.strerror or error}): make room or change its "
+            f"permissions, or give another --output_dir."
+        ) from error
+
+
+def check_before_loading(config: RunConfig, stage: str) -> tuple[Path, str]:
+    """Check what needs neither data nor models.
+
+    Returns:
+        The path of the run's saved config, and how the places of the data differ from the saved ones, or "".
 
     Raises:
         UserError: the run cannot work.
@@ -89,17 +124,16 @@ def check_before_loading(config: RunConfig, stage: str) -> Path:
         os.environ["HF_TOKEN"] = config.hub_token  # where the Hub's client looks; it is never saved
         sys.argv = [word.replace(config.hub_token, "***") for word in sys.argv]  # trackers record the command line
         config.hub_token = None
-    check_tracker(config.report_to)
+    check_tracker(config.report_to, config.tracker_project_name)
     config.image_resize = resizer(config.image_resize)  # is saved with the run, which keeps it
     saved = Path(config.output_dir) / f"train_{stage}.yaml"
-    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
-        raise UserError(f"output_dir {config.output_dir} is a file.")
-    check_same_run(config, saved)
+    check_writable(Path(config.output_dir))
+    moved = check_same_run(config, saved)
     if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
-        raise UserError(f"train_data_dir {config.train_data_dir} is not a folder.")
+        raise UserError(no_folder("train_data_dir", config.train_data_dir))
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision fp16 needs a GPU; on a CPU use no.")
-    return saved
+    return saved, moved
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -195,7 +229,7 @@ def _use_all_cores(accelerator: Accelerator) -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if accelerator.device.type == "cpu" and launched:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        torch.set_num_threads(max(1, usable_cores() // here))
 
 
 TOPOLOGY = {"num_processes": 1, "num_machines": 1, "machine_rank": 0}
@@ -210,7 +244,7 @@ def _topology_asked_for(launcher: list[str]) -> dict:
         flags.add_argument(f"--{key}", f"--{key.replace('_', '-')}", type=type(default))
     found = vars(flags.parse_known_args(launcher)[0])
     path = found.pop("config_file") or default_yaml_config_file  # what `accelerate config` wrote
-    saved = (yaml.safe_load(Path(path).read_text()) or {}) if path and Path(path).exists() else {}
+    saved = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}) if path and Path(path).exists() else {}
     named = {key: saved[key] for key in TOPOLOGY if saved.get(key) is not None}
     return {**TOPOLOGY, **named, **{key: value for key, value in found.items() if value is not None}}
 
@@ -238,13 +272,16 @@ def _start_cpu_processes() -> None:
         return
     here = asked["num_processes"] // asked["num_machines"]
     if asked["num_processes"] > 1:
-        if asked["num_machines"] == 1 or asked["main_process_ip"].startswith("127."):  # all on this machine
+        here_only = asked["num_machines"] == 1 or asked["main_process_ip"].startswith("127.")
+        if here_only and os.name == "posix":  # Windows names its interfaces otherwise
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         meeting = ["--standalone"]
         if asked["num_machines"] > 1:
             meeting = ["--nnodes", str(asked["num_machines"]), "--node_rank", str(asked["machine_rank"])]
             meeting += ["--master_addr", asked["main_process_ip"], "--master_port", str(asked["main_process_port"])]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(here)]
+        if os.name == "nt":  # there, execv lets the launcher go on while the new process runs
+            sys.exit(subprocess.call([*torchrun, *sys.argv]))
         os.execv(sys.executable, [*torchrun, *sys.argv])
 
 
@@ -301,6 +338,9 @@ def of_stage(words: Sequence[str], stage: str) -> list[str]:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a script's main with the command line; a UserError or a full disk becomes one sentence and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a name or a sign that the terminal's encoding lacks ends no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     _hear_the_launcher_end()
     _start_cpu_processes()
     status: int | None = 0

@@ -13,18 +13,18 @@ return run.finish(...)
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
 
-from latent_ddpm.config import RunConfig, save_config
+from latent_ddpm.config import RunConfig, another_run, save_config
 from latent_ddpm.training.checkpoint import CheckpointFolder
 from latent_ddpm.training.distributed import StopSignal
 from latent_ddpm.training.launch import Fitting, check_before_loading, claim, fit_to_processes, make_accelerator
 from latent_ddpm.training.metrics import is_best
-from latent_ddpm.training.tracking import Tracker, is_finished
+from latent_ddpm.training.tracking import Tracker, is_finished, noted_of
 
 NAMES = {"autoencoder": "Autoencoder", "unet": "U-Net"}  # in commit messages of the Hub
 
@@ -55,6 +55,7 @@ class TrainingRun:
         accelerator: from `start_processes` on.
         images_per_step: of all processes together, from `start_processes` on.
         tracker: from `start_tracking` on.
+        data_changed: whether the run began with other images; None until `check_data`, or if that is not known.
         publisher: uploads the results; set by the script if push_to_hub.
 
     Raises:
@@ -64,11 +65,13 @@ class TrainingRun:
     accelerator: Accelerator
     images_per_step: int
     tracker: Tracker
+    data_changed: bool | None
 
     def __init__(self, config: RunConfig, stage: str) -> None:
         self.config = self._asked = config
         self.stage, self.output_dir = stage, Path(config.output_dir)
-        self._saved_config = check_before_loading(config, stage)
+        self._saved_config, self._moved = check_before_loading(config, stage)
+        self._data, self.data_changed = "", None
         self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", stage, config.checkpoints_total_limit)
         self.state = self.checkpoints.resume(config.resume_from_checkpoint)
         self.first_step = self.step = self.state["step"] if self.state else 0
@@ -83,10 +86,35 @@ class TrainingRun:
             fitting: how many images fit a GPU, for train_batch_size auto.
         """
         self.accelerator = make_accelerator(self.config)
+        if self._asked.source_note:
+            self.logger.info(self._asked.source_note)
         self.config = fit_to_processes(self.config, self.state, self.accelerator, fitting)
         batch = self.config.train_batch_size * self.accelerator.num_processes
         self.images_per_step = batch * self.config.gradient_accumulation_steps
         return self.config
+
+    def check_data(self, identity: str, notes: Sequence[str] = ()) -> None:
+        """Compare the data with those that the run began with, by their content and not by their place.
+
+        Args:
+            identity: of the training images (`ImageSource.identity`).
+            notes: sentences on what the names of files and folders mean, for the log.
+
+        Raises:
+            UserError: other data lie at another place than those of the run in output_dir.
+        """
+        for note in notes:
+            self.logger.info(note)
+        self._data = identity
+        before = noted_of(self.output_dir, self.stage).get("data")
+        same = before == self._data
+        if self._moved and not same:
+            raise another_run(self._saved_config, self._moved)
+        if self._moved:
+            self.logger.info("the data are those of the run, at another place (%s)", self._moved)
+        self.data_changed = None if not before else not same
+        if self.data_changed and self.first_step:
+            self.logger.warning("The images differ from those of the checkpoint. Training continues on the new ones.")
 
     def is_finished(self, product: str) -> bool:
         """Whether all steps are done and the result `product`, a file in output_dir, exists; logs it if so."""
@@ -134,6 +162,7 @@ class TrainingRun:
             self.images_per_step,
             training_images,
             validation_images,
+            self._data,
         )
         return self.tracker
 

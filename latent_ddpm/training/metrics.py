@@ -7,7 +7,7 @@ from pathlib import Path
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a line that is still being written is left out."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

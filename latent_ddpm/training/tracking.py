@@ -1,9 +1,12 @@
 """What a run shows: progress bar, metrics.jsonl, picture grids, and TensorBoard, Weights & Biases or Trackio."""
 
 import dataclasses
-import importlib.util
+import importlib
+import inspect
 import json
 import math
+import os
+import re
 import secrets
 import time
 from pathlib import Path
@@ -12,6 +15,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
+from huggingface_hub import get_token
 from PIL import Image
 
 from latent_ddpm import __version__
@@ -20,11 +24,63 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.files import save_png, write_json, write_whole
 from latent_ddpm.progress import progress_bar
 
+MODULES = {"tensorboard": "torch.utils.tensorboard"}  # what a tracker is imported as, where that is not its name
 
-def check_tracker(name: str) -> None:
-    """Raise UserError when the package behind `report_to` is not installed."""
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise UserError(f"report_to {name} needs the package {name}: pip install {name}, or --report_to none.")
+
+def check_tracker(name: str, project: str) -> None:
+    """Check that a tracker will start, so that it does not fail or ask for a login after hours of reading images.
+
+    Args:
+        name: `report_to` of the config.
+        project: `tracker_project_name`.
+
+    Raises:
+        UserError: the tracker's package is missing or cannot be imported, there is no login, or the project's name is
+            not one.
+    """
+    if name == "none":
+        return
+    instead = "or choose another --report_to, such as none"
+    try:
+        importlib.import_module(name)
+        importlib.import_module(MODULES.get(name, name))
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise UserError(f"report_to {name} needs the package {name}: pip install {name}, {instead}.") from error
+        raise UserError(f"report_to {name}: its package needs {error.name}: install it, {instead}.") from error
+    except Exception as error:  # whatever a broken installation raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"report_to {name}: its package cannot be imported ({reason}): repair it, {instead}."
+        ) from error
+    if int(os.environ.get("RANK", "0")):  # of several processes the first one logs
+        return
+    if name == "wandb":
+        _check_wandb(project, instead)
+    if name == "trackio" and os.environ.get("TRACKIO_SPACE_ID") and not get_token():
+        raise UserError(f"TRACKIO_SPACE_ID needs a token: run `hf auth login` once, unset the variable, {instead}.")
+
+
+def _check_wandb(project: str, instead: str) -> None:
+    """Raise UserError if `wandb.init` would ask for a login, or be refused."""
+    import wandb
+
+    if len(project) > 128 or re.search(r"[/\\#?%:]", project):
+        raise UserError(
+            f"tracker_project_name {project!r} cannot be a project of wandb: at most 128 characters, and none of "
+            f"/ \\ # ? % :"
+        )
+    if (os.environ.get("WANDB_MODE") or wandb.setup().settings.mode) != "online":
+        return
+    offline = f"set WANDB_MODE=offline to upload later with `wandb sync`, {instead}"
+    silent = {"prompt": False} if "prompt" in inspect.signature(wandb.login).parameters else {}
+    try:  # without `prompt`, which is of wandb 0.31, login asks only where there is no key
+        found = wandb.login(verify=True, **silent) if silent or wandb.api.api_key else False
+    except Exception as error:  # a refused key, or no connection
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"report_to wandb: the login fails ({reason}): repeat `wandb login`, {offline}.") from error
+    if not found:
+        raise UserError(f"report_to wandb needs a login: run `wandb login` once, or set WANDB_API_KEY; {offline}.")
 
 
 def is_finished(config: RunConfig, stage: str, first_step: int, product: str) -> bool:
@@ -47,11 +103,16 @@ def is_finished(config: RunConfig, stage: str, first_step: int, product: str) ->
         )
     if first_step != config.max_train_steps or config.push_to_hub or not (folder / product).exists():
         return False
+    return noted_of(folder, stage).get("finished_at") == first_step
+
+
+def noted_of(folder: Path, stage: str) -> dict:
+    """What run.json in a run's folder says about a stage; empty if it says nothing or is damaged."""
     try:
-        noted = json.loads((folder / "run.json").read_text())
-        return noted[stage].get("finished_at") == first_step
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False
+        noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))[stage]
+        return noted if isinstance(noted, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 class Tracker:
@@ -67,6 +128,7 @@ class Tracker:
         images_per_step: of all processes together.
         training_images: in the training set.
         validation_images: held out.
+        data: identity of the training images, or "".
     """
 
     def __init__(
@@ -80,6 +142,7 @@ class Tracker:
         images_per_step: int,
         training_images: int,
         validation_images: int,
+        data: str = "",
     ) -> None:
         self.accelerator, self.stage, self.images_per_step = accelerator, stage, images_per_step
         self.path, self.samples = output_dir / "metrics.jsonl", output_dir / "samples"
@@ -89,7 +152,7 @@ class Tracker:
         if self.main:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._cut(first_step)
-            self._note_machine(output_dir / "run.json", training_images, validation_images)
+            self._note_machine(output_dir / "run.json", training_images, validation_images, data)
             self._start_trackers(config, first_step)
         self.bar = progress_bar(
             total=last_step,
@@ -104,7 +167,7 @@ class Tracker:
         if not self.path.exists():
             return
         keep = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the incomplete last line of a killed run
@@ -113,13 +176,14 @@ class Tracker:
                 keep.append(line + "\n")
         write_whole(self.path, "".join(keep))
 
-    def _note_machine(self, path: Path, training_images: int, validation_images: int) -> None:
+    def _note_machine(self, path: Path, training_images: int, validation_images: int, data: str) -> None:
         """Write hardware, versions and numbers of images to run.json, for the model card."""
-        noted = json.loads(path.read_text()) if path.exists() else {}
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         device = self.accelerator.device
         noted[self.stage] = {key: value for key, value in noted.get(self.stage, {}).items() if key == "tracker_run"} | {
             "training_images": training_images,
             "validation_images": validation_images,
+            "data": data,
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
             else f"{device.type}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}",
@@ -132,7 +196,7 @@ class Tracker:
     def _start_trackers(self, config: RunConfig, first_step: int) -> None:
         """Start the tracker, or continue its run when the stage is resumed."""
         path = self.path.parent / "run.json"
-        noted = json.loads(path.read_text())
+        noted = json.loads(path.read_text(encoding="utf-8"))
         mine = noted[self.stage]
         run_id = mine.get("tracker_run") if first_step else None
         mine["tracker_run"] = run_id or secrets.token_hex(4)
@@ -177,7 +241,7 @@ class Tracker:
     def _append(self, metrics: dict) -> None:
         images = self.step * self.images_per_step
         record = {"stage": self.stage, "step": self.step, "images": images, "time": round(time.time(), 3)}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record | metrics) + "\n")
 
     def advance(self) -> None:
@@ -235,7 +299,7 @@ class Tracker:
         """Note in run.json that the stage is done and exported."""
         if self.main:
             path = self.path.parent / "run.json"
-            noted = json.loads(path.read_text())
+            noted = json.loads(path.read_text(encoding="utf-8"))
             noted[self.stage]["finished_at"] = self.step
             write_json(path, noted)
 

@@ -128,7 +128,7 @@ def test_a_folder_is_searched_for_captions_once(tmp_path):
 def test_a_caption_that_is_no_text_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"0.txt cannot be read: 'utf-8' codec"):
+    with pytest.raises(UserError, match=r"0.txt is not text in UTF-8 .byte 3.: save it as UTF-8"):
         FolderSource(tmp_path).captions(0, "text")
 
 

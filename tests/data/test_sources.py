@@ -35,12 +35,14 @@ from PIL import Image
 from preloaded import ROOT
 
 from latent_ddpm.data import indexing
+from latent_ddpm.data.formats import readable_extensions
 from latent_ddpm.data.sources import folder, hub, splits
 from latent_ddpm.data.sources.base import ImageSource, SubsetSource
 from latent_ddpm.data.sources.embedded import DigitsSource
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.data.sources.hub import HubSource
 from latent_ddpm.data.sources.splits import open_sources
+from latent_ddpm.data.sources.streaming import read_stream
 from latent_ddpm.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -56,29 +58,32 @@ def test_folder_finds_images_at_any_depth_in_sorted_order(tmp_path):
     assert [source.name(i) for i in range(len(source))] == ["a.png", "a/deep/er/y.png", "b/x.PNG", "z.Png"]
     assert source.load(1).getpixel((0, 0)) == colour(1)
     assert source.load(2).getpixel((0, 0)) == colour(0)
-    assert source.labels is None and source.class_names is None  # two images lie in no sub-folder
+    assert source.findings.left_out == {
+        "hidden files": [".hidden.png"],
+        "hidden folders": [".cache/", "a/.git/"],
+    }
 
 
 def test_a_folder_that_vanishes_or_cannot_be_read(tmp_path, monkeypatch):
     fill(tmp_path, ["a/1.png", "b/2.png", "c/3.png"])
     (tmp_path / "a" / "self.png").symlink_to("self.png")
     (tmp_path / "a" / "self").symlink_to("self")
-    listing = folder._images_and_folders
+    listing = folder._listing
 
-    def meanwhile(folder, others):
+    def meanwhile(folder):
         if folder.endswith("/a"):
             shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        return listing(folder, others)
+        return listing(folder)
 
-    monkeypatch.setattr(folder, "_images_and_folders", meanwhile)
+    monkeypatch.setattr(folder, "_listing", meanwhile)
     assert list(FolderSource(tmp_path).names) == ["a/1.png", "a/self.png", "c/3.png"]
 
-    def refused(folder, others):
+    def refused(folder):
         if folder.endswith("/c"):
             raise PermissionError(13, "Permission denied", folder)
-        return listing(folder, others)
+        return listing(folder)
 
-    monkeypatch.setattr(folder, "_images_and_folders", refused)
+    monkeypatch.setattr(folder, "_listing", refused)
     with pytest.raises(UserError, match="/c cannot be read: Permission denied"):
         FolderSource(tmp_path)
 
@@ -147,7 +152,7 @@ def test_folder_fingerprint_follows_names_sizes_and_times(tmp_path):
 
 def test_every_extension_is_one_that_pillow_knows():
     known = Image.registered_extensions()
-    assert [extension for extension in folder.EXTENSIONS if known.get(extension) not in Image.OPEN] == []
+    assert [extension for extension in readable_extensions() if known.get(extension) not in Image.OPEN] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -220,12 +225,12 @@ def test_columns_without_an_image_feature(features):
         source.load(1)
 
 
-def test_folder_of_images_through_datasets(tmp_path):
+def test_folder_of_images_as_dataset_name(tmp_path):
     folder = fill(tmp_path / "set", [f"{kind}/{k}.png" for kind in ("ape", "bee") for k in range(3)])
     train, validation = open_sources(config(dataset_name=str(folder)))
     assert (len(train), len(validation)) == (5, 1)
     assert train.class_names == ["ape", "bee"]
-    every = sorted(source.name(i).split(" ")[1] for source in (train, validation) for i in range(len(source)))
+    every = sorted(source.name(i) for source in (train, validation) for i in range(len(source)))
     assert every == [f"{kind}/{k}.png" for kind in ("ape", "bee") for k in range(3)]  # no path of this machine
     pixels = {train.load(i).getpixel((0, 0)) for i in range(5)} | {validation.load(0).getpixel((0, 0))}
     assert pixels == {colour(k) for k in range(6)}
@@ -347,10 +352,10 @@ def test_rows_in_an_order_of_their_own_and_columns_that_are_not_used(monkeypatch
 
 @pytest.mark.parametrize("labels", [[-100, 3], [2**40, 3]])
 def test_labels_beyond_what_classes_can_be_are_clipped(labels):
-    found, names = hub.classes_of(np.array(labels, dtype=np.int64), ["a", "b", "c", "d"])
-    assert found.tolist() == [max(-1, min(labels[0], 2**31 - 1)), 3] and names == ["a", "b", "c", "d"]
+    found = hub.labels_in_range(np.array(labels, dtype=np.int64))
+    assert found.tolist() == [max(-1, min(labels[0], 2**31 - 1)), 3]
     if labels[0] < 0:
-        assert hub.classes_of(np.array(labels, dtype=np.int8), names)[0].tolist() == [-1, 3]
+        assert hub.labels_in_range(np.array(labels, dtype=np.int8)).tolist() == [-1, 3]
 
 
 def test_captions_are_read_a_part_at_a_time(monkeypatch):
@@ -378,11 +383,67 @@ def test_integer_labels():
             "image",
         )
 
-    assert source([0, 2, None]).labels.tolist() == [0, 2, -1]
-    assert source([0, 2, None]).class_names == ["0", "1", "2"]
+    assert source([2, 0, None]).labels.tolist() == [1, 0, -1]
+    assert source([2, 0, None]).class_names == ["0", "2"]  # nobody drew a 1
     assert source([10**9, 5]).labels is None  # identifiers, not classes
     hashes = datasets.Dataset.from_dict({"image": [png(0)] * 2, "label": np.array([2**64 - 7, 5], dtype=np.uint64)})
     assert HubSource(hashes, "train", "image").labels is None
+
+
+def test_strings_are_classes_and_captions_are_not(tmp_path, caplog):
+    def source(labels, **words):
+        rows = datasets.Dataset.from_dict({"image": [png(0)] * len(labels), "label": labels})
+        return HubSource(rows.cast_column("image", datasets.Value("binary")), "train", "image", **words)
+
+    found = source(["dog", " cat", None, "dog", ""])
+    assert found.class_names == ["cat", "dog"] and found.labels.tolist() == [1, 0, -1, 1, -1]
+    captions = [f"a picture of number {k}" for k in range(30)]
+    assert source(captions).labels is None and "--class_column label" in caplog.text
+    assert len(source(captions, class_column="label").class_names) == 30
+    assert source([True, False, True]).class_names == ["False", "True"]
+    assert source([1.0, None, 3.0] * 2).class_names == ["1", "3"]  # what a table with gaps makes of integers
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_column_of_classes_can_be_named(tmp_path, streaming):
+    def rows(labels):
+        table = datasets.Dataset.from_dict({"image": [png(k) for k in range(len(labels))], "fine_label": labels})
+        return table.cast_column("image", datasets.Value("binary"))
+
+    parquet_folder(tmp_path / "set", train=rows(["cat", "dog", "dog"]), test=rows(["dog", "emu"]))
+    cfg = config(dataset_name=str(tmp_path / "set"), streaming=streaming, output_dir=str(tmp_path / "run"))
+    cfg.max_bad_image_share = 0
+
+    def splits():
+        if streaming:
+            read_stream(cfg, 0, 1, lambda: None)
+        return open_sources(cfg)
+
+    assert splits()[0].class_names is None
+    assert streaming or splits()[0].class_columns() == ["fine_label"]
+    cfg.class_column = "fine_label"
+    train, validation = splits()
+    assert train.class_names == validation.class_names == ["cat", "dog"]
+    assert (train.labels.tolist(), validation.labels.tolist()) == ([0, 1, 1], [1, -1])  # no training image is an emu
+    cfg.class_names = ["dog"]
+    assert [len(split) for split in splits()] == [2, 1] and splits()[0].labels.tolist() == [0, 0]
+    cfg.class_column = "label"
+    with pytest.raises(UserError, match="no column 'label'. Columns that can hold classes: fine_label"):
+        splits()
+
+
+def test_splits_and_files_are_named_as_datasets_names_them(tmp_path):
+    for name, first, count in (("training-1", 0, 3), ("dev-1", 10, 2), ("set[1]", 20, 2)):
+        table(first, count).to_parquet(str(tmp_path / f"{name}.parquet"))
+    train, validation = open_sources(config(dataset_name=str(tmp_path / "[td]*-1.parquet")))
+    assert (len(train), len(validation)) == (3, 2)
+    train, validation = open_sources(config(dataset_name=str(tmp_path / "set[1].parquet")))  # brackets are no pattern
+    assert len(train) + len(validation) == 2
+    parquet_folder(tmp_path / "a [b]", train=table(0, 3), test=table(9, 2))
+    assert [len(split) for split in open_sources(config(dataset_name=str(tmp_path / "a [b]")))] == [3, 2]
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="photos.zip' is an archive. Unpack it"):
+        open_sources(config(dataset_name=str(tmp_path / "photos.zip")))
 
 
 def test_splits_agree_on_integer_classes(tmp_path):
@@ -488,6 +549,7 @@ from types import SimpleNamespace
 from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.errors import UserError
 cfg = SimpleNamespace(train_data_dir=None, dataset_name=sys.argv[1], dataset_config_name=None, image_column="image",
+                      class_column=None, class_names=None,
                       output_dir="no/such/folder", streaming=False, validation_fraction=0.1, max_validation_images=9)
 try:
     train, validation = open_sources(cfg)
@@ -573,7 +635,7 @@ def test_one_image_can_not_be_split(tmp_path):
 
 
 class Names(ImageSource):
-    fingerprint = "names"
+    fingerprint, roles = "names", None
 
     def __init__(self, names):
         self.names = names
@@ -590,7 +652,7 @@ class Names(ImageSource):
 
 def split(names: list[str], fraction: float, most: int) -> tuple[set[str], set[str]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splits, "FolderSource", lambda root, scratch: Names(names))
+        patch.setattr(splits, "FolderSource", lambda *_: Names(names))
         cfg = config(train_data_dir="x", validation_fraction=fraction, max_validation_images=most)
         return tuple({s.name(i) for i in range(len(s))} for s in open_sources(cfg))
 

@@ -5,13 +5,19 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, assert_same_tensors, checkpoint_tensors, command, environment, finished, launch, losses
 from hub_server import TOKEN, USER, Drop, HubServer, Slow, Status
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
+from latent_ddpm.errors import UserError
+from latent_ddpm.publishing import hub as hub_module
+from latent_ddpm.publishing.hub import check_license, refusal_of
 from latent_ddpm.training.metrics import is_best
 
 NAME = f"{USER}/tiny"
@@ -25,6 +31,26 @@ assert not any(module.startswith("latent_ddpm") for module in sys.modules)
 images = pipeline(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np")
 numpy.save(path, images.images)
 print(type(pipeline).__name__)
+"""
+
+AGAIN = """
+import re, sys, torch
+from pathlib import Path
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+name, other = sys.argv[1:]
+card = ModelCard.load(name)
+card.validate()
+exec(re.search(r"```python\\n(.*?)```", card.text, re.DOTALL)[1])
+pipeline = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
+pipeline.save_pretrained(Path("again"), push_to_hub=True, repo_id=other)
+images = []
+for words in ({}, {"custom_pipeline": other, "trust_remote_code": True}):
+    again = DiffusionPipeline.from_pretrained(other, **words)
+    print(type(pipeline).__name__ if not images else "", type(again).__name__)
+    images.append(again(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images)
+assert abs(images[0] - images[1]).max() < 1e-5
+assert not [module for module in sys.modules if module.startswith(("latent_ddpm", "pipeline_latent_ddpm"))]
 """
 
 
@@ -100,34 +126,32 @@ def test_faults_change_nothing_that_is_trained_and_all_is_published(published):
     assert not (output_dir / "hub").exists()
 
 
-def test_the_name_alone_loads_it_in_stock_diffusers_and_draws_the_same(published, tmp_path):
-    hub, _, output_dir, _ = published
-    local, kind = sample(None, tmp_path, output_dir / "pipeline")
+@pytest.fixture(scope="module")
+def drawn(published, tmp_path_factory):
+    """What the folder draws that was published."""
+    images, kind = sample(None, tmp_path_factory.mktemp("drawn"), published[2] / "pipeline")
     assert kind == "LDMPipeline"
+    return images
+
+
+def test_the_name_alone_loads_it_in_stock_diffusers_and_draws_the_same(published, drawn, tmp_path):
+    hub, _, _, _ = published
     images, kind = sample(hub, tmp_path, NAME)
-    assert kind == "LDMPipeline" and np.array_equal(images, local)
-    _, kind = sample(hub, tmp_path, NAME, custom_pipeline=NAME, trust_remote_code=True)
-    assert kind == "LatentDDPMPipeline"
+    assert kind == "LDMPipeline" and np.array_equal(images, drawn)
     _, error = sample(hub, tmp_path, NAME, code=1, custom_pipeline=NAME)
     assert "trust_remote_code" in error
 
 
-CARD = """
-import re, sys
-from huggingface_hub import ModelCard
-card = ModelCard.load(sys.argv[1])
-card.validate()
-for code in re.findall(r"```python\\n(.*?)```", card.text, re.DOTALL)[:1]:
-    exec(code)
-"""
-
-
-def test_the_card_is_valid_and_its_code_runs_as_pasted(published, tmp_path):
+def test_the_cards_code_runs_as_pasted_and_its_pipeline_is_published_again(published, tmp_path):
+    """In a process that knows diffusers only."""
     hub, _, _, _ = published
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | hub.environment(tmp_path / "home")
-    words = [sys.executable, "-P", "-c", CARD, NAME]
+    words = [sys.executable, "-P", "-c", AGAIN, NAME, f"{USER}/again"]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= hub.environment(tmp_path / "again.cache")
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["LatentDDPMPipeline", "LDMPipeline", "LatentDDPMPipeline"]
+    assert hub.content(f"{USER}/again", "pipeline.py") == (ROOT / "pipeline_latent_ddpm.py").read_bytes()
     assert (tmp_path / "sample.png").exists() and "POST /api/validate-yaml" in hub.requests
 
 
@@ -178,7 +202,7 @@ def test_a_hub_that_is_gone_costs_nothing_but_a_command(hub, stage_1, tmp_path, 
                     hub_license="mit", autoencoder=stage_1_dir / "autoencoder", **STEPS, **flags)  # fmt: skip
     text = with_hub(hub, home, words)
     assert_same_tensors(checkpoint_tensors(output_dir, "unet", 6), checkpoint_tensors(home / "quiet", "unet", 6))
-    assert "NOT PUBLISHED" in text
+    assert "NOT PUBLISHED" in text and "The Hub cannot be asked now whether tester/tiny can be published" in text
     (said,) = re.findall(r"python scripts/push_to_hub\.py .*", text)
     assert "--laid_out" in said and "--hub_private_repo --hub_license mit" in said
     hub.gone = False
@@ -187,21 +211,22 @@ def test_a_hub_that_is_gone_costs_nothing_but_a_command(hub, stage_1, tmp_path, 
     assert {"model_index.json", "unet/config.json", "README.md"} <= set(hub.repos[NAME].files)
 
 
-def test_a_refused_token_is_said_and_training_goes_on(hub, stage_1):
+def test_a_token_that_is_refused_later_is_said_and_training_goes_on(hub, stage_1):
     home, stage_1_dir, flags = stage_1
     output_dir = home / "runs" / "refused"
+    hub.fail("POST /api/repos/create", *[Status(401)] * 9)
     words = command("train_unet.py", output_dir, push_to_hub="true", hub_strategy="checkpoint",
                     autoencoder=stage_1_dir / "autoencoder", **STEPS, **flags)  # fmt: skip
-    text = with_hub(hub, home, words, HF_TOKEN="hf_anotherOne")
+    text = with_hub(hub, home, words)
     assert "The Hub refuses" in text and "401" in text and "NOT PUBLISHED" in text
-    assert "hf_anotherOne" not in text and (output_dir / "pipeline" / "model_index.json").exists()
+    assert (output_dir / "pipeline" / "model_index.json").exists()
 
 
 def test_a_public_repository_is_not_filled_with_what_shall_be_private(hub, stage_1):
     home, stage_1_dir, _ = stage_1
     publish(hub, home, stage_1_dir)
     before = dict(hub.repos[NAME].files)
-    text = publish(hub, home, stage_1_dir, "--hub_private_repo", expect=1)
+    text = publish(hub, home, stage_1_dir, "--hub_private_repo", expect=2)
     assert "exists already and is public" in text and hub.repos[NAME].files == before
 
 
@@ -261,7 +286,71 @@ def test_what_could_never_be_published_is_refused_before_training(stage_1, tmp_p
     assert done.returncode == 2 and "holds a hub_token" in done.stderr and TOKEN not in done.stderr
 
 
-def test_half_the_size(published, tmp_path):
+def test_what_the_hub_will_refuse_is_said_before_images_are_opened(hub, tmp_path):
+    words = command("train_unet.py", tmp_path / "out", push_to_hub="true", train_data_dir=ROOT, hub_license="mit-0")
+    text = with_hub(hub, tmp_path, words, expect=2, HF_TOKEN="hf_anotherOne")
+    assert "error: push_to_hub: the Hub does not accept the token" in text and "hf_anotherOne" not in text
+    assert "error: hub_license mit-0: the Hub refuses it" in with_hub(hub, tmp_path, words, expect=2)
+    assert hub.repos == {}
+
+
+WRITE = {"name": "me", "orgs": [{"name": "lab", "roleInOrg": "write"}, {"name": "club", "roleInOrg": "read"}],
+         "auth": {"accessToken": {"role": "write"}}}  # fmt: skip
+SCOPES = [{"entity": {"name": "me"}, "permissions": ["repo.content.read"]},
+          {"entity": {"name": "lab"}, "permissions": ["repo.write", "repo.content.read"]},
+          {"entity": {"name": "me/one"}, "permissions": ["repo.write"]}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "refusal"),
+    [
+        ({"role": "write"}, "me/x", None),
+        ({"role": "write"}, "Me/x", None),
+        ({"role": "write"}, "lab/x", None),
+        ({"role": "write"}, "club/x", "me may only read in club"),
+        ({"role": "write"}, "you/x", "that of me, who is no member of you"),
+        ({"role": "read"}, "me/x", "may only read"),
+        ({"role": "fineGrained", "fineGrained": {"scoped": SCOPES}}, "me/x", "no permission to write to .* of me"),
+        ({"role": "fineGrained", "fineGrained": {"scoped": SCOPES}}, "me/one", None),
+        ({"role": "fineGrained", "fineGrained": {"scoped": SCOPES}}, "lab/x", None),
+        ({"role": "fineGrained"}, "lab/x", "no permission"),
+        (None, "you/x", None),  # not the token of a user, so nothing is known
+    ],
+)
+def test_what_a_token_may_write(token, repo_id, refusal):
+    found = refusal_of(WRITE | {"auth": {"accessToken": token}}, repo_id)
+    assert (found is None) if refusal is None else re.search(refusal, found)
+
+
+@pytest.mark.parametrize(
+    ("license", "meant"), [("MIT", "mit"), ("Apache 2.0", "apache-2.0"), ("cc by/4.0", "cc-by-4.0"), ("", "")]
+)
+def test_how_a_license_is_spelt(license, meant):
+    check_license(None)
+    check_license("apache-2.0")
+    with pytest.raises(UserError, match=f"is no identifier of the Hub's list.*{meant}"):
+        check_license(license)
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr(hub_module, "ASKED", 0.1)
+    monkeypatch.setattr(hub_module, "_ask_hub", lambda *_: time.sleep(5))
+    begun = time.monotonic()
+    hub_module.check_hub("me/x", None, None)
+    assert time.monotonic() - begun < 4 and "The Hub cannot be asked now whether me/x" in caplog.text
+
+
+def test_a_variant_that_cannot_hold_the_weights_is_left_out(tmp_path, caplog):
+    for part, largest in (("unet", 1.0), ("vqvae", 1e5)):
+        (tmp_path / part).mkdir()
+        save_file({"w": torch.tensor([largest])}, tmp_path / part / hub_module.WEIGHTS)
+    hub_module._write_variants(tmp_path, ["fp16", "bf16"])
+    found = {path.parent.name for path in tmp_path.rglob("*.bf16.safetensors")}
+    assert found == {"unet", "vqvae"} and not list(tmp_path.rglob("*.fp16.safetensors"))
+    assert "no variant fp16: the vqvae has weights too large for it (w)" in caplog.text
+
+
+def test_half_the_size(published, drawn, tmp_path):
     hub, home, output_dir, _ = published
     publish(hub, home, output_dir, "--hub_model_id", f"{USER}/half", "--hub_variants", "fp16", "bf16")
     name = f"{USER}/half"
@@ -270,8 +359,7 @@ def test_half_the_size(published, tmp_path):
     )
     assert half < 0.6 * whole
     images, kind = sample(hub, tmp_path, name, variant="fp16")
-    local, _ = sample(None, tmp_path, output_dir / "pipeline")
-    assert kind == "LDMPipeline" and 0 < np.abs(images - local).mean() < 0.05
+    assert kind == "LDMPipeline" and 0 < np.abs(images - drawn).mean() < 0.05
     card = hub.content(name, "README.md").decode()
     assert 'variant="bf16", torch_dtype=torch.bfloat16' in card and 'variant="fp16"' in card
 

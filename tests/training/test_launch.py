@@ -1,6 +1,8 @@
 """latent_ddpm.training.launch: how many processes were asked for, on how many machines; storage errors."""
 
 import errno
+import io
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -120,3 +122,29 @@ def test_the_traceback_of_accelerate_is_explained(monkeypatch, capsys, words, ra
     launch._say_last("no images.")
     written = capsys.readouterr().err
     assert written.startswith("\nerror: no images.") and ("accelerate's own" in written) == explained
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    launch.check_writable(tmp_path / "new" / "run")
+    launch.check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"output_dir .*: .*/file is a file\."):
+            launch.check_writable(folder)
+
+    class Full(io.BytesIO):
+        def fileno(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+    with pytest.raises(UserError, match=r"output_dir .*new cannot be written \(No space left on device\)"):
+        launch.check_writable(tmp_path / "new")
+
+    def read_only(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    config = UNetConfig(dataset_name="x", output_dir=str(tmp_path / "new"))
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
+        launch.check_before_loading(config, "unet")

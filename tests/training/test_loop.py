@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from latent_ddpm.config import UNetConfig
+from latent_ddpm.config import UNetConfig, save_config
+from latent_ddpm.errors import UserError
 from latent_ddpm.training.loop import TrainingRun
 
 
@@ -94,3 +95,27 @@ def test_the_end_is_published(run):
     run.publisher, run.config.hub_strategy = Recorder(), "best"
     run.finish("pipeline")
     assert run.publisher.calls == [("finish",)]
+
+
+def test_a_run_is_recognised_by_its_data(tmp_path, caplog):
+    def begun(place, step=0):
+        (tmp_path / place).mkdir(exist_ok=True)
+        made = TrainingRun(UNetConfig(train_data_dir=str(tmp_path / place), output_dir=str(tmp_path / "run")), "unet")
+        made.first_step = step
+        return made
+
+    first = begun("a")
+    first.check_data("digest of a", ["train is trained on"])
+    assert first.data_changed is None
+    save_config(first.config, tmp_path / "run" / "train_unet.yaml")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"unet": {"data": "digest of a"}}))
+    begun("b").check_data("digest of a")  # the data have moved
+    with pytest.raises(UserError, match="holds another run .train_data_dir was '.*a', is '.*b'"):
+        begun("b").check_data("digest of b")
+    changed = begun("a", step=3)
+    changed.check_data("digest of a with one more image")
+    assert changed.data_changed and "Training continues on the new ones" in caplog.text
+    (tmp_path / "run" / "run.json").write_text("{}")  # of a version that did not note it
+    begun("a").check_data("anything")
+    with pytest.raises(UserError, match="holds another run"):
+        begun("b").check_data("anything")

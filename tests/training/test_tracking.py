@@ -1,11 +1,17 @@
 """Trackers: the same names for the same curves, and a resumed run continues its tracker's run."""
 
+import importlib
 import json
 import os
 import sqlite3
+import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import command, environment, finished, read_metrics
+
+from latent_ddpm.errors import UserError
+from latent_ddpm.training.tracking import check_tracker
 
 STEPS = {"checkpointing_steps": 2, "validation_steps": 2, "resolution": 16}
 
@@ -66,3 +72,106 @@ def test_wandb(photos, tmp_path):
     assert train(photos, tmp_path / "out", 4, "wandb", **settings) == first
     runs = list((tmp_path / "out" / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and all(run.name.endswith(first) for run in runs)  # `wandb sync` joins them by that name
+
+
+# ------------------------------------------------------------------------------------- before images are read
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Make the import of a module raise an error."""
+
+    def install(module, error):
+        real = importlib.import_module
+
+        def fail(name, *more):
+            if name == module:
+                raise error
+            return real(name, *more)
+
+        monkeypatch.setattr(importlib, "import_module", fail)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("tracker", "module", "error", "said"),
+    [
+        ("wandb", "wandb", ModuleNotFoundError("no", name="wandb"), "needs the package wandb: pip install wandb, or"),
+        ("trackio", "trackio", ModuleNotFoundError("no", name="gradio"), "its package needs gradio: install it, or"),
+        (
+            "tensorboard",
+            "torch.utils.tensorboard",
+            ImportError("of another\nprotobuf"),
+            "ImportError: of another proto",
+        ),
+        ("tensorboard", "tensorboard", TypeError("Descriptors"), r"cannot be imported \(TypeError: Descriptors\)"),
+    ],
+)
+def test_a_tracker_that_cannot_be_imported(tracker, module, error, said, broken):
+    broken(module, error)
+    check_tracker("none", "project")
+    with pytest.raises(UserError, match=f"^report_to {tracker}.*{said}"):
+        check_tracker(tracker, "project")
+
+
+class Wandb(SimpleNamespace):
+    """What of wandb is asked, with a mode and a key."""
+
+    def __init__(self, mode="online", key=None, refused=None, old=False):
+        self.api, self.refused, self.verified = SimpleNamespace(api_key=key), refused, 0
+
+        def login(verify=False, prompt=True):
+            assert verify and (key or not prompt), "it asks at the terminal"
+            if refused:
+                raise RuntimeError(refused)
+            self.verified += bool(key)
+            return bool(key)
+
+        self.login = (lambda verify=False: login(verify)) if old else login
+        self.setup = lambda: SimpleNamespace(settings=SimpleNamespace(mode=mode))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_wandb_without_a_login(old, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+    def check(project="digits", **about):
+        fake = Wandb(**about, old=old)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        check_tracker("wandb", project)
+        return fake.verified
+
+    with pytest.raises(UserError, match="needs a login: run `wandb login` once, .* WANDB_MODE=offline"):
+        check()
+    assert check(key="k") == 1
+    assert check(mode="offline") == check(mode="disabled") == 0
+    with pytest.raises(UserError, match=r"the login fails \(401 Unauthorized\): repeat `wandb login`"):
+        check(key="k", refused="401\nUnauthorized")
+    for project in ("a/b", "x" * 129):
+        with pytest.raises(UserError, match="tracker_project_name .* cannot be a project of wandb"):
+            check(project, mode="offline")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert check() == 0
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(UserError, match="needs a login"):
+        check(mode="offline")
+    monkeypatch.setenv("RANK", "1")  # the first process says it for all
+    assert check() == 0
+
+
+def test_wandb_itself_without_a_login(tmp_path):
+    pytest.importorskip("wandb")
+    code = "from latent_ddpm.training.tracking import check_tracker; check_tracker('wandb', 'x')"
+    env = {key: value for key, value in environment().items() if not key.startswith("WANDB_")}
+    done = finished([sys.executable, "-c", code], env=env | {"HOME": str(tmp_path)}, stdin=None)
+    assert "UserError: report_to wandb needs a login" in done.stderr
+
+
+def test_a_space_of_trackio_needs_a_token(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace())
+    check_tracker("trackio", "x")
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "me/space")
+    monkeypatch.setattr("latent_ddpm.training.tracking.get_token", lambda: None)
+    with pytest.raises(UserError, match="TRACKIO_SPACE_ID needs a token"):
+        check_tracker("trackio", "x")

@@ -40,7 +40,8 @@ def say_of_data(config: RunConfig, sources: Sources, stage: str, log: logging.Lo
     """
     try:
         facts, lines = quick_lines(config, sources)
-        for line in lines[:MOST_LINES]:
+        # the run logs the notes itself, whatever else there is
+        for line in [line for line in lines if line.text not in sources[0].findings.notes][:MOST_LINES]:
             log.info("%s", line.text)
         if lines and not facts["complete"]:
             log.info("scripts/inspect_data.py with the same flags looks at every image, and names them.")

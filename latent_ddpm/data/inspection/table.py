@@ -3,7 +3,6 @@
 An image is decoded by the code that decodes it for training: what is undecodable here is undecodable there.
 """
 
-import functools
 import hashlib
 import io
 import itertools
@@ -15,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
+from latent_ddpm.data.colours import colour_profile
 from latent_ddpm.data.images import CENTRE, as_seen, decode, resize_and_crop
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.files import remove_leftovers, write_whole
@@ -162,21 +162,6 @@ def _header(image: Image.Image) -> dict[str, Any]:
         "format": image.format or "", "mode": image.mode, "depth": depth, "flags": flags,
         "profile": colour_profile(image), "width": image.width, "height": image.height,
     }  # fmt: skip
-
-
-# TODO(merge): latent_ddpm.data.images.colour_profile takes the place of these two
-def colour_profile(image: Image.Image) -> str | None:
-    """The description of an image's embedded colour profile, None without one, or "broken"."""
-    data = image.info.get("icc_profile")
-    return _description(data) if data else None
-
-
-@functools.lru_cache(maxsize=64)
-def _description(data: bytes) -> str:
-    try:
-        return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(data))).strip() or "without a name"
-    except Exception:  # LittleCMS and Pillow raise unrelated classes
-        return "broken"
 
 
 def look_at(

@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 from latent_ddpm.data.findings import Findings
-from latent_ddpm.data.indexing import PART, AllBut, digest_of_many, narrow
+from latent_ddpm.data.indexing import PART, AllBut, RunningDigest, digest_of_many, in_parts, narrow
 from latent_ddpm.errors import UserError
 
+IDENTIFYING_IMAGES = 64  # whose content is read for `identity`
 MANY = 2**20  # from this number of images on, indices are cached and memory is returned
 
 
@@ -69,12 +71,37 @@ class ImageSource(abc.ABC):
         """The decoded images (see the class), or None."""
         return None
 
+    def identity(self) -> str:
+        """Identifies the images wherever they lie: a hash of all names, and of the content of some.
+
+        `fingerprint` also changes with the place or the times of the files, because caches must notice any change.
+        """
+        found = RunningDigest("identity", len(self))
+        for names in in_parts(self.all_names()):
+            found.update(names)
+        for i in np.linspace(0, len(self) - 1, min(IDENTIFYING_IMAGES, len(self))).astype(np.int64).tolist():
+            try:
+                content = self.data(i)
+                content = np.ascontiguousarray(self.load(i)).tobytes() if content is None else content
+            except OSError:  # a dangling link, a missing file, a damaged image
+                content = b""
+            found.update([hashlib.sha256(content).hexdigest()])
+        return found.result()
+
     def caption_columns(self) -> list[str]:
         """Names of the columns that hold captions."""
         return []
 
     def captions(self, i: int, column: str) -> Any:
         """The caption or captions of image i in one of the `caption_columns`; None without one."""
+        raise KeyError(column)
+
+    def class_columns(self) -> list[str]:
+        """Names of the columns that may hold classes."""
+        return []
+
+    def class_values(self, i: int, column: str) -> Any:
+        """The value of image i in one of the `class_columns`; None without one."""
         raise KeyError(column)
 
     def image_columns(self) -> list[str]:
@@ -128,6 +155,12 @@ class SubsetSource(ImageSource):
 
     def captions(self, i: int, column: str) -> Any:
         return self.source.captions(int(self.indices[i]), column)
+
+    def class_columns(self) -> list[str]:
+        return self.source.class_columns()
+
+    def class_values(self, i: int, column: str) -> Any:
+        return self.source.class_values(int(self.indices[i]), column)
 
     def image_columns(self) -> list[str]:
         return self.source.image_columns()

@@ -1,94 +1,265 @@
 """A folder of images, nested in any way, with captions beside the images or in metadata files."""
 
 import contextlib
-import csv
 import functools
-import json
+import itertools
+import logging
 import os
-from collections.abc import Iterator
+import stat
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from latent_ddpm.data.formats import kind_of, readable_extensions, unreadable
 from latent_ddpm.data.images import decode
 from latent_ddpm.data.indexing import CompactStrings, RunningDigest, give_memory_back, in_parts, narrow
 from latent_ddpm.data.sources.base import MANY, ImageSource
-from latent_ddpm.errors import UserError
-
-# Raster formats people keep training images in. Pillow opens more (PDF-like, icons, scientific containers).
-EXTENSIONS = (
-    *(".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pfm"),
-    *(".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+from latent_ddpm.data.sources.layout import JUNK, Layout, read_layout, split_named
+from latent_ddpm.data.sources.metadata import (
+    FILE_NAME,
+    METADATA,
+    SIDECARS,
+    beside,
+    is_given,
+    join_rows,
+    kind_of_sidecar,
+    read_json_object,
+    read_metadata,
 )
+from latent_ddpm.errors import UserError
+from latent_ddpm.text_files import read_text
+
+logger = logging.getLogger(__name__)
+
+RUN_FILES = {"train_autoencoder.yaml", "train_unet.yaml"}  # a folder that holds one is the output_dir of a run
+# Extensions of files that stand among images; their content is not looked at.
+NO_IMAGES = {
+    *(".txt", ".json", ".jsonl", ".caption", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".rst", ".html", ".htm"),
+    *(".py", ".ipynb", ".sh", ".log", ".db", ".ini", ".lnk", ".url", ".xmp", ".aae", ".thm", ".pdf", ".doc", ".docx"),
+    *(".xls", ".xlsx", ".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz", ".7z", ".rar", ".npz", ".pt", ".pth"),
+    *(".safetensors", ".bin", ".pkl", ".mat", ".h5", ".hdf5", ".lock", ".sha256", ".md5", ".cfg", ".toml"),
+}
+UNFINISHED = (".part", ".crdownload", ".partial", ".download", ".tmp", ".aria2", "!qb")
+LAYOUT_DEPTH = 3  # folders below the root that may have a meaning: one that contains everything, a split, a class
 
 
 class FolderSource(ImageSource):
-    """All images below a folder, sorted by relative path; hidden files and folders are skipped.
+    """All images below a folder, sorted by relative path.
 
-    The first folder below the root is the class, if every image is in one and there are two or more. A file is an image
-    if its extension says so; whether it can be decoded is known when it is loaded.
+    A file is an image if its extension says so, or its first bytes where it has none; whether it can be decoded is
+    known when it is loaded. Hidden files, the folders of `layout.JUNK`, the output_dir of any run, and images that no
+    decoder reads are left out, and `findings` counts them. What the folders' names mean: see `read_layout`.
 
     Args:
         root: the folder.
         scratch: folder for the names if there are many; see `CompactStrings`.
+        without: folders that are left out, with the reason.
+        key: of the config, for messages.
+
+    Attributes:
+        roles: indices of the images of each split, by "training", "validation" and "not used"; empty without splits.
 
     Raises:
         UserError: the folder does not exist or holds no image.
     """
 
-    def __init__(self, root: str | os.PathLike, scratch: str | os.PathLike | None = None) -> None:
-        self.root = Path(root).expanduser()
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        scratch: str | os.PathLike | None = None,
+        without: dict[str, str] | None = None,
+        key: str = "train_data_dir",
+    ) -> None:
+        self.root, self._key = Path(root).expanduser(), key
         if not self.root.is_dir():
-            raise UserError(f"train_data_dir: there is no folder {str(self.root)!r}")
-        others: set[str] = set()
-        self.names, running, number = CompactStrings(scratch), RunningDigest("folder"), {}
+            raise UserError(f"{key}: there is no folder {str(self.root)!r}")
+        self._without = {
+            place: why for folder, why in (without or {}).items() if (place := _place(os.path.realpath(folder)))
+        }
+        if _place(self.root) in self._without:
+            raise UserError(f"{key}: {self.root} is {self._without[_place(self.root)]}, so it cannot hold the images.")
+        self._extensions = frozenset(readable_extensions())
+        self.other_extensions: set[str] = set()
+        self._sidecars: set[str] = set()
+        self._metadata_folders: dict[str, list[str]] = {}
+        self._folders: list[str] = []  # at most LAYOUT_DEPTH below the root, with a slash at the end
+        self._conditioning: frozenset[str] = frozenset()
+        self.names, running = CompactStrings(scratch), RunningDigest("folder")
+        number: dict[tuple[str, ...], int] = {}
         numbers: list[np.ndarray] = []  # of each image's folder
-        for part in in_parts(self._scan(str(self.root), "", (), others)):
+        for part in in_parts(self._scan(str(self.root), "", ())):
             running.update(part)
             names = [name for name, _, _ in part]
             self.names.extend(names)
-            folders = (name.split("/", 1)[0] if "/" in name else None for name in names)
+            folders = (tuple(name.split("/")[:-1][:LAYOUT_DEPTH]) for name in names)
             # numbered in order of appearance
             of_part = np.fromiter((number.setdefault(folder, len(number)) for folder in folders), np.int32, len(part))
             numbers.append(narrow([of_part], len(part)))
         if not self.names:
-            seen = f"; it has files ending in {', '.join(sorted(others)[:8])}" if others else ""
-            raise UserError(
-                f"train_data_dir: no image in {str(self.root)!r} or below it{seen}. "
-                f"Looked for {', '.join(EXTENSIONS)}, in lower or upper case"
-            )
+            raise UserError(self._nothing_found())
         self.fingerprint = running.result()
         if len(self.names) >= MANY:
             give_memory_back()
-        if None not in number and len(number) >= 2:
-            self.class_names = sorted(number)
-            place = {name: k for k, name in enumerate(self.class_names)}
-            places = np.array([place[name] for name in number])
-            self.labels = narrow((places[of_part] for of_part in numbers), len(self.names))
+        self._understand(read_layout(list(number)), numbers)
 
-    def _scan(self, folder: str, prefix: str, above: tuple, others: set[str]) -> Iterator[tuple[str, int, int]]:
+    # ------------------------------------------------------------------------------------------------ the images
+
+    def _scan(self, folder: str, prefix: str, above: tuple) -> Iterator[tuple[str, int, int]]:
         """Path, size and time of each image in or below a folder, ordered by path, one folder at a time."""
         try:
-            here = os.stat(folder)
-            if (here.st_dev, here.st_ino) in above:  # a link to a folder that contains it
+            here = _place(folder)
+            if here is None or here in above:  # removed after it was listed, or a link to a folder that contains it
                 return
-            found = _images_and_folders(folder, others)
-        except FileNotFoundError:  # removed after it was listed
+            why = self._without.get(here)
+            entries = [] if why else _listing(folder)
+            if not why and prefix and RUN_FILES & {name for name, _ in entries}:
+                why = "of another run (an output_dir)"
+            if why:
+                self.findings.leave_out(why, prefix)
+                return
+        except FileNotFoundError:
             return
         except OSError as error:
-            raise UserError(f"train_data_dir: {folder} cannot be read: {error.strerror}") from error
-        for name in found:
-            if name.endswith("/"):
-                above_it = (*above, (here.st_dev, here.st_ino))
-                yield from self._scan(f"{folder}/{name[:-1]}", prefix + name, above_it, others)
+            raise UserError(f"{self._key}: {folder} cannot be read: {error.strerror}") from error
+        if prefix and prefix.count("/") <= LAYOUT_DEPTH:
+            self._folders.append(prefix)
+        if any(name in METADATA for name, is_folder in entries if not is_folder):
+            self._metadata_folders[prefix] = [name for name in METADATA if (name, False) in entries]
+            self._conditioning = self._conditioning | self._conditioning_images(prefix)
+        for name, is_folder in self._chosen(folder, prefix, entries):
+            if is_folder:
+                yield from self._scan(f"{folder}/{name[:-1]}", prefix + name, (*above, here))
                 continue
             try:
-                stat = os.stat(f"{folder}/{name}")
-                yield prefix + name, stat.st_size, stat.st_mtime_ns
+                found = os.stat(f"{folder}/{name}")
             except OSError:  # a dangling link: becomes a bad image when it is loaded
                 yield prefix + name, -1, -1
+                continue
+            if stat.S_ISREG(found.st_mode):
+                yield prefix + name, found.st_size, found.st_mtime_ns
+            else:  # reading a named pipe would wait forever
+                self.findings.leave_out("not regular files", prefix + name)
+
+    def _chosen(self, folder: str, prefix: str, entries: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+        """The images and folders (with a slash at the end) of a listing, in the order of the paths below them."""
+        chosen = []
+        for name, is_folder in entries:
+            if is_folder:
+                why = "hidden folders" if name.startswith(".") else None
+                why = "thumbnails, trash and snapshots of a system" if name.lower() in JUNK else why
+                if why:
+                    self.findings.leave_out(why, f"{prefix}{name}/")
+                else:
+                    chosen.append((f"{name}/", True))
+            else:
+                extension = _extension(name)
+                usual = extension in self._extensions and name[0] != "." and prefix + name not in self._conditioning
+                if usual or self._is_image(folder, prefix, name, extension):
+                    chosen.append((name, False))
+        return sorted(chosen)
+
+    def _is_image(self, folder: str, prefix: str, name: str, extension: str) -> bool:
+        """Whether a file that does not look like an image to train on is one; if it is left out, it is counted."""
+        leave_out = functools.partial(self.findings.leave_out, name=prefix + name)
+        if name.startswith("."):
+            if extension in self._extensions or unreadable(extension):
+                leave_out("hidden files")
+            return False
+        if extension in self._extensions:
+            leave_out(f"named in a column ..._{FILE_NAME} of the metadata")
+            return False
+        if extension:
+            self.other_extensions.add(extension)
+        if extension in SIDECARS:
+            self._sidecars |= {kind_of_sidecar(name, lambda stem: _extension(stem) in self._extensions)} - {None}
+            return False
+        why = unreadable(extension)
+        if why is None and extension in NO_IMAGES:
+            return False
+        if why is None and (kind := _kind_of_file(f"{folder}/{name}")) is not None:
+            readable = kind.lower() in {extension[1:] for extension in self._extensions}
+            if extension == "" and readable:
+                return True
+            if name.lower().endswith(UNFINISHED):
+                why = "unfinished downloads"
+            elif readable:
+                why = f"{kind} images with the unknown extension {extension}: rename them"
+            else:
+                why = unreadable(f".{kind.lower()}") or f"{kind} images, which no decoder here reads"
+        if why is not None:
+            leave_out(why)
+        return False
+
+    def _nothing_found(self) -> str:
+        left_out = ", ".join(f"{count} {why}" for why, count in list(self.findings.counts().items())[:4])
+        seen = f". Left out: {left_out}" if left_out else ""
+        if self.other_extensions:
+            seen += f". It has files ending in {', '.join(sorted(self.other_extensions)[:8])}"
+        if self.other_extensions & {".parquet", ".arrow", ".tar"} and self._key == "train_data_dir":
+            seen += ": give such a dataset with --dataset_name"
+        return (
+            f"{self._key}: no image in {str(self.root)!r} or below it{seen}. Looked for "
+            f"{', '.join(sorted(self._extensions))}, in lower or upper case"
+        )
+
+    def _understand(self, layout: Layout, numbers: Sequence[np.ndarray]) -> None:
+        """Splits and classes from the meaning of each folder and the number of each image's folder."""
+        length = len(self.names)
+
+        def per_image(of_folder: list[int]) -> np.ndarray:
+            values = np.array(of_folder, dtype=np.int64)
+            return narrow((values[of_part] for of_part in numbers), length)
+
+        self.roles: dict[str, np.ndarray] = {}
+        if layout.has_splits:
+            found = sorted(set(zip(layout.tops, layout.roles, strict=True)))
+            which = {split: k for k, split in enumerate(found)}
+            splits = per_image([which[split] for split in zip(layout.tops, layout.roles, strict=True)])
+            count = np.bincount(splits, minlength=len(found))
+            for k, (top, role) in enumerate(found):
+                if top:
+                    self.findings.splits[top] = (int(count[k]), role)
+                else:
+                    for i in np.flatnonzero(splits == k).tolist():
+                        self.findings.leave_out("outside of the folders of the splits", self.names[i])
+            for role in ("training", "validation", "not used"):
+                wanted = [k for k, (_, use) in enumerate(found) if use == role]
+                if wanted:
+                    self.roles[role] = np.flatnonzero(np.isin(splits, wanted))
+            uses = {"training": "trained on", "validation": "used for validation", "not used": "not used"}
+            said = ", ".join(f"{top} is {uses[use]} ({n})" for top, (n, use) in self.findings.splits.items())
+            self.findings.notes.append(f"The folders' names are those of splits: {said}.")
+        trained = [layout.roles[k] in (None, "training") for k in range(len(layout.roles))]
+        names = sorted({name for name, use in zip(layout.classes, trained, strict=True) if use and name is not None})
+        if len(names) < 2:
+            return
+        place = {name: k for k, name in enumerate(names)}
+        self.class_names, self.labels = names, per_image([place.get(name, -1) for name in layout.classes])
+        here = self.roles.get("training", slice(None))
+        missing = np.flatnonzero(self.labels[here] < 0)
+        if len(missing):
+            first = [self.names[int(np.arange(length)[here][i])] for i in missing[:3]]
+            self.findings.notes.append(
+                f"{len(missing)} images are in no folder of a class, and train without one: {', '.join(first)}"
+                f"{', ...' if len(missing) > 3 else ''}."
+            )
+        if any(map(split_named, names)) and not layout.has_splits:
+            odd = ", ".join(filter(split_named, names))
+            self.findings.notes.append(
+                f"Folders called {odd} are taken for classes, because other folders beside them are no splits: "
+                f"{', '.join([name for name in names if not split_named(name)][:3]) or 'none'}."
+            )
+        empty = {
+            folder[len(prefix) :].rstrip("/")
+            for folder in self._folders
+            for prefix in layout.prefixes
+            if folder.startswith(prefix) and folder.count("/") == prefix.count("/") + 1
+        }
+        self.findings.empty_classes.extend(sorted(empty - set(names)))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -99,89 +270,143 @@ class FolderSource(ImageSource):
     def data(self, i: int) -> bytes:
         return (self.root / self.names[i]).read_bytes()
 
-    @functools.cached_property
-    def _metadata(self) -> dict[str, dict]:
-        """The rows of all metadata.jsonl and metadata.csv files by image path, read as `datasets.imagefolder` does.
-
-        Raises:
-            UserError: a file is damaged, or a row has no file_name.
-        """
-        found: dict[str, dict] = {}
-        for path in sorted([*self.root.rglob("metadata.jsonl"), *self.root.rglob("metadata.csv")]):
-            try:
-                with path.open(encoding="utf-8", newline="") as file:
-                    rows = list(
-                        csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
-                    )
-                here = path.parent.relative_to(self.root)
-                found |= {(here / row["file_name"]).as_posix(): row for row in rows}
-            except (ValueError, KeyError, TypeError, csv.Error) as error:
-                hint = "" if isinstance(error, UnicodeDecodeError) else "; each row has a file_name"
-                raise UserError(f"{path} cannot be read: {type(error).__name__} {error}{hint}") from error
-        return found
-
-    def caption_columns(self) -> list[str]:
-        return self._caption_columns
-
-    @functools.cached_property
-    def _caption_columns(self) -> list[str]:  # cached: it may have to look beside every image
-        columns = dict.fromkeys(key for row in self._metadata.values() for key in row if key != "file_name")
-        if "text" not in columns and any((self.root / name).with_suffix(".txt").exists() for name in self.names):
-            columns["text"] = None
-        beside = next((path for name in self.names if (path := (self.root / name).with_suffix(".json")).exists()), None)
-        return [*columns, *([] if beside is None else _json_object(beside))]
-
-    def captions(self, i: int, column: str) -> Any:
-        name = self.names[i]
-        if column in self._metadata.get(name, {}):
-            return self._metadata[name][column]
-        beside = (self.root / name).with_suffix(".json")
-        if beside.exists():
-            return _json_object(beside).get(column)
-        text = (self.root / name).with_suffix(".txt")
-        if column != "text" or not text.exists():
-            return None
-        try:
-            return text.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{text} cannot be read: {error}") from error
-
     def name(self, i: int) -> str:
         return self.names[i]
 
     def all_names(self) -> Iterator[str]:
         return iter(self.names)
 
+    # ------------------------------------------------------------------------------------- text beside the images
 
-def _images_and_folders(folder: str, others: set[str]) -> list[str]:
-    """Names of images and folders (with a trailing slash) in a folder, in the order of the paths below it.
+    @functools.cached_property
+    def _metadata(self) -> dict[str, dict]:
+        """The rows of all metadata files by image path.
 
-    The extensions of other files are added to `others`.
-    """
-    found, known = [], frozenset(EXTENSIONS)
+        Raises:
+            UserError: a file is damaged, or a row has no file_name.
+        """
+        files = [
+            (self.root / folder / name, folder) for folder, names in self._metadata_folders.items() for name in names
+        ]
+        found = join_rows(files)
+        if found and len(self.names) < MANY:
+            unknown = found.keys() - {unicodedata.normalize("NFC", name) for name in self.names}
+            unknown -= {unicodedata.normalize("NFC", name) for name in self._conditioning}
+            if unknown:
+                logger.warning(
+                    "%d of %d rows of the metadata name no image that is trained on, for example %s",
+                    len(unknown), len(found), min(unknown),
+                )  # fmt: skip
+        return found
+
+    def _row(self, name: str) -> dict[str, Any]:
+        return self._metadata.get(unicodedata.normalize("NFC", name), {})
+
+    def _conditioning_images(self, folder: str) -> frozenset[str]:
+        """The images that a folder's metadata names in columns like `mask_file_name`: they are not trained on."""
+        found: set[str] = set()
+        for name in self._metadata_folders[folder]:
+            with contextlib.suppress(UserError):  # is raised where the metadata are used
+                rows = read_metadata(self.root / folder / name)
+                columns = [key for key in (rows[0] if rows else {}) if key and key.endswith(f"_{FILE_NAME}")]
+                if columns:
+                    for row in join_rows([(self.root / folder / name, folder)]).values():
+                        found |= {row[key] for key in columns if isinstance(row.get(key), str)}
+        return frozenset(found)
+
+    def caption_columns(self) -> list[str]:
+        return self._caption_columns
+
+    @functools.cached_property
+    def _caption_columns(self) -> list[str]:  # cached: it may have to look beside every image
+        columns = dict.fromkeys(key for row in self._metadata.values() for key in row)
+        if self._sidecars:
+            for name in self.names:
+                found = [path for path in self._beside(name) if path.suffix.lower() != ".json"]
+                if found:
+                    columns["text"] = None
+                    break
+            jsons = (path for name in self.names for path in self._beside(name) if path.suffix.lower() == ".json")
+            for path in itertools.islice(jsons, 100):
+                columns |= dict.fromkeys(read_json_object(path))
+        return list(columns)
+
+    def _beside(self, name: str) -> Iterator[Path]:
+        paths = (self.root / found for found in beside(name, self._sidecars))
+        return (path for path in paths if path.is_file())
+
+    def captions(self, i: int, column: str) -> Any:
+        """From the metadata, else from NAME.json, else, for `text`, the lines of NAME.txt or NAME.caption."""
+        name = self.names[i]
+        value = self._row(name).get(column)
+        if is_given(value):
+            return value
+        for path in self._beside(name):
+            if path.suffix.lower() == ".json":
+                value = read_json_object(path).get(column)
+            elif column == "text":
+                value = _lines(path)
+            if is_given(value):
+                return value
+        return None
+
+    def class_columns(self) -> list[str]:
+        return self.caption_columns()
+
+    def class_values(self, i: int, column: str) -> Any:
+        return self.captions(i, column)
+
+    def image_columns(self) -> list[str]:
+        ending = f"_{FILE_NAME}"
+        return [key.removesuffix(ending) for key in self.caption_columns() if key.endswith(ending)]
+
+    def load_column(self, i: int, column: str, at_least: int | None = None) -> Image.Image:
+        path = self._row(self.names[i]).get(f"{column}_{FILE_NAME}")
+        if not isinstance(path, str):
+            raise OSError(f"the metadata have no {column}_{FILE_NAME} for it")
+        return decode((self.root / path).read_bytes(), at_least)
+
+
+def _place(folder: str | os.PathLike) -> tuple[int, int] | None:
+    """Device and inode, which identify a folder however it is written; None if there is none."""
+    try:
+        found = os.stat(folder)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _listing(folder: str) -> list[tuple[str, bool]]:
+    """The names in a folder, and whether each is a folder."""
+    found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            dot = entry.name.rfind(".")
-            extension = entry.name[dot:].lower() if dot > 0 else ""
             is_folder = False
             with contextlib.suppress(OSError):  # a link to itself counts as dangling
                 is_folder = entry.is_dir()
-            if is_folder:
-                found.append(f"{entry.name}/")
-            elif extension in known:
-                found.append(entry.name)
-            elif extension:
-                others.add(extension)
-    return sorted(found)
+            found.append((entry.name, is_folder))
+    return found
 
 
-def _json_object(path: Path) -> dict:
+def _extension(name: str) -> str:
+    """In lower case with its dot; "" without one."""
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
+
+
+def _kind_of_file(path: str) -> str | None:
+    """The image format that a file's first bytes name; None if they name none or it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
-        return value
-    except (OSError, ValueError) as error:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        with open(path, "rb") as file:
+            return kind_of(file.read(32))
+    except OSError:
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_text(path).splitlines()
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error

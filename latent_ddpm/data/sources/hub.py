@@ -17,14 +17,21 @@ if TYPE_CHECKING:
     import datasets  # slow to import, and a folder of images does without
     import pyarrow
 
+from latent_ddpm.data.formats import readable_extensions
 from latent_ddpm.data.images import decode
 from latent_ddpm.data.indexing import PART, digest, give_memory_back, narrow
 from latent_ddpm.data.sources.base import ImageSource
+from latent_ddpm.data.sources.classes import ClassValues, labels_of
+from latent_ddpm.data.sources.layout import split_named
 from latent_ddpm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
+TABLES = {".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz", ".lance"}  # files that `datasets` takes for the dataset
+SAVED_DATASET = ("dataset_dict.json", "state.json", "dataset_info.json")  # of save_to_disk
+SPLIT_WORDS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"  # as in `datasets`
+ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 LABEL_COLUMNS = ("label", "labels", "cls")  # the last one as in WebDataset
 
 
@@ -37,9 +44,14 @@ class HubSource(ImageSource):
         image_column: a column of `datasets.Image`, of structs {bytes, path}, or of raw bytes.
         root: folder to which stored paths are shown relative.
         reopen: opens the dataset again after `release`; without it, nothing is released.
+        class_column: column of the classes; None takes one of LABEL_COLUMNS if it holds classes.
+        class_values: the value of each class, where the training split has determined them.
+
+    Attributes:
+        class_values_found: the value of each class; None for class labels, whose names the dataset gives.
 
     Raises:
-        UserError: there is no such column, or it does not hold images.
+        UserError: there is no such column, or it does not hold images or classes.
     """
 
     def __init__(
@@ -49,23 +61,45 @@ class HubSource(ImageSource):
         image_column: str,
         root: str | os.PathLike | None = None,
         reopen: "Callable[[], datasets.Dataset] | None" = None,
+        class_column: str | None = None,
+        class_values: Sequence[Any] | None = None,
     ) -> None:
         features = dataset.features
         check_image_column(features, image_column)
         self.split, self.image_column, self.root = split, image_column, root
-        label = label_column(features)
+        label = label_column(features, class_column)
         used = [name for name, kind in features.items() if name == label or _holds_images(kind) or _holds_text(kind)]
         self._reopen, self._used, self._length = reopen, used, len(dataset)
         self._features, self._of_dataset = features, dataset._fingerprint
         self._opened = self._as_arrow(dataset)
         self.fingerprint = digest("datasets", split, image_column, self._of_dataset)
         self._texts: dict[str, tuple[int, list]] = {}  # by column: the part read last
+        self.class_values_found: Sequence[Any] | None = None
         if label is not None:
-            parts = (
+            self._read_classes(label, class_column is not None, class_values)
+
+    def _read_classes(self, label: str, named: bool, class_values: Sequence[Any] | None) -> None:
+        names = getattr(self._features[label], "names", None)
+        if names is not None:
+            numbers = (
                 rows.column(label).cast("int64", safe=False).fill_null(-1).to_numpy() for rows in self._parts(label)
             )
-            labels = narrow(parts, len(self))
-            self.labels, self.class_names = classes_of(labels, getattr(features[label], "names", None))
+            self.labels, self.class_names = labels_in_range(narrow(numbers, len(self))), list(names)
+            return
+        values = ClassValues()
+        codes = narrow((_codes(rows.column(label), values) for rows in self._parts(label)), len(self))
+        if class_values is None:
+            if not named and not values.look_like_classes(len(self)):
+                logger.warning(
+                    "the column %s has %d different values, which do not look like classes; it is ignored. "
+                    "--class_column %s makes them classes", label, len(values.number), label,
+                )  # fmt: skip
+                return
+            class_values = values.ordered()
+        if class_values:
+            self.class_values_found, self.class_names = class_values, [str(value) for value in class_values]
+            parts = (codes[start : start + PART] for start in range(0, len(codes), PART))
+            self.labels = labels_of(parts, len(codes), values, class_values)
 
     def _as_arrow(self, dataset: "datasets.Dataset") -> "datasets.Dataset":
         """The used columns as Arrow tables."""
@@ -103,7 +137,7 @@ class HubSource(ImageSource):
         return self._length
 
     def load(self, i: int, at_least: int | None = None) -> Image.Image:
-        return self.load_column(i, self.image_column, at_least)
+        return decode(self.data(i), at_least)
 
     def data(self, i: int) -> bytes:
         return image_bytes(self._cell(i, self.image_column))
@@ -116,6 +150,9 @@ class HubSource(ImageSource):
         if self._texts.get(column, (None, []))[0] != start:
             self._texts[column] = start, self._part(start, column).column(column).to_pylist()
         return self._texts[column][1][i - start]
+
+    def class_columns(self) -> list[str]:
+        return [name for name, feature in self._features.items() if _holds_classes(feature)]
 
     def image_columns(self) -> list[str]:
         return [name for name, feature in self._features.items() if _holds_images(feature)]
@@ -182,34 +219,52 @@ def check_image_column(features: "datasets.Features", image_column: str) -> None
     )
 
 
-def label_column(features: "datasets.Features") -> str | None:
-    """The column that holds each image's class, as a ClassLabel or an integer; None without one."""
-    import datasets
-
-    column = next((name for name in LABEL_COLUMNS if name in features), None)
-    feature = features.get(column)
-    is_integer = isinstance(feature, datasets.Value) and re.fullmatch(r"u?int\d+", feature.dtype)
-    return column if is_integer or isinstance(feature, datasets.ClassLabel) else None
-
-
-def classes_of(labels: np.ndarray, names: Sequence[str] | None) -> tuple[np.ndarray | None, list[str] | None]:
-    """`ImageSource.labels` and its `class_names`, which are numbers where the dataset gives no `names`.
+def label_column(features: "datasets.Features", named: str | None = None) -> str | None:
+    """The column that holds each image's class; None without one.
 
     Args:
-        labels: integers (N,), -1 where unknown.
-        names: of the classes, if they have some.
+        features: of the dataset.
+        named: the column that the config names; None takes the first of LABEL_COLUMNS that can hold classes.
+
+    Raises:
+        UserError: the named column does not exist or cannot hold classes.
     """
-    if names is None:
-        classes = int(labels.max(initial=-1)) + 1
-        if classes == 0:
-            return None, None
-        if classes > len(labels) or labels.min() < -1:
-            logger.warning("the labels are integers that do not look like classes; ignored")
-            return None, None
-        names = [str(k) for k in range(classes)]
+    if named is None:
+        column = next((name for name in LABEL_COLUMNS if name in features), None)
+        return column if _holds_classes(features.get(column)) else None
+    if not _holds_classes(features.get(named)):
+        what = "no classes in column" if named in features else "no column"
+        raise UserError(
+            f"class_column: the dataset has {what} {named!r}. Columns that can hold classes: "
+            f"{', '.join(name for name, kind in features.items() if _holds_classes(kind)) or 'none'}."
+        )
+    return named
+
+
+def _holds_classes(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    return isinstance(feature, datasets.Value) and bool(
+        re.fullmatch(r"u?int\d+|(large_)?string|bool|float(32|64)", feature.dtype)
+    )
+
+
+def _codes(column: "pyarrow.ChunkedArray", values: ClassValues) -> np.ndarray:
+    """The code of each row's class: int64 (N,), -1 without one."""
+    encoded = column.combine_chunks().dictionary_encode()
+    if hasattr(encoded, "combine_chunks"):
+        encoded = encoded.combine_chunks()
+    of_entry = np.append(values.codes(encoded.dictionary.to_pylist()), -1)
+    return of_entry[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+
+
+def labels_in_range(labels: np.ndarray) -> np.ndarray:
+    """Labels (N,) of a dataset's class labels, where what is below 0 is unknown, -1."""
     if len(labels) and not -1 <= labels.min() <= labels.max() < 2**31:  # a copy only where it is needed
         labels = labels.astype(np.int64).clip(-1, 2**31 - 1).astype(np.int32)
-    return labels, list(names)
+    return labels
 
 
 def _holds_images(feature: Any) -> bool:
@@ -231,7 +286,9 @@ def _is_binary(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def open_hub(name: str, config_name: str | None, image_column: str) -> tuple[HubSource, HubSource | None]:
+def open_hub(
+    name: str, config_name: str | None, image_column: str, class_column: str | None = None
+) -> tuple[HubSource, HubSource | None]:
     splits = load_splits(name, config_name)
     train, validation = choose_splits(splits, name)
     if validation is not None and not len(splits[validation]):
@@ -240,35 +297,65 @@ def open_hub(name: str, config_name: str | None, image_column: str) -> tuple[Hub
         raise UserError(f"dataset_name: the split {train!r} of {name!r} is empty")
     root = name if os.path.isdir(name) else None
 
-    def source_of(split: str) -> HubSource:
-        return HubSource(
-            splits[split], split, image_column, root, functools.partial(_load_split, name, config_name, split)
-        )
+    def source_of(split: str, class_values: Sequence[Any] | None = None) -> HubSource:
+        reopen = functools.partial(_load_split, name, config_name, split)
+        return HubSource(splits[split], split, image_column, root, reopen, class_column, class_values)
 
-    sources = [source_of(split) for split in (train, validation) if split is not None]
-    if len(sources) == 1:
-        return sources[0], None
-    # Plain integer labels have no list of classes: each split knows only those it holds.
-    if all(source.class_names is not None for source in sources):
-        longest = max((source.class_names for source in sources), key=len)
-        for source in sources:
-            source.class_names = longest
-    return sources[0], sources[1]
+    trained = source_of(train)
+    # a split knows only the values that it holds
+    held_out = None if validation is None else source_of(validation, trained.class_values_found)
+    uses = {train: "training", validation: "validation"}
+    trained.findings.splits.update({split: (len(splits[split]), uses.get(split, "not used")) for split in splits})
+    if held_out is not None:
+        held_out.findings = trained.findings
+        if trained.class_names is None:
+            held_out.labels, held_out.class_names = None, None
+    return trained, held_out
 
 
 def _load_split(name: str, config_name: str | None, split: str) -> "datasets.Dataset":
     return load_splits(name, config_name)[split]
 
 
+def is_folder_of_images(name: str) -> bool:
+    """Whether a dataset's name is a local folder of image files, without files of tables or archives.
+
+    `datasets` would read it too, but takes a class's folder called "train" for the only split.
+    """
+    path = os.path.expanduser(name)
+    if not os.path.isdir(path):
+        return False
+    images = False
+    for _, folders, files in os.walk(path):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        for file in files:
+            extension = os.path.splitext(file)[1].lower()
+            if file in SAVED_DATASET or (extension in TABLES and file != "metadata.parquet"):
+                return False
+            images = images or extension in readable_extensions()
+    return images
+
+
+def _has_split_folders(path: str) -> bool:
+    """Whether all folders in a folder are called like splits."""
+    with os.scandir(path) as entries:
+        folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return bool(folders) and all(map(split_named, folders))
+
+
 def choose_splits(splits: dict, name: str) -> tuple[str, str | None]:
     """The split to train on and the one to validate on, None without one, of the dataset called `name`."""
+    meant = {split: split_named(split) for split in splits}
     if "train" in splits:
         train = "train"
+    elif list(meant.values()).count("train") == 1:
+        train = next(split for split, use in meant.items() if use == "train")
     elif len(splits) == 1:
         train = next(iter(splits))
     else:
         raise UserError(f"dataset_name: {name!r} has no split 'train'; its splits are {', '.join(splits)}")
-    return train, next((s for s in VALIDATION_SPLITS if s in splits and s != train), None)
+    held_out = [split for use in ("validation", "test") for split in splits if meant[split] == use and split != train]
+    return train, next((split for split in (*VALIDATION_SPLITS, *held_out) if split in held_out), None)
 
 
 def load_splits(name: str, config_name: str | None, streaming: bool = False) -> dict:
@@ -293,9 +380,18 @@ def load_splits(name: str, config_name: str | None, streaming: bool = False) -> 
                     )
                 loaded = datasets.load_from_disk(path)
                 return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+            if is_folder_of_images(path) and not _has_split_folders(path):
+                # otherwise a class called "train" would be taken for the only split
+                files = {"train": os.path.join(glob.escape(path), "**")}
+                return dict(datasets.load_dataset("imagefolder", data_files=files, streaming=streaming))
+            if glob.has_magic(path):  # `datasets` takes the folder's name for a pattern
+                parquet = _data_files(os.path.join(glob.escape(path), "**", "*.parquet"))
+                return dict(datasets.load_dataset("parquet", data_files=parquet, streaming=streaming))
             return dict(datasets.load_dataset(path, config_name, streaming=streaming))
-        if path.endswith((".parquet", ".tar")) or glob.has_magic(path) or "://" in path:
-            kind = "webdataset" if path.endswith(".tar") else "parquet"
+        if os.path.isfile(path) and path.lower().endswith(ARCHIVES):
+            raise UserError(f"dataset_name: {name!r} is an archive. Unpack it, and give the folder as train_data_dir.")
+        if path.endswith((".parquet", ".arrow", ".tar")) or glob.has_magic(path) or "://" in path:
+            kind = {".tar": "webdataset", ".arrow": "arrow"}.get(os.path.splitext(path)[1], "parquet")
             return dict(datasets.load_dataset(kind, data_files=_data_files(path), streaming=streaming))
         return dict(datasets.load_dataset(name, config_name, streaming=streaming))
     except UserError:
@@ -326,9 +422,13 @@ def _data_files(pattern: str) -> dict[str, list[str]]:
     Args:
         pattern: a path or an address; both may hold a range {000..023}, a path also * and **.
     """
-    files = _expand_range(pattern)
-    if "://" not in pattern:
-        files = sorted(f for name in files for f in glob.glob(name, recursive=True) if os.path.isfile(f))
+    if os.path.isfile(pattern):  # brackets in the name of a file or folder are no pattern
+        files = [pattern]
+    elif "://" in pattern:
+        files = _expand_range(pattern)
+    else:
+        named = _expand_range(pattern)
+        files = sorted(f for name in named for f in glob.glob(name, recursive=True) if os.path.isfile(f))
     if not files:
         raise UserError(f"dataset_name: no file matches {pattern!r}")
     for file in files:
@@ -336,8 +436,9 @@ def _data_files(pattern: str) -> dict[str, list[str]]:
             _check_tar_ends(file)
     splits: dict[str, list[str]] = {}
     for file in files:
-        word = re.search(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])", os.path.basename(file).lower())
-        splits.setdefault(word.group(1) if word else "train", []).append(file)
+        word = re.search(rf"(?<![a-z])({SPLIT_WORDS})(?![a-z])", os.path.basename(file).lower())
+        of_file = "" if "://" in file else glob.escape(file)  # `datasets` takes a path for a pattern
+        splits.setdefault(word.group(1) if word else "train", []).append(of_file or file)
     return splits
 
 

@@ -12,12 +12,14 @@ import numpy as np
 
 from latent_ddpm.data.indexing import AllBut, digest, in_parts
 from latent_ddpm.data.sources.base import MANY, ImageSource, SubsetSource
+from latent_ddpm.data.sources.classes import ClassValues, choose_classes, labels_of
 from latent_ddpm.data.sources.embedded import EMBEDDED, DigitsSource
 from latent_ddpm.data.sources.folder import FolderSource
-from latent_ddpm.data.sources.hub import open_hub
-from latent_ddpm.data.sources.streaming import open_stream
+from latent_ddpm.data.sources.hub import HubSource, is_folder_of_images, open_hub
+from latent_ddpm.data.sources.streaming import StreamedSource, open_stream
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
+from latent_ddpm.places import same_place
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +27,11 @@ logger = logging.getLogger(__name__)
 def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
     """The training and the validation images of a config.
 
-    `cfg` has `train_data_dir`, `dataset_name`, `dataset_config_name`, `image_column`, `validation_fraction`,
-    `max_validation_images`, `output_dir`. A dataset's own split validation, valid, val or test is used where there
-    is one. Otherwise `round(validation_fraction * N)` images, at least 1 and at most `max_validation_images`, are
-    held out: those whose names have the smallest SHA-256, so adding images hardly changes the split.
+    `cfg` has `train_data_dir`, `dataset_name`, `dataset_config_name`, `image_column`, `class_column`, `class_names`,
+    `validation_fraction`, `max_validation_images`, `output_dir`. A dataset's own split validation, valid, val or test
+    is used where there is one. Otherwise `round(validation_fraction * N)` images, at least 1 and at most
+    `max_validation_images`, are held out: those whose names have the smallest SHA-256, so adding images hardly changes
+    the split. A `dataset_name` that is a folder of image files is read like a `train_data_dir`.
 
     Raises:
         UserError: not exactly one of `train_data_dir` and `dataset_name` is set; the images do not exist,
@@ -39,17 +42,12 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
         raise UserError(f"set exactly one of train_data_dir and dataset_name: {both}")
     if cfg.max_validation_images < 1:
         raise UserError(f"max_validation_images must be at least 1, not {cfg.max_validation_images}")
-    validation, scratch = None, Path(cfg.output_dir) / "cache"
-    if cfg.streaming:
-        train, validation = open_stream(cfg)
-    elif cfg.train_data_dir:
-        train = FolderSource(cfg.train_data_dir, scratch)
-    elif cfg.dataset_name.startswith(EMBEDDED):
-        if cfg.dataset_name != EMBEDDED + "mnist":
-            raise UserError(f"dataset_name: {cfg.dataset_name!r} is not embedded; there is {EMBEDDED}mnist")
-        train = DigitsSource()
-    else:
-        train, validation = open_hub(cfg.dataset_name, cfg.dataset_config_name, cfg.image_column)
+    scratch = Path(cfg.output_dir) / "cache"
+    train, validation = _open(cfg, scratch)
+    if cfg.class_column is not None and not isinstance(train, HubSource | StreamedSource):
+        train, validation = _classes_of_column(cfg.class_column, train, validation)
+    if cfg.class_names is not None:
+        train, validation = choose_classes(train, validation, cfg.class_names)
     if validation is None:
         if len(train) < 2:
             where = cfg.train_data_dir or cfg.dataset_name
@@ -61,6 +59,61 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
         return SubsetSource(train, AllBut(len(train), held_out)), SubsetSource(train, held_out)
     if len(validation) > cfg.max_validation_images:
         validation = SubsetSource(validation, held_out_images(validation, cfg.max_validation_images, scratch))
+    return train, validation
+
+
+def _open(cfg: Any, scratch: Path) -> tuple[ImageSource, ImageSource | None]:
+    """The training images, and those for validation if the dataset separates them."""
+    if cfg.streaming:
+        return open_stream(cfg)
+    if cfg.train_data_dir:
+        return _splits_of(FolderSource(cfg.train_data_dir, scratch, _own_folders(cfg)))
+    if cfg.dataset_name.startswith(EMBEDDED):
+        if cfg.dataset_name != EMBEDDED + "mnist":
+            raise UserError(f"dataset_name: {cfg.dataset_name!r} is not embedded; there is {EMBEDDED}mnist")
+        return DigitsSource(), None
+    if cfg.dataset_config_name is None and is_folder_of_images(cfg.dataset_name):
+        return _splits_of(FolderSource(cfg.dataset_name, scratch, _own_folders(cfg), key="dataset_name"))
+    return open_hub(cfg.dataset_name, cfg.dataset_config_name, cfg.image_column, cfg.class_column)
+
+
+def _own_folders(cfg: Any) -> dict[str, str]:
+    """Folders of the run that may lie among the images, and why they are left out."""
+    own = {cfg.output_dir: "the output_dir of this run"}
+    conditioning = getattr(cfg, "conditioning_image_dir", None)
+    if conditioning and not same_place(conditioning, cfg.train_data_dir or cfg.dataset_name):
+        own[conditioning] = "the conditioning_image_dir"
+    return own
+
+
+def _splits_of(source: FolderSource) -> tuple[ImageSource, ImageSource | None]:
+    if not source.roles:
+        return source, None
+    train, held_out = source.roles["training"], source.roles.get("validation")
+    return SubsetSource(source, train), None if held_out is None else SubsetSource(source, held_out)
+
+
+def _classes_of_column(
+    column: str, train: ImageSource, validation: ImageSource | None
+) -> tuple[ImageSource, ImageSource | None]:
+    """The splits with the values of a column as classes."""
+    if column not in train.class_columns():
+        there = ", ".join(train.class_columns()) or "none"
+        raise UserError(
+            f"class_column: the dataset has no column {column!r} that can hold classes. There are: {there}."
+        )
+    classes = None
+    for source in filter(None, (train, validation)):
+        values = ClassValues()
+        try:
+            codes = values.codes(source.class_values(i, column) for i in range(len(source)))
+        except TypeError as error:
+            raise UserError(f"class_column: {column} cannot hold classes: {error}.") from error
+        classes = values.ordered() if classes is None else classes
+        if not classes:
+            raise UserError(f"class_column: no training image has a value in the column {column!r}.")
+        source.labels, source.class_names = labels_of([codes], len(source), values, classes), [str(c) for c in classes]
+    train.findings.empty_classes.clear()  # those were folders
     return train, validation
 
 

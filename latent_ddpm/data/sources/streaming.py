@@ -18,7 +18,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.images import CENTRE, TRANSFORM_VERSIONS, decode, square
 from latent_ddpm.data.indexing import AllBut, digest, digest_of_many, narrow
 from latent_ddpm.data.sources.base import ImageSource
+from latent_ddpm.data.sources.classes import ClassValues, labels_of
 from latent_ddpm.data.sources.hub import (
     check_image_column,
     choose_splits,
-    classes_of,
     image_bytes,
     label_column,
+    labels_in_range,
     load_splits,
 )
 from latent_ddpm.errors import UserError
@@ -58,6 +59,8 @@ class BrokenStream(Exception):
 def stream_folder(config: RunConfig) -> Path:
     """The folder of a run's stream."""
     named = (config.dataset_name, config.dataset_config_name, config.image_column)
+    if config.class_column is not None:  # its values are kept with the pixels
+        named = (*named, config.class_column)
     version = TRANSFORM_VERSIONS[resizer(config.image_resize)]
     key = digest("stream", *named, config.resolution, config.image_channels, version)
     return Path(config.output_dir) / "cache" / f"stream-{key}"
@@ -103,7 +106,7 @@ def read_stream(config: RunConfig, process_index: int, num_processes: int, wait:
         if stream.features is None:
             stream = stream._resolve_features()
         check_image_column(stream.features, config.image_column)
-        labels = label_column(stream.features)
+        labels = label_column(stream.features, config.class_column)
         files = stream.num_shards
         if process_index == 0 and files < num_processes:
             logger.info("%s is in %d files, so %d of the processes wait", split, files, num_processes - files)
@@ -228,7 +231,7 @@ def _read_file(
                     continue
                 pixels.append(image)
                 label = None if labels is None else example[labels]
-                classes.append(-1 if label is None else int(label))
+                classes.append(-1 if label is None else label)
             ended = len(some) < most
             sidecar = {"file": file, "first": first, "read": len(some), "labels": classes, "bad": bad, "ended": ended}
             shape = (0, config.resolution, config.resolution, config.image_channels)
@@ -297,29 +300,45 @@ class StreamedSource(ImageSource):
     Args:
         folder: of the stream.
         split: its name.
+        named: whether the config names the column of the classes.
+        class_values: the value of each class, where the training split has determined them.
+
+    Attributes:
+        class_values_found: as in `HubSource`.
 
     Raises:
         UserError: the stream has not been read completely.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(
+        self, folder: Path, split: str, named: bool = False, class_values: Sequence[Any] | None = None
+    ) -> None:
         about = _summary(folder)["splits"][split]
         paths, self._rows = zip(*[(folder / name, rows) for name, rows in about["parts"]], strict=True)
         self._paths = list(paths)
         self._squares = Squares(self._paths, list(self._rows))
         self._split, self._starts = split, np.cumsum([0, *self._rows])
         self._parts: list[tuple[int, int, AllBut]] = []  # per part: its file, its first number, its decodable images
-        numbers = hashlib.sha256()
+        numbers, values, names = hashlib.sha256(), ClassValues(), about["class_names"]
 
-        def labels_of(path: Path) -> np.ndarray:
+        def labels_of_part(path: Path) -> np.ndarray:
             sidecar = _read_sidecar(path)
             self._parts.append((sidecar["file"], sidecar["first"], _kept(sidecar)))
             numbers.update((sidecar["first"] + self._parts[-1][2][:]).astype(np.int64).tobytes())
-            return np.array(sidecar["labels"], dtype=np.int64)
+            found = sidecar["labels"]
+            return np.array(found, dtype=np.int64) if names is not None else values.codes(found)
 
-        labels = narrow(map(labels_of, self._paths), len(self))
+        labels = narrow(map(labels_of_part, self._paths), len(self))
         self.fingerprint = digest_of_many("stream", folder.name, split, numbers.hexdigest(), rows=labels)
-        self.labels, self.class_names = classes_of(labels, about["class_names"])
+        self.class_values_found: Sequence[Any] | None = None
+        if names is not None:
+            self.labels, self.class_names = labels_in_range(labels), list(names)
+            return
+        if class_values is None and (named or values.look_like_classes(len(self))):
+            class_values = values.ordered()
+        if class_values:
+            self.class_values_found, self.class_names = class_values, [str(value) for value in class_values]
+            self.labels = labels_of([labels], len(self), values, class_values)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -357,8 +376,16 @@ def open_stream(config: RunConfig) -> tuple[StreamedSource, StreamedSource | Non
     """The training images of a run's stream, and its validation images if the dataset has a validation split."""
     folder = stream_folder(config)
     splits = list(_summary(folder)["splits"])  # the training split first
-    sources = [StreamedSource(folder, split) for split in splits]
-    return sources[0], sources[1] if len(sources) > 1 else None
+    train = StreamedSource(folder, splits[0], config.class_column is not None)
+    train.findings.splits[splits[0]] = (len(train), "training")
+    if len(splits) == 1:
+        return train, None
+    validation = StreamedSource(folder, splits[1], config.class_column is not None, train.class_values_found)
+    validation.findings = train.findings
+    train.findings.splits[splits[1]] = (len(validation), "validation")
+    if train.class_names is None:
+        validation.labels, validation.class_names = None, None
+    return train, validation
 
 
 def undecodable(config: RunConfig) -> int:
