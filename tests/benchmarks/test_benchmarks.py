@@ -325,11 +325,14 @@ def test_check_inspection_finds_what_it_plants(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark.subprocess, "run", plainly)
     monkeypatch.setattr(benchmark, "decode_all", lambda sources, workers: None)
+    plain = {"dataset_name": str(tmp_path / "test.parquet"), "resolution": 32}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain))
     words = ["--data", str(tmp_path), "--planted", "4", "--hashes", "1000", "--json", str(tmp_path / "r.json")]
-    assert benchmark.main(words) == 0
+    assert benchmark.main([*words, "--digits", str(tmp_path / "plain.yaml")]) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["images"] == 80 and result["found_near"] == 1 and set(result["found"].values()) == {1.0}
     assert result["command"].startswith("python benchmarks/check_inspection.py --data DATA --planted 4")
+    assert result["digits"]["images"] == 40 and result["digits"]["near"] == 0
     assert result["not_planted"] == {} and (tmp_path / "r-not-planted.png").exists()
     groups = [("near", ["train[1]", "test[2]"]), ("near", ["train[8]", "train[9]"])]
     judged = benchmark.judged(groups, [("jpeg 80", "train[1]", "test[2]"), ("jpeg 80", "train[3]", "test[4]")])

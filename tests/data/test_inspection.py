@@ -297,6 +297,8 @@ def test_a_sample_is_spread_evenly():
 def test_the_sample_of_a_run(odd, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     sources, settings = halves(odd), settings_of(output_dir=str(tmp_path))
+    sources[0].findings.notes.append("The folders cats and dogs are splits.")
+    sources[0].findings.splits["cats"] = (3, "training")
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     known.say_of_data(settings, sources, "autoencoder", logging.getLogger("train_autoencoder"))
     said = [record.message for record in caplog.records if record.name == "train_autoencoder"]
@@ -326,6 +328,11 @@ def test_a_finished_inspection_is_said_at_the_start(odd, tmp_path, caplog):
         line.text for line in lines_of(found.facts, [settings])[: known.MOST_LINES]
     ]
     assert json.loads((tmp_path / "data.json").read_text())["command"] == "the command"
+    (tmp_path / "data.json").unlink()  # as when other keys were inspected since
+    said, facts = caplog.messages, json.loads(json.dumps(found.facts))
+    caplog.clear()
+    known.say_of_data(settings, sources, "autoencoder", logging.getLogger("a"))
+    assert caplog.messages == said and json.loads((tmp_path / "data.json").read_text())["facts"] == known.public(facts)
 
 
 def test_the_sample_ends_in_time(odd):

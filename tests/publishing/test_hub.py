@@ -118,7 +118,7 @@ def test_faults_change_nothing_that_is_trained_and_all_is_published(published):
     assert "NOT PUBLISHED" not in text
     files = hub.repos[NAME].files
     expected = "model_index.json pipeline.py README.md samples.png film_strip.png curves.png metrics.jsonl run.json "
-    expected += "train_unet.yaml unet/diffusion_pytorch_model.safetensors vqvae/config.json"
+    expected += "data.json train_unet.yaml unet/diffusion_pytorch_model.safetensors vqvae/config.json"
     assert set(expected.split()) <= set(files)
     for path in ("unet", "vqvae"):
         name = f"{path}/diffusion_pytorch_model.safetensors"

@@ -149,8 +149,7 @@ def test_a_report_among_the_images_is_not_trained_on(tmp_path):
     inspect_data.main(words)
     assert (images / "out" / "inspection" / "sheet.png").exists()
     sources = open_sources(inspect_data.configs_of(words[:-2])[0])
-    if sum(map(len, sources)) != 24:
-        pytest.xfail("the source of images does not leave out output_dir yet")
+    assert sum(map(len, sources)) == 24
 
 
 def test_errors_are_one_sentence(tmp_path):
