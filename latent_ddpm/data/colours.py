@@ -96,7 +96,9 @@ def colour_profile(image: Image.Image) -> str | None:
 def _found(image: Image.Image) -> tuple[bytes | None, ImageCms.ImageCmsTransform | str | None]:
     """What an image declares, and what `_transform` makes of it."""
     profile, base = _declared(image), _BASES.get(image.mode)
-    return profile, None if profile is None or base is None else _transform(profile, base)
+    if profile is None or base is None:
+        return profile, None
+    return profile, _transform(profile, "L" if base == "I;16" and not _reads_16_bits() else base)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -227,6 +229,15 @@ def _changes_nothing(source: ImageCms.ImageCmsProfile, base: str) -> bool:
     intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     seen = ImageCms.buildTransform(source, _srgb(), mode, "RGB", renderingIntent=intent).apply(colours)
     return int(np.abs(np.asarray(seen).astype(int) - values[None]).max()) <= 1
+
+
+@functools.cache
+def _reads_16_bits() -> bool:
+    """Whether Pillow gives LittleCMS 16-bit gray as such: version 10.3 takes it for 8 bits."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(matrix_profile("gray", _SRGB, None, gray=True)))
+    transform = ImageCms.buildTransform(source, _srgb(), "I;16", "RGB")
+    seen = np.asarray(transform.apply(Image.fromarray(np.array([[257 * 200, 257 * 9]], np.uint16))))
+    return int(np.abs(seen[0, :, 0].astype(int) - (200, 9)).max()) <= 2
 
 
 @functools.cache

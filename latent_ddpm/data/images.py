@@ -130,11 +130,12 @@ def as_seen(image: Image.Image, channels: int) -> Image.Image:
     image = _upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
-        if transform is not None and values.min() >= 0 and values.max() <= 65535:
+        of_16_bits = transform is not None and transform.input_mode == "I;16"
+        if of_16_bits and values.min() >= 0 and values.max() <= 65535:
             image = colours.to_srgb(Image.fromarray(values.astype(np.uint16)), transform)
         else:
             image = Image.fromarray(_to_8_bit(values))
-        transform = None
+        transform = None if of_16_bits else transform
     elif image.mode in ("La", "RGBa"):
         image = image.convert(
             "LA" if image.mode == "La" else "RGBA"

@@ -147,6 +147,7 @@ def test_gray_that_says_srgb_stays():
     assert colour_profile(image) == "my sRGB"
 
 
+@pytest.mark.skipif(not colours._reads_16_bits(), reason="an early Pillow converts 8 bits of it")
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_16_bit_gray_is_converted_before_it_has_8_bits(format):
     linear = profile(gamma=1.0, space=b"GRAY")
@@ -161,6 +162,12 @@ def test_16_bit_gray_is_converted_before_it_has_8_bits(format):
     floats = Image.fromarray((values / 65535).astype(np.float32))
     floats.info["icc_profile"] = linear
     assert apart(as_seen(floats, 1), np.rint(light * 255)) <= 1  # no colours
+
+
+def test_16_bit_gray_with_an_early_pillow(monkeypatch):
+    monkeypatch.setattr(colours, "_reads_16_bits", lambda: False)
+    image = stored(Image.fromarray(np.arange(0, 65536, 257, dtype=np.uint16)[None]), icc_profile=GRAY_18)
+    assert apart(as_seen(image, 3), littlecms(Image.fromarray(np.arange(256, dtype=np.uint8)[None]), GRAY_18)) <= 1
 
 
 def cmyk_profile():
