@@ -15,6 +15,7 @@ import difflib
 import inspect
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -256,8 +257,12 @@ class LatentDDPMPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory() as aside:  # a copy of the folder whose index names a class instead of a file
             for entry in os.scandir(folder):
                 if entry.is_dir():
-                    os.symlink(os.path.abspath(entry.path), os.path.join(aside, entry.name), target_is_directory=True)
-            with open(os.path.join(aside, "model_index.json"), "w") as file:
+                    place = os.path.join(aside, entry.name)
+                    try:
+                        os.symlink(os.path.abspath(entry.path), place, target_is_directory=True)
+                    except OSError:  # Windows allows it to few users
+                        shutil.copytree(entry.path, place)
+            with open(os.path.join(aside, "model_index.json"), "w", encoding="utf-8") as file:
                 json.dump({**index, "_class_name": cls.__name__}, file)
             pipeline = super().from_pretrained(aside, **kwargs)
         pipeline.register_to_config(_name_or_path=name)  # not that of the copy, which is gone

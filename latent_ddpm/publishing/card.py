@@ -72,7 +72,7 @@ class Facts:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _training(folder: Path) -> dict[str, dict[str, Any]]:
@@ -118,7 +118,7 @@ def read_facts(folder: Path) -> Facts:
     configs = {}
     for stage in ("autoencoder", "unet"):
         path = folder / f"train_{stage}.yaml"
-        content = yaml.safe_load(path.read_text()) if path.exists() else {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
         configs[stage] = content.get(f"train_{stage}", {})
     parts = [part for part in ("vqvae", "unet", "scheduler") if (folder / part).is_dir()]
     weights = {part: sorted((folder / part).glob("diffusion_pytorch_model.safetensors")) for part in parts}
@@ -131,7 +131,7 @@ def read_facts(folder: Path) -> Facts:
             for what in ("autoencoder", "pipeline", "digits")
             if (result := _json(folder / f"evaluation-{what}.json"))
         },
-        files={str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()},
+        files={path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()},
         configs={part: _json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
                  for part in parts},
         parameters={part: _count(paths[0]) for part, paths in weights.items() if paths},

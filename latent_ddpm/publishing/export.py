@@ -104,9 +104,9 @@ def export_pipeline(
         if stock is None:
             _set_class(aside, OWN)
         for path in aside.glob("*/config.json"):
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
             config.pop("_name_or_path", None)  # a path of this machine
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.copyfile(pipeline_latent_ddpm.__file__, aside / "pipeline.py")
         codes = code_count(autoencoder)
         card = INTRODUCTION.format(
@@ -125,7 +125,7 @@ def export_pipeline(
         )
         if stock:
             card += RICHER if codes else RICHER + KL_NOTE
-        (aside / "README.md").write_text(card)
+        (aside / "README.md").write_text(card, encoding="utf-8")
 
     replace_folder(folder, write)
 
@@ -134,13 +134,13 @@ def export_pipeline(
 
 
 def _set_class(folder: Path, class_name: str | list[str]) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     write_whole(folder / "model_index.json", json.dumps(index | {"_class_name": class_name}, indent=2) + "\n")
 
 
 def _needs_own(folder: Path, index: dict[str, Any]) -> bool:
     """Whether a pipeline is conditioned, which LDMPipeline does not support."""
-    unet = json.loads((folder / "unet" / "config.json").read_text())
+    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     conditioned = unet.get("num_class_embeds") or unet.get("in_channels") != unet.get("out_channels")
     return bool(conditioned) or "text_encoder" in index or "text_encoder_id" in index
 
@@ -162,7 +162,7 @@ def convert_pipeline(folder: Path, to_own: bool = True) -> bool:
         UserError: the folder holds no pipeline of these two classes, or its conditioning needs LatentDDPMPipeline.
     """
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         now = index["_class_name"]
         conditioned = _needs_own(folder, index)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -181,5 +181,5 @@ def convert_pipeline(folder: Path, to_own: bool = True) -> bool:
     if to_own and readme.exists():
         load = r"DiffusionPipeline\.from_pretrained\(\"([^\"]+)\"\)"
         own = r'DiffusionPipeline.from_pretrained("\1", custom_pipeline="\1", trust_remote_code=True)'
-        write_whole(readme, re.sub(load, own, readme.read_text()))
+        write_whole(readme, re.sub(load, own, readme.read_text(encoding="utf-8")))
     return True

@@ -277,7 +277,7 @@ def lay_out(
     pipeline, autoencoder = output_dir / "pipeline", output_dir / "autoencoder"
     if stage != "autoencoder" and (pipeline / "model_index.json").exists():
         source, prefix = pipeline, Path()
-        named = json.loads((pipeline / "model_index.json").read_text()).get("text_encoder_id")
+        named = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8")).get("text_encoder_id")
         if named is not None:
             check_others_have_encoder(named)
     elif stage != "unet" and (autoencoder / "config.json").exists():
@@ -320,7 +320,9 @@ def write_card(folder: Path, repo_id: str, license: str | None, theirs: str | No
     """Add curves and card to the folder; `theirs` is the present card of the repository."""
     if (folder / "metrics.jsonl").exists():
         draw_curves({"": folder / "metrics.jsonl"}, folder / "curves.png")
-    (folder / "README.md").write_text(merge_cards(make_card(read_facts(folder), repo_id, license), theirs))
+    (folder / "README.md").write_text(
+        merge_cards(make_card(read_facts(folder), repo_id, license), theirs), encoding="utf-8"
+    )
 
 
 def _response(error: BaseException | None) -> Any:
@@ -521,7 +523,7 @@ class Publisher:
             if _status(error) == 404:
                 return None
             raise
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
 
 
 def make_publisher(

@@ -44,7 +44,7 @@ class Scrubber:
         self.secrets = [secret for secret in secrets if secret]
         self.places: dict[str, str] = {}  # normalized, as typed: in configs and command lines
         for path in sorted(output_dir.glob("train_*.yaml")):
-            for section in (yaml.safe_load(path.read_text()) or {}).values():
+            for section in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).values():
                 self._learn(section)
         whole = {}
         for place, shown in self.places.items():
@@ -117,17 +117,17 @@ class Scrubber:
 
     def copy(self, source: Path, target: Path) -> None:
         """Copy a saved config (.yaml), figures (.json) or another text without private data."""
-        text = source.read_text()
+        text = source.read_text(encoding="utf-8")
         if source.suffix == ".json":
             text = json.dumps(self._measured(json.loads(text)), indent=2) + "\n"
         elif source.suffix == ".yaml":
             text = yaml.safe_dump(self.config(yaml.safe_load(text)), sort_keys=False)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(self.text(text))
+        target.write_text(self.text(text), encoding="utf-8")
 
     def copy_model_config(self, source: Path, target: Path) -> None:
         """Copy a config.json of diffusers without the path it was loaded from."""
-        config = json.loads(source.read_text())
+        config = json.loads(source.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(self.text(json.dumps(config, indent=2, sort_keys=True)) + "\n")
+        target.write_text(self.text(json.dumps(config, indent=2, sort_keys=True)) + "\n", encoding="utf-8")

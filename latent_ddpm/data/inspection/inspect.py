@@ -76,7 +76,7 @@ def inspect(sources: Sources, config: Any, cache_dir: Path, workers: int) -> Ins
     folder = cache_folder(sources, config, cache_dir)
     path = folder / "result.json"
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         facts = found["facts"] | outside(sources, config)
         bad, copies = ([tuple(pair) for pair in found[name]] for name in ("bad", "copies"))
         return Inspection(facts, bad, copies, found["noted"], folder)
@@ -93,7 +93,7 @@ def inspect(sources: Sources, config: Any, cache_dir: Path, workers: int) -> Ins
 def known_facts(sources: Sources, config: Any, cache_dir: Path) -> dict[str, Any] | None:
     """The facts of a finished inspection of the same images; None without one."""
     try:
-        found = json.loads((cache_folder(sources, config, cache_dir) / "result.json").read_text())
+        found = json.loads((cache_folder(sources, config, cache_dir) / "result.json").read_text(encoding="utf-8"))
         return found["facts"] | outside(sources, config)
     except (OSError, ValueError, KeyError):
         return None
@@ -315,7 +315,7 @@ def inspect_captions(sources: Sources, config: UNetConfig, folder: Path) -> dict
     settings = (config.caption_column, config.max_caption_tokens, config.text_encoder)
     path = folder / f"captions-{digest(*settings)}.json"
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     limit, count = _counter(config)
     found = {"images": 0, "missing": 0, "captions": 0, "cut": 0, "most": limit}
     found["counted_by"] = "words" if count is _words else "tokens"

@@ -101,7 +101,7 @@ def _key(sources: Sources, config: Any) -> str:
 
 def _read(output_dir: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        noted = json.loads((output_dir / "data.json").read_text())
+        noted = json.loads((output_dir / "data.json").read_text(encoding="utf-8"))
         if isinstance(noted, dict):
             return noted
     return {}

@@ -173,7 +173,7 @@ class HubSource(ImageSource):
         if os.path.isabs(path):
             # The location of the files must not decide which images are held out.
             inside = self.root is not None and Path(path).is_relative_to(Path(self.root).absolute())
-            path = os.path.relpath(path, self.root) if inside else os.path.basename(path)
+            path = Path(os.path.relpath(path, self.root)).as_posix() if inside else os.path.basename(path)
         return f"{self.split}[{i}] {path}"
 
 

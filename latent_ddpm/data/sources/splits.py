@@ -126,7 +126,7 @@ def held_out_images(source: ImageSource, count: int, scratch: Path) -> np.ndarra
         return _smallest_by_hash(source, count)
     path = scratch / f"held-out-{digest(source.fingerprint, count)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
         if known["digest"] == digest(known["images"]):
             return np.array(known["images"], dtype=np.int64)
     found = _smallest_by_hash(source, count)

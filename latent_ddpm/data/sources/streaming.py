@@ -73,7 +73,7 @@ def _part(folder: Path, split: str, file: int, part: int) -> Path:
 def _read_sidecar(path: Path) -> dict | None:
     """The JSON beside a part, or None if there is no such part."""
     try:
-        return json.loads(path.with_suffix(".json").read_text())
+        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -362,7 +362,7 @@ class StreamedSource(ImageSource):
 
 @functools.lru_cache(maxsize=4)
 def _summary_of(path: Path, changed: int) -> dict:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _summary(folder: Path) -> dict:
