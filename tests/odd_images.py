@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
-BAD = ("cats/broken.jpg", "cats/empty.png")
+BAD = ("cats/broken.jpg", "dogs/void.png")
 
 
 def picture(k: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
@@ -48,5 +48,5 @@ def odd_folder(root: Path) -> Path:
     picture(57).save(root / "cats" / "profile.png", icc_profile=srgb)
     picture(58).save(root / "cats" / "bad-profile.jpg", icc_profile=b"nonsense", quality=95)
     (root / "cats" / "broken.jpg").write_bytes((root / "cats" / "rotated.jpg").read_bytes()[:300])
-    (root / "cats" / "empty.png").write_bytes(b"")
+    (root / "dogs" / "void.png").write_bytes(b"")
     return root
