@@ -134,7 +134,7 @@ def decode_all(sources: tuple[ImageSource, ImageSource], workers: int) -> None:
 
 def groups_of(path: Path) -> list[tuple[str, list[str]]]:
     """The groups of duplicates.jsonl: their kind, and the places of their images."""
-    entries = map(json.loads, path.read_text().splitlines())
+    entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return [(entry["kind"], [re.match(r"\w+\[\d+\]", name)[0] for name in entry["images"]]) for entry in entries]
 
 
@@ -195,10 +195,10 @@ def main(argv: list[str]) -> int:
         again = timed(lambda: inspect(words))
         of_digits = ["--config", options.digits, "--output_dir", str(Path(name) / "digits")]
         inspect([words[0], *of_digits, "--workers", str(options.workers)])
-        digits = json.loads((Path(name) / "digits" / "inspection" / "report.json").read_text())
+        digits = json.loads((Path(name) / "digits" / "inspection" / "report.json").read_text(encoding="utf-8"))
         sources = open_hub(str(folder), None, "image")
         decoding = timed(lambda: decode_all(sources, options.workers))
-        report = json.loads((output_dir / "inspection" / "report.json").read_text())
+        report = json.loads((output_dir / "inspection" / "report.json").read_text(encoding="utf-8"))
         result = judged(groups_of(output_dir / "inspection" / "duplicates.jsonl"), planted)
         sheet = sheet_of(result.pop("not_planted_groups"), sources)
     hashes = np.random.default_rng(0).integers(0, 2**63, options.hashes, dtype=np.uint64)
