@@ -26,6 +26,7 @@ from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.diffusion.conditions import (
     Conditions,
     Given,
+    check_conditioning_images,
     check_source,
     identity_of,
     load_encoder,
@@ -239,6 +240,8 @@ def check_images(training: TrainingRun, sources: tuple[ImageSource, ImageSource]
         UserError: they lack it, or are those of another run.
     """
     check_source(sources[0], config)
+    if "image" in config.conditions:
+        check_conditioning_images(sources[0], config)
     training.check_data(identity_of(sources[0], config), sources[0].findings.notes)
     if training.accelerator.is_main_process:
         say_of_data(config, sources, "unet", logger)

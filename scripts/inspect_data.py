@@ -24,12 +24,12 @@ from pathlib import Path
 
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, parse_config
 from latent_ddpm.data.inspection.inspect import inspect, inspect_captions
-from latent_ddpm.data.inspection.known import save_known
+from latent_ddpm.data.inspection.known import keep_refusal, save_known
 from latent_ddpm.data.inspection.lines import Line, lines_of
 from latent_ddpm.data.inspection.report import summary, write_report
 from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.data.sources.streaming import stream_folder
-from latent_ddpm.diffusion.conditions import check_source
+from latent_ddpm.diffusion.conditions import check_conditioning_images, check_source
 from latent_ddpm.errors import UserError
 from latent_ddpm.system import usable_cores
 from latent_ddpm.training.launch import of_stage, run
@@ -85,10 +85,13 @@ def main(argv: list[str]) -> int:
     refusal, captions = [], None
     try:
         check_source(sources[0], unet)
+        if "image" in unet.conditions:
+            check_conditioning_images(sources[0], unet)
         if "text" in unet.conditions and not unet.caption_templates:
             captions = inspect_captions(sources, unet, inspection.folder)
     except UserError as error:
         refusal = [Line(99, f"Stage 2 stops at its start: {error}")]
+    keep_refusal(inspection.folder, refusal)
     lines = refusal + lines_of(inspection.facts, configs, captions)
     folder = options.folder or output_dir / "inspection"
     command = shlex.join(["python", "scripts/inspect_data.py", *argv])

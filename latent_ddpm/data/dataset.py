@@ -233,7 +233,7 @@ def open_image_dataset(
     if len(images) != len(sidecar["kept"]):
         raise UserError(f"{folder} is damaged (images.npy and images.json disagree); delete it and start again")
     if is_main and sidecar["bad"]:
-        logger.warning("%d undecodable images were left out of %s", len(sidecar["bad"]), folder)
+        logger.warning("undecodable images left out of %s: %d", folder, len(sidecar["bad"]))
         for entry in sidecar["bad"]:  # another run may have written the cache, and this run has its own list
             bad_images.add(entry["name"], entry["error"])
         bad_images.check()
@@ -268,7 +268,7 @@ def _write_cache(folder: Path, source: ImageSource, cfg: Any, bad_images: BadIma
             f"the decoded images take {size / 2**30:.2g} GiB and {folder.parent} has {free / 2**30:.2g} GiB left; "
             "free some space, or set image_cache_gib to 0 to decode the images in every epoch"
         )
-    logger.info("decoding %d images to %s", len(source), folder)
+    logger.info("decoding images to %s: %d", folder, len(source))
     squares = DataLoader(
         _Squares(source, cfg),
         batch_size=64,

@@ -21,21 +21,23 @@ from latent_ddpm.config import UNetConfig, encoding_batch_size
 from latent_ddpm.data.captions import Captions, TextEncoder, check_captions, embed_captions, read_captions
 from latent_ddpm.data.dataset import ImageDataset, decode_square
 from latent_ddpm.data.formats import readable_extensions
-from latent_ddpm.data.images import decode, nearest_square, to_uint8
+from latent_ddpm.data.images import CENTRE, decode, nearest_square, to_uint8
 from latent_ddpm.data.indexing import digest
 from latent_ddpm.data.latents import LatentCache, build_cache, latents_folder
 from latent_ddpm.data.sources.base import ImageSource
-from latent_ddpm.data.sources.hub import LABEL_COLUMNS
 from latent_ddpm.data.sources.layout import JUNK
 from latent_ddpm.errors import UserError
 from latent_ddpm.places import no_folder
 from latent_ddpm.random import Stream, uniform
+from latent_ddpm.resizing import resizer
 from pipeline_latent_ddpm import class_shares, image_channels
 
 # the conditioning of a batch: class_labels (B,), conditioning_image (B, K, h, w), encoder_hidden_states (B, T, W) with
 # encoder_attention_mask (B, T)
 Given = dict[str, torch.Tensor]
 
+
+CHECKED_IMAGES = 256  # conditioning images that are looked at before training
 
 # the U-Net's names -> the pipeline's names
 TEXT_KEYS = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
@@ -321,23 +323,34 @@ class ConditioningImages(ImageDataset):
 
     def _decode_from(self, i: int, crop: tuple[float, float]) -> tuple[np.ndarray, int]:
         # unlike a damaged image, a damaged conditioning image has no replacement: it would belong to another image
-        name = self.name(i)
+        k, name = self.source_index(i), self.name(i)
         if self.classes is None:
-            k = self.source_index(i)
-            pixels = decode_square(self.of, k, self.resolution, self.channels, crop, self.resized_by)
-            if isinstance(pixels, str):
-                raise UserError(f"The conditioning image of {name} cannot be used: {pixels}")
-            return pixels, i
-        try:
-            pixels = nearest_square(self.of.load(self.source_index(i)), self.resolution)
-        except Exception as error:  # as for images: Pillow's plugins raise almost any exception class
-            raise UserError(f"The conditioning image of {name} cannot be used: {error}") from error
-        if pixels.max() >= self.classes:
-            raise UserError(
-                f"The conditioning image of {name} has the value {pixels.max()}; conditioning_image_classes is "
-                f"{self.classes}, so values go from 0 to {self.classes - 1}."
-            )
-        return pixels[..., None], i
+            return _picture(self.of, k, name, self.resolution, self.channels, self.resized_by, crop), i
+        return _map_of_classes(self.of, k, name, self.resolution, self.classes)[..., None], i
+
+
+def _picture(
+    source: ImageSource, k: int, name: str, resolution: int, channels: int, library: str, crop: tuple = CENTRE
+) -> np.ndarray:
+    """The conditioning image of image k, called `name`: uint8 (R, R, C)."""
+    pixels = decode_square(source, k, resolution, channels, crop, library)
+    if isinstance(pixels, str):
+        raise UserError(f"The conditioning image of {name} cannot be used: {pixels}")
+    return pixels
+
+
+def _map_of_classes(source: ImageSource, k: int, name: str, resolution: int, classes: int) -> np.ndarray:
+    """The semantic map of image k, called `name`: uint8 (R, R)."""
+    try:
+        pixels = nearest_square(source.load(k), resolution)
+    except Exception as error:  # as for images: Pillow's plugins raise almost any exception class
+        raise UserError(f"The conditioning image of {name} cannot be used: {error}") from error
+    if pixels.max() >= classes:
+        raise UserError(
+            f"The conditioning image of {name} has the value {pixels.max()}; conditioning_image_classes is {classes}, "
+            f"so values go from 0 to {classes - 1}. Number the classes from 0, or raise it."
+        )
+    return pixels
 
 
 class ConditioningSource(ImageSource):
@@ -440,6 +453,21 @@ def check_source(source: ImageSource, config: UNetConfig) -> None:
         check_captions(source, config)
 
 
+def check_conditioning_images(source: ImageSource, config: UNetConfig) -> None:
+    """Check some of the conditioning images of a source, evenly spaced, as training will read them.
+
+    Raises:
+        UserError: one is missing or cannot be used.
+    """
+    conditioning, classes = ConditioningSource(source, config), config.conditioning_image_classes
+    for i in np.unique(np.linspace(0, len(source) - 1, CHECKED_IMAGES).astype(np.int64)).tolist():
+        name = source.name(i)
+        if classes is None:
+            _picture(conditioning, i, name, config.resolution, config.image_channels, resizer(config.image_resize))
+        else:
+            _map_of_classes(conditioning, i, name, config.resolution, classes)
+
+
 def identity_of(source: ImageSource, config: UNetConfig) -> str:
     """Identifies the training images, and those of a conditioning_image_dir; see `ImageSource.identity`."""
     if not config.conditioning_image_dir:
@@ -493,7 +521,7 @@ def _class_names(images: ImageDataset | ImageSource) -> list[str]:
     names = images.class_names
     if not names or len(names) < 2:
         source = images.source if isinstance(images, ImageDataset) else images
-        columns = [column for column in source.class_columns() if column not in LABEL_COLUMNS]
+        columns = source.class_columns()
         hint = f" Columns that class_column may name: {', '.join(columns[:8])}." if columns else ""
         raise UserError(
             "conditions has class, but the dataset has no classes. It needs a column of labels, or images in two or "

@@ -466,7 +466,10 @@ def _data_part(facts: Facts) -> str:
     rows = [("images for training, for validation", f"{counts['training']:,}, {counts['validation']:,}")]
     bad = sum(known.get("undecodable", {}).values()) + known.get("undecodable_in_stream", 0)
     rows += [("images that cannot be decoded", f"{bad:,}")] if bad else []
-    rows += [(f"files left out: {reason}", f"{count:,}") for reason, count in known["left_out"].items()]
+    folders = known.get("folders_left_out", ())
+    for reason, count in known["left_out"].items():
+        # what comes after the colon is advice for the person who trains
+        rows.append((f"{'folders' if reason in folders else 'files'} left out: {reason.split(':')[0]}", f"{count:,}"))
     if classes := known.get("classes"):
         spread = f"{classes['number']:,}, {classes['smallest']:,} to {classes['largest']:,}"
         rows.append(("classes, images of a class", spread))

@@ -147,7 +147,7 @@ def test_an_image_beside_the_folders_of_classes(tmp_path):
     (tmp_path / "emu").mkdir()
     source = FolderSource(tmp_path)
     assert source.class_names == ["cat", "dog"] and classes_by_name(source)["cover.png"] is None
-    assert source.findings.notes == ["1 images are in no folder of a class, and train without one: cover.png."]
+    assert source.findings.notes == ["1 image is in no folder of a class, and trains without one: cover.png."]
     assert source.findings.empty_classes == ["emu"]
 
 
@@ -190,6 +190,24 @@ def test_the_classes_of_a_folder_from_its_metadata(tmp_path):
         open_sources(config(train_data_dir=str(tmp_path), class_column="species"))
 
 
+def test_labels_of_metadata_are_classes_where_folders_are_none(tmp_path):
+    fill(tmp_path, [f"{k}.png" for k in range(6)])
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(f"{k}.png,{'ab'[k % 2]}\n" for k in range(6)))
+    train, validation = open_sources(config(train_data_dir=str(tmp_path)))
+    found = classes_by_name(train) | classes_by_name(validation)
+    assert found == {f"{k}.png": "ab"[k % 2] for k in range(6)}
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(f"{k}.png,{k * 100}\n" for k in range(6)))
+    assert open_sources(config(train_data_dir=str(tmp_path)))[0].class_names is None  # identifiers
+
+
+def test_masks_among_the_images_are_told(tmp_path):
+    fill(tmp_path, ["a.png", "a_mask.png", "b.jpg", "b-seg.png", "c_mask.png"])
+    (note,) = FolderSource(tmp_path).findings.notes
+    assert note.startswith("2 of the images look like masks of others (a_mask of a) and are trained on.")
+    fill(tmp_path / "x", ["images/a.png", "masks/a.png"])
+    assert "Images of the folder masks are trained on" in FolderSource(tmp_path / "x").findings.notes[0]
+
+
 # --------------------------------------------------------------------------------------------------- text beside
 
 
@@ -199,6 +217,7 @@ def test_the_classes_of_a_folder_from_its_metadata(tmp_path):
         ({"a.txt": "a cat", "a.json": '{"url": "x"}'}, ["a cat"]),  # as img2dataset writes them
         ({"a.txt": "a cat", "a.json": '{"text": null}'}, ["a cat"]),
         ({"a.txt": "a cat", "a.json": '{"text": "a dog"}'}, "a dog"),
+        ({"a.json": '{"caption": "a cat"}'}, "a cat"),
         ({"a.caption": "a cat"}, ["a cat"]),
         ({"a.png.txt": "a cat"}, ["a cat"]),
         ({"a.png.json": '{"text": "a cat"}'}, "a cat"),

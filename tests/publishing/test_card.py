@@ -283,7 +283,7 @@ def test_what_is_known_of_the_images(tmp_path):
     for row in (
         "| images for training, for validation | 598, 40 |",  # as the run counted them
         "| images that cannot be decoded | 3 |",
-        "| files left out: HEIC: pip install pillow-heif | 7 |",
+        "| files left out: HEIC | 7 |",
         "| classes, images of a class | 4, 9 to 300 |",
         "| formats | JPEG 500, PNG 140 |",
         "| smallest, median and largest shorter side in pixels | 20, 640, 4,000 |",

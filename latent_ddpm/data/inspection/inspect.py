@@ -188,17 +188,19 @@ def sizes_of(widths: np.ndarray, heights: np.ndarray, resolution: int) -> dict[s
 
 
 def classes_of(sources: Sequence[ImageSource]) -> dict[str, Any] | None:
-    """The number of images of each class, of those without one, and the classes without images; None without any."""
+    """The number of training images of each class, and of those without one; None without classes.
+
+    `empty` are the classes without a training image.
+    """
     if sources[0].class_names is None:
         return None
     names = sources[0].class_names
     counts, unknown = np.zeros(len(names), dtype=np.int64), 0
-    for source in sources:
-        for start in range(0, len(source) if source.labels is not None else 0, PART):
-            part = source.labels[start : start + PART]
-            known = part[(part >= 0) & (part < len(names))]
-            counts += np.bincount(known, minlength=len(names))
-            unknown += len(part) - len(known)
+    for start in range(0, len(sources[0]), PART):
+        part = sources[0].labels[start : start + PART]
+        known = part[(part >= 0) & (part < len(names))]
+        counts += np.bincount(known, minlength=len(names))
+        unknown += len(part) - len(known)
     pairs = list(zip(names, counts.tolist(), strict=True))
     empty = [name for name, count in pairs if not count]
     return {
@@ -214,6 +216,7 @@ def outside(sources: Sources, config: Any) -> dict[str, Any]:
     return {
         "classes": classes_of(sources),
         "left_out": findings.counts(),
+        "folders_left_out": [why for why, names in findings.left_out.items() if all(n.endswith("/") for n in names)],
         "splits": {name: list(split) for name, split in findings.splits.items()},
         "notes": list(findings.notes),
         "undecodable_in_stream": undecodable(config) if getattr(config, "streaming", False) else 0,

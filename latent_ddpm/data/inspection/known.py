@@ -5,10 +5,11 @@ Nothing here may change a run, or end it.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def say_of_data(config: RunConfig, sources: Sources, stage: str, log: logging.Lo
         for line in [line for line in lines if line.text not in sources[0].findings.notes][:MOST_LINES]:
             log.info("%s", line.text)
         if lines and not facts["complete"]:
-            log.info("scripts/inspect_data.py with the same flags looks at every image, and names them.")
+            log.info("scripts/inspect_data.py with the same flags looks at every image, finds copies, and names them.")
         command = f"python train_{stage}.py --config train_{stage}.yaml"
         save_known(Path(config.output_dir), sources, config, facts, command, in_training=True)
     except Exception as error:  # whatever it is, the run can do without
@@ -53,7 +54,8 @@ def say_of_data(config: RunConfig, sources: Sources, stage: str, log: logging.Lo
 
 def quick_lines(config: RunConfig, sources: Sources) -> tuple[dict[str, Any], list[Line]]:
     """Facts and lines: of a finished inspection of the same images, else of a sample, noted at an earlier start."""
-    facts = known_facts(sources, config, Path(config.output_dir) / "cache")
+    cache = Path(config.output_dir) / "cache"
+    facts = known_facts(sources, config, cache)
     if facts is None:
         noted = _read(Path(config.output_dir))
         same = noted.get("key") == _key(sources, config)
@@ -61,7 +63,21 @@ def quick_lines(config: RunConfig, sources: Sources) -> tuple[dict[str, Any], li
     captions = None
     if isinstance(config, UNetConfig) and "text" in config.conditions and not config.caption_templates:
         captions = _captions_of_sample(sources[0], config.caption_column)
-    return facts, lines_of(facts, [config], captions)
+    # stage 2 itself stops there
+    refusal = [] if isinstance(config, UNetConfig) else _refusal(cache_folder(sources, config, cache))
+    return facts, refusal + lines_of(facts, [config], captions)
+
+
+def keep_refusal(folder: Path, refusal: Sequence[Line]) -> None:
+    """Keep what would stop stage 2, beside the result of an inspection, so that stage 1 says it too."""
+    write_json(folder / "refusal.json", [dataclasses.asdict(line) for line in refusal])
+
+
+def _refusal(folder: Path) -> list[Line]:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        found = json.loads((folder / "refusal.json").read_text(encoding="utf-8"))
+        return [Line(line["importance"], f"The last inspection found: {line['text']}") for line in found]
+    return []
 
 
 def sample_facts(sources: Sources, config: Any, seconds: float = SECONDS) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def _of_files(facts: dict[str, Any], config: RunConfig) -> Iterator[Line]:
     for reason, count in facts["left_out"].items():
         # a reason that says what to do is a loss that can be mended
         importance = 84 if "pip install" in reason else 45
-        yield Line(importance, f"{number(count, 'files')} {'is' if count == 1 else 'are'} not trained on ({reason}).")
+        what = "folders" if reason in facts.get("folders_left_out", ()) else "files"
+        yield Line(importance, f"{number(count, what)} {'is' if count == 1 else 'are'} not trained on ({reason}).")
     for name, (count, use) in facts["splits"].items():
         if use == "not used":
             yield Line(70, f"The split {name!r} with {number(count, 'images')} is not used.")

@@ -46,8 +46,8 @@ class ClassValues:
         different = len(self.number)
         if different <= images / 2:
             return True
-        if all(isinstance(value, int) for value in self.number):
-            return max(self.number, default=0) < images
+        if all(str(value).isdecimal() for value in self.number):  # a CSV file has numbers as text
+            return max(map(int, self.number), default=0) < images
         return different <= FEW
 
 

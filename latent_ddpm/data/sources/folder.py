@@ -5,6 +5,7 @@ import functools
 import itertools
 import logging
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,10 @@ from latent_ddpm.data.sources.metadata import (
     read_metadata,
 )
 from latent_ddpm.errors import UserError
+from latent_ddpm.places import no_folder
 from latent_ddpm.text_files import read_text
 
+LABEL_COLUMNS = ("label", "labels", "cls")  # the last one as in WebDataset
 logger = logging.getLogger(__name__)
 
 RUN_FILES = {"train_autoencoder.yaml", "train_unet.yaml"}  # a folder that holds one is the output_dir of a run
@@ -44,6 +47,8 @@ NO_IMAGES = {
     *(".safetensors", ".bin", ".pkl", ".mat", ".h5", ".hdf5", ".lock", ".sha256", ".md5", ".cfg", ".toml"),
 }
 UNFINISHED = (".part", ".crdownload", ".partial", ".download", ".tmp", ".aria2", "!qb")
+MASK_FOLDERS = {"mask", "masks", "annotation", "annotations", "segmentation", "segmentations", "gt", "groundtruth"}
+MASK_NAME = re.compile(r"(.+)[-_](mask|masks|seg|segmentation|gt)")
 LAYOUT_DEPTH = 3  # folders below the root that may have a meaning: one that contains everything, a split, a class
 
 
@@ -76,7 +81,7 @@ class FolderSource(ImageSource):
     ) -> None:
         self.root, self._key = Path(root).expanduser(), key
         if not self.root.is_dir():
-            raise UserError(f"{key}: there is no folder {str(self.root)!r}")
+            raise UserError(no_folder(key, str(self.root)))
         self._without = {
             place: why for folder, why in (without or {}).items() if (place := _place(os.path.realpath(folder)))
         }
@@ -102,6 +107,7 @@ class FolderSource(ImageSource):
         if not self.names:
             raise UserError(self._nothing_found())
         self.fingerprint = running.result()
+        self._look_for_masks()
         if len(self.names) >= MANY:
             give_memory_back()
         self._understand(read_layout(list(number)), numbers)
@@ -206,6 +212,21 @@ class FolderSource(ImageSource):
             f"{', '.join(sorted(self._extensions))}, in lower or upper case"
         )
 
+    def _look_for_masks(self) -> None:
+        """Note images that look like masks of others: NAME_mask beside NAME."""
+        if len(self.names) >= MANY:
+            return
+        stems = (name.rsplit(".", 1)[0] for name in self.names)
+        of = {stem: match[1] for stem in stems if (match := MASK_NAME.fullmatch(stem))}
+        wanted = set(of.values())
+        there = {stem for name in self.names if (stem := name.rsplit(".", 1)[0]) in wanted} if wanted else set()
+        masks = [stem for stem, image in of.items() if image in there]
+        if masks:
+            self.findings.notes.append(
+                f"{len(masks)} of the images look like masks of others ({masks[0]} of {of[masks[0]]}) and are trained "
+                f"on. Move them to a folder of their own, with the names of the images, for conditioning_image_dir."
+            )
+
     def _understand(self, layout: Layout, numbers: Sequence[np.ndarray]) -> None:
         """Splits and classes from the meaning of each folder and the number of each image's folder."""
         length = len(self.names)
@@ -244,7 +265,8 @@ class FolderSource(ImageSource):
         if len(missing):
             first = [self.names[int(np.arange(length)[here][i])] for i in missing[:3]]
             self.findings.notes.append(
-                f"{len(missing)} images are in no folder of a class, and train without one: {', '.join(first)}"
+                f"{len(missing)} {'image is' if len(missing) == 1 else 'images are'} in no folder of a class, and "
+                f"{'trains' if len(missing) == 1 else 'train'} without one: {', '.join(first)}"
                 f"{', ...' if len(missing) > 3 else ''}."
             )
         if any(map(split_named, names)) and not layout.has_splits:
@@ -252,6 +274,11 @@ class FolderSource(ImageSource):
             self.findings.notes.append(
                 f"Folders called {odd} are taken for classes, because other folders beside them are no splits: "
                 f"{', '.join([name for name in names if not split_named(name)][:3]) or 'none'}."
+            )
+        if masks := [name for name in names if name.lower() in MASK_FOLDERS]:
+            self.findings.notes.append(
+                f"Images of the folder {masks[0]} are trained on. If they are masks of others, move the folder away, "
+                f"or give it as conditioning_image_dir."
             )
         empty = {
             folder[len(prefix) :].rstrip("/")
@@ -329,6 +356,8 @@ class FolderSource(ImageSource):
             jsons = (path for name in self.names for path in self._beside(name) if path.suffix.lower() == ".json")
             for path in itertools.islice(jsons, 100):
                 columns |= dict.fromkeys(read_json_object(path))
+            if "caption" in columns:
+                columns["text"] = None
         return list(columns)
 
     def _beside(self, name: str) -> Iterator[Path]:
@@ -343,11 +372,21 @@ class FolderSource(ImageSource):
             return value
         for path in self._beside(name):
             if path.suffix.lower() == ".json":
-                value = read_json_object(path).get(column)
+                found = read_json_object(path)
+                # img2dataset and others call it caption
+                value = found.get(column, found.get("caption") if column == "text" else None)
             elif column == "text":
                 value = _lines(path)
             if is_given(value):
                 return value
+        return None
+
+    def label_column(self) -> str | None:
+        """The column of the metadata files that is called like one of classes; None without one."""
+        if self._metadata_folders:
+            with contextlib.suppress(UserError):  # is raised where the metadata are used
+                columns = {key for row in self._metadata.values() for key in row}
+                return next((name for name in LABEL_COLUMNS if name in columns), None)
         return None
 
     def class_columns(self) -> list[str]:

@@ -22,6 +22,7 @@ from latent_ddpm.data.images import decode
 from latent_ddpm.data.indexing import PART, digest, give_memory_back, narrow
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.classes import ClassValues, labels_of
+from latent_ddpm.data.sources.folder import LABEL_COLUMNS
 from latent_ddpm.data.sources.layout import split_named
 from latent_ddpm.errors import UserError
 
@@ -32,7 +33,6 @@ TABLES = {".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz", ".lance"}  # file
 SAVED_DATASET = ("dataset_dict.json", "state.json", "dataset_info.json")  # of save_to_disk
 SPLIT_WORDS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"  # as in `datasets`
 ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
-LABEL_COLUMNS = ("label", "labels", "cls")  # the last one as in WebDataset
 
 
 class HubSource(ImageSource):

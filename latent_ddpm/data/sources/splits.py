@@ -46,6 +46,8 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
     train, validation = _open(cfg, scratch)
     if cfg.class_column is not None and not isinstance(train, HubSource | StreamedSource):
         train, validation = _classes_of_column(cfg.class_column, train, validation)
+    elif train.class_names is None and (column := _label_column(getattr(train, "source", train))) is not None:
+        train, validation = _classes_of_column(column, train, validation, named=False)
     if cfg.class_names is not None:
         train, validation = choose_classes(train, validation, cfg.class_names)
     if validation is None:
@@ -93,10 +95,14 @@ def _splits_of(source: FolderSource) -> tuple[ImageSource, ImageSource | None]:
     return SubsetSource(source, train), None if held_out is None else SubsetSource(source, held_out)
 
 
+def _label_column(source: ImageSource) -> str | None:
+    return source.label_column() if isinstance(source, FolderSource) else None
+
+
 def _classes_of_column(
-    column: str, train: ImageSource, validation: ImageSource | None
+    column: str, train: ImageSource, validation: ImageSource | None, named: bool = True
 ) -> tuple[ImageSource, ImageSource | None]:
-    """The splits with the values of a column as classes."""
+    """The splits with the values of a column as classes; unchanged if nobody `named` it and it holds something else."""
     if column not in train.class_columns():
         there = ", ".join(train.class_columns()) or "none"
         raise UserError(
@@ -109,6 +115,8 @@ def _classes_of_column(
             codes = values.codes(source.class_values(i, column) for i in range(len(source)))
         except TypeError as error:
             raise UserError(f"class_column: {column} cannot hold classes: {error}.") from error
+        if classes is None and not named and not (values.number and values.look_like_classes(len(source))):
+            return train, validation
         classes = values.ordered() if classes is None else classes
         if not classes:
             raise UserError(f"class_column: no training image has a value in the column {column!r}.")
