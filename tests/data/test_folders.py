@@ -91,6 +91,10 @@ def test_conditioning_images_among_the_images_are_not_trained_on(tmp_path):
     source = FolderSource(tmp_path)
     assert names(source) == ["a.png", "b.png"] and source.image_columns() == ["mask"]
     assert source.load_column(1, "mask").getpixel((0, 0)) == (3, 0, 200)
+    fill(tmp_path.parent, ["outside.png"])
+    (tmp_path / "metadata.csv").write_text("file_name,mask_file_name\na.png,../outside.png\n")
+    with pytest.raises(OSError, match="is outside of"):
+        FolderSource(tmp_path).load_column(0, "mask")
 
 
 # --------------------------------------------------------------------------------------------- splits and classes
@@ -261,6 +265,7 @@ def test_parquet_metadata(tmp_path):
         ("metadata.csv", b"file_name,text\na.png,a cat, on a mat\n", "line 2 has 3 values for 2 columns"),
         ("metadata.csv", b"image,text\na.png,a cat\n", "row 1 has no file_name. Its columns are image, text"),
         ("metadata.csv", b'file_name,text\na.png,"a cat\n', "metadata.csv cannot be read"),
+        ("metadata.csv", b"file_name,text,text\na.png,a cat,b\n", "two columns are called 'text'"),
         ("metadata.csv", b"file_name,text\na.png,caf\xe9\n", "is not text in UTF-8 .byte 24.: save it as UTF-8"),
         ("metadata.jsonl", b'{"file_name": "a.png"}\nnothing\n', "line 2 is no JSON"),
         ("metadata.jsonl", b"[]\n", "line 1 is no JSON object"),

@@ -86,7 +86,7 @@ def inspect(sources: Sources, config: Any, cache_dir: Path, workers: int) -> Ins
     bad, noted = sorted(table.errors.items()), note(table, config)
     write_whole(path, json.dumps({"facts": facts, "bad": bad, "copies": copies, "noted": noted}))
     for block in folder.glob("block-*.npz"):
-        block.unlink()
+        block.unlink(missing_ok=True)  # another inspection of the same images may be faster
     return Inspection(facts | outside(sources, config), bad, copies, noted, folder)
 
 

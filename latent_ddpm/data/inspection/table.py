@@ -96,8 +96,8 @@ class Table:
         return buffer.getvalue()
 
     @classmethod
-    def from_file(cls, path: Path) -> "Table":
-        """Reads `to_bytes`.
+    def from_file(cls, path: Path | io.BytesIO) -> "Table":
+        """Reads `to_bytes`, from a file or from memory.
 
         Raises:
             OSError, ValueError, KeyError: there is no such file, or it is damaged.
@@ -309,7 +309,8 @@ def look_at_all(sources: Sequence[ImageSource], config: Any, folder: Path, worke
         bar.update(sum(map(len, found.values())))
         for block, content in _loaded(blocks, missing, workers):
             write_whole(_path(folder, block), content)
-            found[block] = Table.from_file(_path(folder, block))
+            # not from the file, which another inspection of the same images may have removed at its end
+            found[block] = Table.from_file(io.BytesIO(content))
             bar.update(len(found[block]))
     return Table.joined([found[block] for block in range(len(blocks))])
 

@@ -403,6 +403,8 @@ class FolderSource(ImageSource):
         path = self._row(self.names[i]).get(f"{column}_{FILE_NAME}")
         if not isinstance(path, str):
             raise OSError(f"the metadata have no {column}_{FILE_NAME} for it")
+        if os.path.isabs(path) or path.split("/")[0] == "..":
+            raise OSError(f"{path}, which the metadata name, is outside of {self.root}")
         return decode((self.root / path).read_bytes(), at_least)
 
 

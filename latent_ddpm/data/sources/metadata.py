@@ -42,6 +42,9 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     delimiter = next((mark for mark in ",;\t" if FILE_NAME in _names(header, mark)), ",")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+    twice = [name for k, name in enumerate(reader.fieldnames) if name in reader.fieldnames[:k]]
+    if twice:
+        raise ValueError(f"two columns are called {twice[0]!r}")
     rows = []
     for row in reader:
         if None in row:
