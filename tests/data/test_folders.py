@@ -103,7 +103,7 @@ def test_conditioning_images_among_the_images_are_not_trained_on(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("train", "train"), ("Training", "train"), ("train2017", "train"), ("train_images", "train"),
+        ("train", "train"), ("Training", "train"), ("train2017", "train"), ("train_images", "train"), ("trainA", "train"),
         ("valid", "validation"), ("val-set", "validation"), ("dev", "validation"), ("test", "test"),
         ("trainee", None), ("car", None), ("tests", None), ("value", None), ("", None),
     ],
@@ -202,6 +202,10 @@ def test_labels_of_metadata_are_classes_where_folders_are_none(tmp_path):
     assert found == {f"{k}.png": "ab"[k % 2] for k in range(6)}
     (tmp_path / "metadata.csv").write_text("file_name,label\n" + "".join(f"{k}.png,{k * 100}\n" for k in range(6)))
     assert open_sources(config(train_data_dir=str(tmp_path)))[0].class_names is None  # identifiers
+    (tmp_path / "metadata.csv").unlink()
+    for value in ("[1, 2]", "NaN"):  # no classes, and no reason to stop
+        (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "0.png", "label": {value}}}')
+        assert open_sources(config(train_data_dir=str(tmp_path)))[0].class_names is None
 
 
 def test_masks_among_the_images_are_told(tmp_path):

@@ -9,7 +9,7 @@ _WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_ADDED = r"(?:[-_ ]?(?:set|split|data|images|imgs|\d{2,4}))?"  # train2017, test_set, val-images
+_ADDED = r"(?:[-_ ]?(?:set|split|data|images|imgs|\d{2,4}|[ab]))?"  # train2017, test_set, trainA
 
 # Folders that systems and tools leave among images: thumbnails, trash and snapshots. In lower case.
 JUNK = {

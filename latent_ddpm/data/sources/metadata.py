@@ -98,7 +98,10 @@ def join_rows(files: Iterable[tuple[Path, str]]) -> dict[str, dict[str, Any]]:
             for key, value in values.items():
                 if key.endswith(f"_{FILE_NAME}") and isinstance(value, str):
                     value = posixpath.normpath(folder + value.strip().replace("\\", "/"))
-                own[key] = value if own.get(key, value) == value else [*_as_list(own[key]), *_as_list(value)]
+                if key not in own or own[key] == value:
+                    own[key] = value
+                else:
+                    own[key] = [*_as_list(own[key]), *_as_list(value)]
     return found
 
 

@@ -114,6 +114,8 @@ def _classes_of_column(
         try:
             codes = values.codes(source.class_values(i, column) for i in range(len(source)))
         except TypeError as error:
+            if not named:
+                return train, validation
             raise UserError(f"class_column: {column} cannot hold classes: {error}.") from error
         if classes is None and not named and not (values.number and values.look_like_classes(len(source))):
             return train, validation
