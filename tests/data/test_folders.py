@@ -103,7 +103,8 @@ def test_conditioning_images_among_the_images_are_not_trained_on(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("train", "train"), ("Training", "train"), ("train2017", "train"), ("train_images", "train"), ("trainA", "train"),
+        ("train", "train"), ("Training", "train"), ("train2017", "train"), ("train_images", "train"),
+        ("trainA", "train"),
         ("valid", "validation"), ("val-set", "validation"), ("dev", "validation"), ("test", "test"),
         ("trainee", None), ("car", None), ("tests", None), ("value", None), ("", None),
     ],
