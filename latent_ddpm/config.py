@@ -748,8 +748,8 @@ def keys_of(config_class: type[RunConfig]) -> list[str]:
     return [field.name for field in dataclasses.fields(config_class)]
 
 
-def _nearest(key: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+def _nearest(key: object, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     return f" Did you mean '{match[0]}'?" if match else ""
 
 
@@ -871,6 +871,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str]) -> Config:
     for key in PATH_KEYS & set(known):
         if getattr(config, key):
             setattr(config, key, expand(getattr(config, key), key))
+    config.train_data_dir, config.dataset_name = config.train_data_dir or None, config.dataset_name or None
     config.source_note = note
     config.class_names = None if config.class_names is None else list(map(str, config.class_names))
     config.validate()

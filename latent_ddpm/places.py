@@ -62,6 +62,6 @@ def no_folder(key: str, value: str) -> str:
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
     if meant is None:
         above = next((str(folder) for folder in path.parents if folder.is_dir()), None)
-        if above not in (None, ".", str(parent)):
+        if above not in (None, ".", path.anchor, str(parent)):
             hint = f" {above} exists, but not what comes after it."
     return f"{key} {value} is not a folder{where}.{hint}"

@@ -260,6 +260,9 @@ def test_what_yaml_makes_of_no(tmp_path):
     config = parsed("--config", tmp_path / "a.yaml", "--class_names", "[7, one]")
     assert (config.mixed_precision, config.torch_compile, config.class_names) == ("no", "off", ["7", "one"])
     (tmp_path / "a.yaml").write_text("train_data_dir: a\ntrain_unet:\n  seed: 1\n  seed: 2\n")
+    (tmp_path / "b.yaml").write_text("1: 2\n")
+    with pytest.raises(UserError, match="unknown key '1' at the top level"):
+        parsed("--config", tmp_path / "b.yaml")
     with pytest.raises(UserError, match="the key seed is given twice"):
         parsed("--config", tmp_path / "a.yaml")
 
