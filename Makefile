@@ -1,12 +1,12 @@
 # Two commands do everything on a fresh machine:
 #   make quickstart   install, train both stages on handwritten digits, show the result
 #   make test         install, lint, pass the tests
-# Both make .venv when it is missing and install nothing the second time.
+# Both make .venv when it is missing and install nothing the second time. `make test-long` runs the longer tests.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-long lint install clean
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,6 +28,9 @@ lint: .venv/.installed-test
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-long: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 clean:
 	rm -rf .venv outputs

@@ -322,7 +322,13 @@ def test_the_discriminators_optimizer_has_moments_of_its_own(trained, photos, tm
         assert tuple(state["optimizer"]["param_groups"][0]["betas"]) == (0.9, 0.99)
 
 
-@pytest.mark.parametrize("gan", [GAN, OTHER_GAN], ids=["hinge, spectral", "non-saturating, actnorm, R1, LeCam"])
+@pytest.mark.parametrize(
+    "gan",
+    [
+        pytest.param(GAN, id="hinge, spectral"),
+        pytest.param(OTHER_GAN, id="non-saturating, actnorm, R1, LeCam", marks=pytest.mark.long),
+    ],
+)
 def test_two_processes_see_what_one_with_the_joint_batch_sees(photos, tmp_path, gan):
     """Same codebook, same curves, with the discriminator in play and accumulation on."""
     flags = {"train_data_dir": photos, "resolution": 16, "random_flip": "true", "max_train_steps": 20}

@@ -55,6 +55,7 @@ def test_benchmark_autoencoder_knows_its_recipes(photos, tmp_path):
     assert "set lpips_weight 0" in script("benchmark_autoencoder.py", *words, expect=2)
 
 
+@pytest.mark.long
 def test_benchmark_discriminator_and_that_it_goes_on_where_it_was_killed(photos, tmp_path):
     words = ["--seeds", 1, "--work_dir", tmp_path / "work", "--json", tmp_path / "r.json", "--train_data_dir",
              photos, *TINY, "--max_train_steps", 8, "--disc_start", 4, "--checkpointing_steps", 2, "--disc_weight", 0.5,
@@ -147,6 +148,7 @@ def test_benchmark_diffusion_and_that_it_measures_what_was_trained(photos, small
     assert "holds another run" in script("benchmark_diffusion.py", *words, "--seed", 3, expect=2)
 
 
+@pytest.mark.long
 def test_benchmark_diffusion_with_conditions(photos, small_autoencoder, tmp_path):
     words = ["--minutes", 0.02, "--turn", 1.2, "--recipes", "ours", "ours --conditions [class]", "--num_images", 12,
              "--guidance_scales", 1, 3, "--work_dir", tmp_path, "--json", tmp_path / "r.json",
@@ -172,6 +174,7 @@ def test_profile_unet_shares_out_a_step(photos, small_autoencoder, tmp_path):
     assert 0 < result["share_neither_forward_backward_nor_optimizer_median"] < 1
 
 
+@pytest.mark.long
 def test_benchmark_latents(tmp_path):
     script("benchmark_latents.py", "--images", 100, 3000, "--rounds", 1, "--batches", 3, "--json", tmp_path / "l.json")
     medians = json.loads((tmp_path / "l.json").read_text())["medians"]
@@ -300,6 +303,7 @@ def test_chaos_by_sigkill(tmp_path):
     assert result["kills"] == result["kills_in_trials_with_an_identical_result"] >= 2
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_chaos_on_a_full_disk(tmp_path):
     script("chaos.py", "--fault", "full_disk", "--stride", 150, "--json", tmp_path / "d.json")

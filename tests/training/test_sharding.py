@@ -52,7 +52,9 @@ def assert_close(one, other, atol):
         torch.testing.assert_close(value.float(), other[name].float(), rtol=1e-3, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "optimizer"), [("fsdp2", "muon"), ("zero2", "adamw")])
+@pytest.mark.parametrize(
+    ("kind", "optimizer"), [("fsdp2", "muon"), pytest.param("zero2", "adamw", marks=pytest.mark.long)]
+)
 def test_a_run_whose_weights_are_cut_is_the_same_run(trained, tmp_path, monkeypatch, kind, optimizer):
     """Begun by two processes with cut weights, gone on with in one without, ended cut again.
 
