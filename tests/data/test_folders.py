@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from image_sources import config, fill, own_datasets_cache, png  # noqa: F401, the fixture
+from image_sources import colour, config, fill, own_datasets_cache, png  # noqa: F401, the fixture
 
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.data.bad_images import BadImages
@@ -19,6 +19,7 @@ from latent_ddpm.data.inspection.inspect import inspect
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.data.sources.layout import read_layout, split_named
 from latent_ddpm.data.sources.splits import open_sources
+from latent_ddpm.diffusion.conditions import ConditioningSource
 from latent_ddpm.errors import UserError
 
 
@@ -95,6 +96,23 @@ def test_conditioning_images_among_the_images_are_not_trained_on(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,mask_file_name\na.png,../outside.png\n")
     with pytest.raises(OSError, match="is outside of"):
         FolderSource(tmp_path).load_column(0, "mask")
+
+
+def test_what_is_no_image_is_no_conditioning_image(tmp_path):
+    fill(tmp_path, ["a.png", "a.jpg", "b.jpg", ".b.png"])
+    for name in ("a.txt", "b.txt", "b.json"):
+        (tmp_path / name).write_text("{}")
+    cfg = UNetConfig(train_data_dir=str(tmp_path), conditions=["image"], conditioning_image_dir=str(tmp_path))
+    source = ConditioningSource(FolderSource(tmp_path), cfg)
+    assert [source.name(i) for i in range(3)] == ["a.jpg", "a.png", "b.jpg"]
+    assert [source.load(i).getpixel((0, 0)) for i in range(3)] == [colour(1), colour(0), colour(2)]
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a.webp").write_bytes(png(5))
+    (tmp_path / "a.jpg").rename(tmp_path / "a.bmp")
+    cfg.conditioning_image_dir = str(tmp_path)
+    with pytest.raises(OSError, match="it could be a.bmp or a.webp"):
+        fill(tmp_path / "other", ["a.png"])
+        ConditioningSource(FolderSource(tmp_path / "other"), cfg).load(0)
 
 
 # --------------------------------------------------------------------------------------------- splits and classes
