@@ -96,6 +96,10 @@ class ImageSource(abc.ABC):
         """The caption or captions of image i in one of the `caption_columns`; None without one."""
         raise KeyError(column)
 
+    def label_column(self) -> str | None:
+        """The column that holds classes although nobody named it and `labels` are not its values; None without one."""
+        return None
+
     def class_columns(self) -> list[str]:
         """Names of the columns that may hold classes."""
         return []
@@ -155,6 +159,9 @@ class SubsetSource(ImageSource):
 
     def captions(self, i: int, column: str) -> Any:
         return self.source.captions(int(self.indices[i]), column)
+
+    def label_column(self) -> str | None:
+        return self.source.label_column()
 
     def class_columns(self) -> list[str]:
         return self.source.class_columns()

@@ -46,7 +46,7 @@ def open_sources(cfg: Any) -> tuple[ImageSource, ImageSource]:
     train, validation = _open(cfg, scratch)
     if cfg.class_column is not None and not isinstance(train, HubSource | StreamedSource):
         train, validation = _classes_of_column(cfg.class_column, train, validation)
-    elif train.class_names is None and (column := _label_column(getattr(train, "source", train))) is not None:
+    elif train.class_names is None and (column := train.label_column()) is not None:
         train, validation = _classes_of_column(column, train, validation, named=False)
     if cfg.class_names is not None:
         train, validation = choose_classes(train, validation, cfg.class_names)
@@ -93,10 +93,6 @@ def _splits_of(source: FolderSource) -> tuple[ImageSource, ImageSource | None]:
         return source, None
     train, held_out = source.roles["training"], source.roles.get("validation")
     return SubsetSource(source, train), None if held_out is None else SubsetSource(source, held_out)
-
-
-def _label_column(source: ImageSource) -> str | None:
-    return source.label_column() if isinstance(source, FolderSource) else None
 
 
 def _classes_of_column(
