@@ -15,19 +15,25 @@ _MARKS = [
 ]
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int | None = None) -> str:
     """The text of a file in UTF-8, or in an encoding that its byte-order mark names (PowerShell writes UTF-16).
 
     Line ends stay as they are.
+
+    Args:
+        path: the file.
+        most: bytes to read; the text then ends with the last whole character.
 
     Raises:
         UserError: it is in another encoding.
         OSError: it cannot be read.
     """
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(-1 if most is None else most)
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
-        text = data[len(mark) :].decode(encoding)
+        whole = most is None or len(data) < most
+        text = codecs.getincrementaldecoder(encoding)().decode(data[len(mark) :], final=whole)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in {encoding.upper()} (byte {error.start}): save it as UTF-8.") from error
     if "\0" in text:

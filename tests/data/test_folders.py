@@ -16,6 +16,7 @@ from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.captions import read_captions
 from latent_ddpm.data.dataset import open_image_dataset
 from latent_ddpm.data.inspection.inspect import inspect
+from latent_ddpm.data.sources import folder, metadata
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.data.sources.layout import read_layout, split_named
 from latent_ddpm.data.sources.splits import open_sources
@@ -303,6 +304,18 @@ def test_text_that_cannot_be_read_is_one_sentence(tmp_path, name, content, messa
     with pytest.raises(UserError, match=message):
         source = FolderSource(tmp_path)
         source.captions(0, "text")
+
+
+def test_a_run_without_conditions_does_not_read_the_metadata(tmp_path, monkeypatch):
+    """A million captions would take a minute and a gigabyte in each process."""
+    fill(tmp_path, ["a.png", "b.png"])
+    monkeypatch.setattr(metadata, "HEAD_BYTES", 60)
+    monkeypatch.setattr(folder, "join_rows", lambda files: pytest.fail("they are read"))
+    for encoding in ("utf-8", "utf-16"):  # whose last character may be cut in two
+        text = "file_name,text\n" + "a.png,\u00e9\n" * 99
+        (tmp_path / "metadata.csv").write_bytes(text.encode(encoding))
+        assert metadata.column_names(tmp_path / "metadata.csv") == ["file_name", "text"]
+        assert len(open_sources(config(train_data_dir=str(tmp_path)))[0]) == 1
 
 
 def test_metadata_that_name_no_image_are_told(tmp_path, caplog):

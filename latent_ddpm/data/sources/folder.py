@@ -25,11 +25,11 @@ from latent_ddpm.data.sources.metadata import (
     METADATA,
     SIDECARS,
     beside,
+    column_names,
     is_given,
     join_rows,
     kind_of_sidecar,
     read_json_object,
-    read_metadata,
 )
 from latent_ddpm.errors import UserError
 from latent_ddpm.places import no_folder
@@ -92,7 +92,7 @@ class FolderSource(ImageSource):
         self._sidecars: set[str] = set()
         self._metadata_folders: dict[str, list[str]] = {}
         self._folders: list[str] = []  # at most LAYOUT_DEPTH below the root, with a slash at the end
-        self._conditioning: frozenset[str] = frozenset()
+        self._conditioning: set[str] = set()
         self.names, running = CompactStrings(scratch), RunningDigest("folder")
         number: dict[tuple[str, ...], int] = {}
         numbers: list[np.ndarray] = []  # of each image's folder
@@ -135,7 +135,7 @@ class FolderSource(ImageSource):
             self._folders.append(prefix)
         if any(name in METADATA for name, is_folder in entries if not is_folder):
             self._metadata_folders[prefix] = [name for name in METADATA if (name, False) in entries]
-            self._conditioning = self._conditioning | self._conditioning_images(prefix)
+            self._conditioning |= self._conditioning_images(prefix)
         for name, is_folder in self._chosen(folder, prefix, entries):
             if is_folder:
                 yield from self._scan(f"{folder}/{name[:-1]}", prefix + name, (*above, here))
@@ -260,10 +260,10 @@ class FolderSource(ImageSource):
             return
         place = {name: k for k, name in enumerate(names)}
         self.class_names, self.labels = names, per_image([place.get(name, -1) for name in layout.classes])
-        here = self.roles.get("training", slice(None))
-        missing = np.flatnonzero(self.labels[here] < 0)
+        missing = np.flatnonzero(self.labels < 0)
+        missing = np.intersect1d(missing, self.roles["training"]) if self.roles else missing
         if len(missing):
-            first = [self.names[int(np.arange(length)[here][i])] for i in missing[:3]]
+            first = [self.names[int(i)] for i in missing[:3]]
             self.findings.notes.append(
                 f"{len(missing)} {'image is' if len(missing) == 1 else 'images are'} in no folder of a class, and "
                 f"{'trains' if len(missing) == 1 else 'train'} without one: {', '.join(first)}"
@@ -312,10 +312,7 @@ class FolderSource(ImageSource):
         Raises:
             UserError: a file is damaged, or a row has no file_name.
         """
-        files = [
-            (self.root / folder / name, folder) for folder, names in self._metadata_folders.items() for name in names
-        ]
-        found = join_rows(files)
+        found = join_rows(self._metadata_files())
         if found and len(self.names) < MANY:
             unknown = found.keys() - {unicodedata.normalize("NFC", name) for name in self.names}
             unknown -= {unicodedata.normalize("NFC", name) for name in self._conditioning}
@@ -326,20 +323,24 @@ class FolderSource(ImageSource):
                 )  # fmt: skip
         return found
 
+    def _metadata_files(self) -> list[tuple[Path, str]]:
+        """The path of each metadata file, and its folder."""
+        folders = self._metadata_folders.items()
+        return [(self.root / folder / name, folder) for folder, names in folders for name in names]
+
     def _row(self, name: str) -> dict[str, Any]:
         return self._metadata.get(unicodedata.normalize("NFC", name), {})
 
-    def _conditioning_images(self, folder: str) -> frozenset[str]:
+    def _conditioning_images(self, folder: str) -> set[str]:
         """The images that a folder's metadata names in columns like `mask_file_name`: they are not trained on."""
         found: set[str] = set()
         for name in self._metadata_folders[folder]:
+            path = self.root / folder / name
             with contextlib.suppress(UserError):  # is raised where the metadata are used
-                rows = read_metadata(self.root / folder / name)
-                columns = [key for key in (rows[0] if rows else {}) if key and key.endswith(f"_{FILE_NAME}")]
-                if columns:
-                    for row in join_rows([(self.root / folder / name, folder)]).values():
-                        found |= {row[key] for key in columns if isinstance(row.get(key), str)}
-        return frozenset(found)
+                columns = [column for column in column_names(path) if column.endswith(f"_{FILE_NAME}")]
+                for row in join_rows([(path, folder)]).values() if columns else ():
+                    found |= {row[column] for column in columns if isinstance(row.get(column), str)}
+        return found
 
     def caption_columns(self) -> list[str]:
         return self._caption_columns
@@ -385,7 +386,7 @@ class FolderSource(ImageSource):
         """The column of the metadata files that is called like one of classes; None without one."""
         if self._metadata_folders:
             with contextlib.suppress(UserError):  # is raised where the metadata are used
-                columns = {key for row in self._metadata.values() for key in row}
+                columns = {column for path, _ in self._metadata_files() for column in column_names(path)}
                 return next((name for name in LABEL_COLUMNS if name in columns), None)
         return None
 

@@ -437,8 +437,8 @@ def _data_files(pattern: str) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for file in files:
         word = re.search(rf"(?<![a-z])({SPLIT_WORDS})(?![a-z])", os.path.basename(file).lower())
-        of_file = "" if "://" in file else glob.escape(file)  # `datasets` takes a path for a pattern
-        splits.setdefault(word.group(1) if word else "train", []).append(of_file or file)
+        file = file if "://" in file else glob.escape(file)  # `datasets` takes a path for a pattern
+        splits.setdefault(word.group(1) if word else "train", []).append(file)
     return splits
 
 

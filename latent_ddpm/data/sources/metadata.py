@@ -14,6 +14,7 @@ from latent_ddpm.text_files import read_text
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_NAME = "file_name"
+HEAD_BYTES = 2**20  # of a metadata file, which hold its first row
 SIDECARS = (".json", ".txt", ".caption")  # NAME.json and NAME.jpg.json; likewise the others
 
 
@@ -35,11 +36,34 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def column_names(path: Path) -> list[str]:
+    """The columns of a metadata file, from its beginning: of JSON lines, those of the first row.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_schema(path).names
+        first = read_text(path, most=HEAD_BYTES).lstrip().split("\n", 1)[0]
+        if path.suffix == ".csv":
+            return _names(first, _delimiter(first))
+        row = json.loads(first) if first else {}
+        return list(row) if isinstance(row, dict) else []  # reading the rows says that they are none
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _delimiter(header: str) -> str:
+    # a comma, or what Excel writes where the comma is the decimal mark
+    return next((mark for mark in ",;\t" if FILE_NAME in _names(header, mark)), ",")
+
+
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     text = read_text(path)
-    header = text.split("\n", 1)[0]
-    # a comma, or what Excel writes where the comma is the decimal mark
-    delimiter = next((mark for mark in ",;\t" if FILE_NAME in _names(header, mark)), ",")
+    delimiter = _delimiter(text.split("\n", 1)[0])
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
     twice = [name for k, name in enumerate(reader.fieldnames) if name in reader.fieldnames[:k]]
