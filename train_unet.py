@@ -8,13 +8,13 @@ the config can be overridden (--learning_rate 2e-4). The same command starts a r
 finished.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 
 from latent_ddpm.autoencoder.scaling import fold_normalization
 from latent_ddpm.autoencoder.stock import StockAutoencoder, check_autoencoder_fits, load_autoencoder
@@ -37,6 +37,13 @@ from latent_ddpm.diffusion.conditions import (
 from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
 from latent_ddpm.diffusion.objective import training_batch
 from latent_ddpm.diffusion.sampling import draw_film
+from latent_ddpm.diffusion.self_guidance import (
+    SELF_GUIDANCE,
+    Guide,
+    self_guidance_config,
+    self_guidance_origin,
+    weak_step,
+)
 from latent_ddpm.diffusion.unet import StockUNet, check_latents_fit, make_unet
 from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.grids import make_grid
@@ -54,15 +61,18 @@ from latent_ddpm.training.acceleration import (
     strict,
 )
 from latent_ddpm.training.checkpoint import must_fit
-from latent_ddpm.training.ema import PowerEMA
-from latent_ddpm.training.launch import run
+from latent_ddpm.training.ema import PowerEMA, nearest_snapshot
+from latent_ddpm.training.launch import run as run_script
 from latent_ddpm.training.loop import TrainingRun
 from latent_ddpm.training.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
-from latent_ddpm.training.sharding import Sharding, gather, load_optimizer, prepare, whole_unet
+from latent_ddpm.training.sharding import Sharding, gather, load_optimizer, prepare, whole_unet, whole_weights
 from latent_ddpm.training.skipped import SkippedSteps
+from latent_ddpm.training.tracking import noted_of
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
 logger = logging.getLogger("train_unet")
+
+PIPELINE = "pipeline/model_index.json"
 
 
 def main(argv: list[str]) -> int:
@@ -79,7 +89,7 @@ def main(argv: list[str]) -> int:
     config = training.start_processes(
         lambda config, free, processes: fitting_images(config, latent_shape, free, processes if sharding else 1)
     )
-    if training.is_finished("pipeline/model_index.json"):
+    if is_finished(training):
         return 0
     training.claim()
     accelerator, device = training.accelerator, training.accelerator.device
@@ -91,11 +101,110 @@ def main(argv: list[str]) -> int:
     conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait, encoder)
     check_conditions(training, conditions)
     fold_normalization(autoencoder, latents.mean, latents.std)
+    if training.state and training.state["latents"] != latents.folder.name and training.data_changed is None:
+        logger.warning(
+            "The images or their transform differ from those of the checkpoint. Training continues on the new ones."
+        )
+    if is_main:
+        logger.info(
+            "%d images as latents of %s in %s (std %.3g before normalization)",
+            len(latents), "x".join(map(str, latents.shape)), latents.folder, latents.std,
+        )  # fmt: skip
+    for of_split in images:  # their latents are what is trained on
+        of_split.source.release()
+    data = Data(autoencoder, autoencoder_hash, latents, held_out, conditions, of_held_out, sharding)
+
+    # ---------------------------------------------------------------------------------------------- chapters
+    if not config.self_guidance_steps:
+        training.forget(SELF_GUIDANCE)
+    exported = training.was_finished(PIPELINE)
+    averaged, status = train(training, data)
+    if averaged is None:
+        return status
+    if not exported:
+        export(training, data, averaged)
+        training.note_finished()
+    if config.self_guidance_steps:
+        averaged, status = self_guide(training, data, averaged)
+        if averaged is None:
+            return status
+    draw_film_strip(training, data, averaged)
+    return training.finish("pipeline")
+
+
+@dataclasses.dataclass
+class Data:
+    """What the chapters of stage 2 share.
+
+    Attributes:
+        autoencoder: with the normalization of the latents folded in, on its device.
+        autoencoder_hash: identifies the autoencoder.
+        latents: of the training images.
+        held_out: of the held-out images.
+        conditions: of the training images.
+        of_held_out: of the held-out images.
+        sharding: how U-Nets are sharded, or None.
+    """
+
+    autoencoder: StockAutoencoder
+    autoencoder_hash: str
+    latents: LatentCache
+    held_out: LatentCache
+    conditions: Conditions
+    of_held_out: Conditions
+    sharding: Sharding | None
+
+    def new_unet(self, config: UNetConfig) -> StockUNet:
+        """A new U-Net on the CPU."""
+        channels, size = self.latents.shape[:2]
+        return make_unet(config, channels, size, **self.conditions.unet_arguments())
+
+    def place(self, network: StockUNet, config: UNetConfig, device: torch.device) -> StockUNet:
+        """The network on its device, sharded or in its memory layout, in place."""
+        network.to(device)
+        if self.sharding is not None:
+            self.sharding.cut(network)
+        else:
+            set_layout(network, config, device)
+        return network
+
+    def frozen(self, weights: dict[str, torch.Tensor], config: UNetConfig, device: torch.device) -> StockUNet:
+        """A frozen U-Net with these whole weights, on its device, compiled like the trained one."""
+        network = self.new_unet(config)
+        network.load_state_dict(weights)
+        self.place(network.eval().requires_grad_(False), config, device)
+        compile_networks([network] if self.sharding is None else self.sharding.blocks(network), config)
+        return network
+
+
+def train(
+    run: TrainingRun,
+    data: Data,
+    start: dict[str, torch.Tensor] | None = None,
+    guide: Guide | None = None,
+    facts: dict[str, Any] | None = None,
+) -> tuple[StockUNet | None, int]:
+    """Train a U-Net: the first chapter of stage 2, or its self-guidance.
+
+    Args:
+        run: the stage, or a chapter of it.
+        data: the latents and their conditions.
+        start: whole weights to start from; None starts from scratch.
+        guide: gives the predictions that are learned; None learns the targets of the diffusion.
+        facts: what a chapter has decided, kept in its checkpoints and in run.json.
+
+    Returns:
+        The averaged U-Net, which may be sharded, and 0; or None and the exit status of a run that was told to stop.
+    """
+    config, state, accelerator = run.config, run.state, run.accelerator
+    device, is_main = accelerator.device, accelerator.is_main_process
+    latents, conditions, sharding = data.latents, data.conditions, data.sharding
 
     # -------------------------------------------------------------------------------------- model and optimizer
-    state = training.state
     torch.manual_seed(config.seed)
-    unet = make_unet(config, autoencoder.config.latent_channels, latent_size, **conditions.unet_arguments())
+    unet = data.new_unet(config)
+    if start is not None:
+        unet.load_state_dict(start)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     ema = PowerEMA(unet, config.ema_sigma_rels)
@@ -103,16 +212,8 @@ def main(argv: list[str]) -> int:
         with must_fit(config.resume_from_checkpoint):
             unet.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-        if state["latents"] != latents.folder.name and training.data_changed is None:
-            logger.warning(
-                "The images or their transform differ from those of the checkpoint. Training continues on the new ones."
-            )
     for network in (unet, *ema.models):
-        network.to(device)
-        if sharding is not None:
-            sharding.cut(network)
-        else:
-            set_layout(network, config, device)
+        data.place(network, config, device)
     compile_networks([unet] if sharding is None else sharding.blocks(unet), config)
     optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
     if state:
@@ -120,51 +221,44 @@ def main(argv: list[str]) -> int:
             load_optimizer(optimizer, state["optimizer"])
     align_state(optimizer)
     model, optimizer = prepare(accelerator, unet, optimizer)
-    training.restore_scaler()
+    run.restore_scaler()
     alphas_cumprod = noise_table(config)
     alphas_cumprod = alphas_cumprod.to(device) if alphas_cumprod is not None else None
     saved_counts = state.get("skipped") if state else None
     skipped = SkippedSteps("U-Net", saved_counts, device, scaled=accelerator.scaler is not None)
-    del state
+    del state, start
 
-    if is_main:
-        logger.info(
-            "%d images as latents of %s in %s (std %.3g before normalization)",
-            len(latents), "x".join(map(str, latents.shape)), latents.folder, latents.std,
-        )  # fmt: skip
     sharded = f", sharded over {accelerator.num_processes} processes" if sharding else ""
     description = f"U-Net of {unet.num_parameters() / 1e6:.2f} million parameters{sharded}"
-    tracker = training.start_tracking(len(latents), len(held_out), description)
-    training.publisher = make_publisher(config, accelerator, "unet", tracker.say)
-    shown = of_held_out.shown(held_out, config.num_validation_samples, config.guidance_scale)  # what grids draw
-    for of_split in images:  # their latents are what is trained on
-        of_split.source.release()
+    tracker = run.start_tracking(len(latents), len(data.held_out), description)
+    tracker.note(**(facts or {}))
+    if guide is None:
+        run.publisher = make_publisher(config, accelerator, "unet", tracker.say)
 
     def training_state() -> dict[str, Any]:
         """The checkpoint: whole tensors in the main process, None for them in the others."""
         saved = {
             "latents": latents.folder.name,
-            "autoencoder": autoencoder_hash,
+            "autoencoder": data.autoencoder_hash,
             "conditions": conditions.meaning(),
             "model": unet.state_dict(),
             "ema": ema.state_dict(),
             "optimizer": optimizer.optimizer.state_dict(),
             "skipped": skipped.counts,
+            **(facts or {}),
         }
         return gather(saved, keep=is_main)
 
-    # ---------------------------------------------------------------------------------------------- training
+    # ---------------------------------------------------------------------------------------------- the loop
     accumulation = config.gradient_accumulation_steps
     snapshot_steps = -(-config.max_train_steps // config.ema_snapshots) if config.ema_snapshots else None
     micro_batches = read_ahead(
-        examples_of(training, latents, conditions),
-        training.first_step * accumulation,
-        config.max_train_steps * accumulation,
+        examples_of(run, latents, conditions), run.first_step * accumulation, config.max_train_steps * accumulation
     )
-    for step in training.steps():
+    for step in run.steps():
         rate = learning_rate_factor(step, config)
         set_learning_rate(optimizer, rate * config.learning_rate)
-        torch.manual_seed(seed_for_step(config.seed, step, accelerator.process_index))  # for dropout
+        torch.manual_seed(seed_for_step(config.seed, run.before + step, accelerator.process_index))  # for dropout
         next_iteration(config)
         total_loss = torch.zeros((), device=device)
         for _ in range(accumulation):
@@ -172,6 +266,9 @@ def main(argv: list[str]) -> int:
             numbers, clean = numbers.to(device, non_blocking=True), clean.to(device, non_blocking=True)
             given = to_device(given, device)
             batch = training_batch(clean, numbers, config, alphas_cumprod)
+            if guide is not None:
+                with accelerator.autocast():
+                    batch.wanted = guide(batch.noisy, batch.timesteps, batch.level, given)
             noisy, words = unet_inputs(batch.noisy, given)
             with accelerator.accumulate(model):
                 loss = batch.loss(model(noisy, batch.timesteps, **words).sample)
@@ -185,35 +282,73 @@ def main(argv: list[str]) -> int:
                 optimizer.zero_grad()
             total_loss += loss.detach() / accumulation
         ema.update(unet, step)
-        training.advance()
+        run.advance()
 
-        if training.is_due(config.logging_steps):
+        if run.is_due(config.logging_steps):
             mean_loss = float(accelerator.reduce(total_loss, "mean"))
             skipped.report(tracker.say)
             tracker.log(loss=mean_loss, grad_norm=float(grad_norm), learning_rate=rate * config.learning_rate)
-        if snapshot_steps and training.is_due(snapshot_steps):
-            ema.save_snapshots(training.output_dir / "ema", training.step, keep=is_main)
+        if snapshot_steps and run.is_due(snapshot_steps):
+            ema.save_snapshots(run.output_dir / "ema", run.step, keep=is_main)
             tracker.pause()
-        if training.is_due(config.validation_steps):
-            validate(training, autoencoder, ema, held_out, (conditions, of_held_out), shown)
-            if training.publishes_best():
-                export(training, autoencoder, ema, conditions)
-                training.publish()
-        if training.should_stop():
-            return training.stop(training_state())
-        if training.is_due(config.checkpointing_steps):
-            training.save(training_state())
-            if training.publishes_checkpoint():
-                export(training, autoencoder, ema, conditions)
-                training.publish()
+        if run.is_due(config.validation_steps):
+            validate(run, data, ema.model, with_loss=guide is None)
+            if run.publishes_best():
+                export(run, data, ema.model)
+                run.publish()
+        if run.should_stop():
+            return None, run.stop(training_state())
+        if run.is_due(config.checkpointing_steps):
+            run.save(training_state())
+            if run.publishes_checkpoint():
+                export(run, data, ema.model)
+                run.publish()
             tracker.pause()
     tracker.close()
+    return ema.model, 0
 
-    # ------------------------------------------------------------------------------------------------ export
-    averaged = export(training, autoencoder, ema, conditions)
-    if is_main:
-        draw_film_strip(training, make_sampler(config, autoencoder, averaged, conditions), shown)
-    return training.finish("pipeline")
+
+def self_guide(training: TrainingRun, data: Data, averaged: StockUNet) -> tuple[StockUNet | None, int]:
+    """The second chapter: train the guidance into the weights, and export the result.
+
+    Args:
+        training: the stage, whose first chapter is done.
+        data: the latents and their conditions.
+        averaged: the U-Net of the first chapter.
+
+    Returns:
+        As `train`.
+    """
+    config, device = training.config, training.accelerator.device
+    run = training.chapter(SELF_GUIDANCE, self_guidance_config(config), self_guidance_origin(config))
+    strong = whole_weights(averaged)
+    training.accelerator.free_memory()
+    early, step = nearest_snapshot(training.output_dir / "ema", config.ema_sigma_rels[0], weak_step(config))
+    frozen = [data.frozen(weights, config, device) for weights in (strong, {**strong, **early})]
+    scale = run.state["scale"] if run.state else 2.5
+    logger.info("self-guidance: scale %g away from the average after %d steps", scale, step)
+    nothing = data.conditions.nothing if data.conditions else None
+    guide = Guide(*frozen, scale, config.self_guidance_interval, config.guidance_scale, nothing)
+    guided, status = train(run, data, strong, guide, {"scale": scale})
+    if guided is not None and not run.was_finished(PIPELINE):
+        export(run, data, guided)
+        run.note_finished()
+    return guided, status
+
+
+def is_finished(training: TrainingRun) -> bool:
+    """Whether all chapters are done and exported, and nothing is left to publish; logs it if so.
+
+    Raises:
+        UserError: more steps are done than max_train_steps.
+    """
+    config = training.config
+    for name, steps, origin in [(SELF_GUIDANCE, config.self_guidance_steps, self_guidance_origin(config))]:
+        noted = noted_of(training.output_dir, name)
+        done = (noted.get("finished_at", 0), noted.get("origin")) == (steps, origin)
+        if not done and (steps or noted):
+            return False
+    return training.is_finished(PIPELINE)
 
 
 def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_hash: str) -> int:
@@ -265,10 +400,10 @@ def examples_of(
     They are on the CPU, in page-locked memory if the run is on a GPU.
     """
     config, accelerator, device = training.config, training.accelerator, training.accelerator.device
-    order = ExampleOrder(len(latents), config.seed)
+    order, before = ExampleOrder(len(latents), config.seed), training.before * config.gradient_accumulation_steps
 
     def examples(number: int) -> tuple[torch.Tensor, torch.Tensor, Given]:
-        share = number * accelerator.num_processes + accelerator.process_index
+        share = (before + number) * accelerator.num_processes + accelerator.process_index
         numbers = share * config.train_batch_size + torch.arange(config.train_batch_size)
         flipped = (uniform(config.seed, Stream.FLIP, numbers) < 0.5).numpy() if latents.flips else None
         records = latents.records(order.indices(numbers.numpy()))
@@ -280,31 +415,22 @@ def examples_of(
 
 
 @torch.no_grad()
-def validate(
-    training: TrainingRun,
-    autoencoder: StockAutoencoder,
-    ema: PowerEMA,
-    held_out: LatentCache,
-    conditions: tuple[Conditions, Conditions],
-    shown: dict[str, Any],
-) -> None:
+def validate(run: TrainingRun, data: Data, averaged: StockUNet, with_loss: bool) -> None:
     """Measure the averaged U-Net on the held-out images, and draw a grid of samples.
 
     Args:
-        training: the run.
-        autoencoder: decodes the samples.
-        ema: its first average is validated.
-        held_out: latents of the held-out images.
-        conditions: of the training set, and of the held-out images.
-        shown: what the samples are conditioned on.
+        run: the stage or chapter.
+        data: its held-out latents and their conditions.
+        averaged: the U-Net, which may be sharded.
+        with_loss: whether to measure.
     """
-    averaged = whole_unet(ema.model, keep=training.accelerator.is_main_process)
-    if averaged is not None and training.accelerator.is_main_process:
-        if len(held_out):
-            training.tracker.log(validation_loss=validation_loss(training, averaged, held_out, conditions[1]))
-        draw_grid(training, make_sampler(training.config, autoencoder, averaged, conditions[0]), held_out.shape, shown)
-    training.accelerator.wait_for_everyone()
-    training.tracker.pause()
+    whole = whole_unet(averaged, keep=run.accelerator.is_main_process)
+    if whole is not None and run.accelerator.is_main_process:
+        if with_loss and len(data.held_out):
+            run.tracker.log(validation_loss=validation_loss(run, whole, data.held_out, data.of_held_out))
+        draw_grid(run, data, whole)
+    run.accelerator.wait_for_everyone()
+    run.tracker.pause()
 
 
 def validation_loss(training: TrainingRun, averaged: StockUNet, held_out: LatentCache, conditions: Conditions) -> float:
@@ -322,26 +448,23 @@ def validation_loss(training: TrainingRun, averaged: StockUNet, held_out: Latent
     return total / len(held_out)
 
 
-def make_sampler(
-    config: UNetConfig, autoencoder: StockAutoencoder, unet: UNet2DModel, conditions: Conditions
-) -> LatentDDPMPipeline:
-    """The pipeline that grids are drawn with, without a progress bar."""
-    scheduler = sampling_scheduler(config)
-    pipeline = LatentDDPMPipeline(autoencoder, unet, scheduler, **conditions.pipeline_arguments())
+def make_sampler(run: TrainingRun, data: Data, unet: StockUNet) -> tuple[LatentDDPMPipeline, dict[str, Any]]:
+    """The pipeline that pictures are drawn with, without a progress bar, and the conditions of its samples."""
+    known = data.conditions.pipeline_arguments()
+    pipeline = LatentDDPMPipeline(data.autoencoder, unet, sampling_scheduler(run.config), **known)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline, data.of_held_out.shown(data.held_out, run.config.num_validation_samples, run.config.guidance_scale)
 
 
-def draw_grid(
-    training: TrainingRun, sampler: LatentDDPMPipeline, shape: tuple[int, int, int], shown: dict[str, Any]
-) -> None:
-    """Draw samples from fixed seeds and latents of `shape` (D, h, w), conditioned on `shown`."""
-    config, accelerator, tracker = training.config, training.accelerator, training.tracker
+def draw_grid(run: TrainingRun, data: Data, unet: StockUNet) -> None:
+    """Draw samples from fixed seeds."""
+    config, accelerator, tracker = run.config, run.accelerator, run.tracker
     numbers = torch.arange(config.num_validation_samples, device=accelerator.device)
+    sampler, shown = make_sampler(run, data, unet)
     with accelerator.autocast():
         pictures = sampler(
             batch_size=len(numbers),
-            latents=normal(config.seed, Stream.SAMPLE, numbers, shape),
+            latents=normal(config.seed, Stream.SAMPLE, numbers, data.latents.shape),
             num_inference_steps=config.num_inference_steps,
             output_type="pt",
             **shown,
@@ -350,26 +473,26 @@ def draw_grid(
     tracker.say(f"samples in {path}")
 
 
-def export(
-    training: TrainingRun, autoencoder: StockAutoencoder, ema: PowerEMA, conditions: Conditions
-) -> StockUNet | None:
-    """Write the pipeline folder with the averaged U-Net; returns that U-Net in the main process."""
-    config, is_main = training.config, training.accelerator.is_main_process
-    averaged = whole_unet(ema.model, keep=is_main)
-    if is_main:
-        scheduler, steps = sampling_scheduler(config), config.num_inference_steps
-        folder = training.output_dir / "pipeline"
-        export_pipeline(folder, autoencoder, averaged, scheduler, steps, **conditions.pipeline_arguments())
-    return averaged
+def export(run: TrainingRun, data: Data, averaged: StockUNet) -> None:
+    """Write the pipeline folder with the averaged U-Net, which may be sharded."""
+    whole = whole_unet(averaged, keep=run.accelerator.is_main_process)
+    if run.accelerator.is_main_process:
+        scheduler, steps = sampling_scheduler(run.config), run.config.num_inference_steps
+        known = data.conditions.pipeline_arguments()
+        export_pipeline(run.output_dir / "pipeline", data.autoencoder, whole, scheduler, steps, **known)
 
 
-def draw_film_strip(training: TrainingRun, sampler: LatentDDPMPipeline, shown: dict[str, Any]) -> None:
+def draw_film_strip(run: TrainingRun, data: Data, averaged: StockUNet) -> None:
     """Draw four samples as they take shape: a row per sample, a column per sampling step."""
-    config = training.config
+    whole = whole_unet(averaged, keep=run.accelerator.is_main_process)
+    if not run.accelerator.is_main_process:
+        return
+    sampler, shown = make_sampler(run, data, whole)
     four = {name: value[:4] if isinstance(value, torch.Tensor) else value for name, value in shown.items()}
-    _, film = draw_film(sampler, 4, config.seed, torch.arange(4), config.num_inference_steps, **four)  # (4, S, C, R, R)
-    save_png(make_grid(film.flatten(0, 1) * 2 - 1, film.shape[1]), training.output_dir / "samples" / "film_strip.png")
+    steps, seed = run.config.num_inference_steps, run.config.seed
+    _, film = draw_film(sampler, 4, seed, torch.arange(4), steps, **four)  # (4, S, C, R, R)
+    save_png(make_grid(film.flatten(0, 1) * 2 - 1, film.shape[1]), run.output_dir / "samples" / "film_strip.png")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

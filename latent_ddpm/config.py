@@ -642,6 +642,53 @@ class UNetConfig(RunConfig):
         _require(fits, "ema_sigma_rels", rels, f"one or more different numbers above 0 and at most {MAX_SIGMA_REL}")
         _require_nonnegative(self, "ema_snapshots")
 
+    # ----------------------------------------------------------------------------------------------------- distillation
+
+    self_guidance_steps: int = 0
+    """steps of a second chapter of stage 2, which trains guidance into the weights: the exported U-Net learns what it
+    predicts with guidance away from its own early average (autoguidance, arXiv 2406.02507, distilled as in arXiv
+    2210.03142), and with guidance_scale if it has conditions. Samples then need no guidance. 0 leaves it out."""
+    self_guidance_images: int | None = None
+    """the same in images."""
+    self_guidance_scale: float | Literal["auto"] = "auto"
+    """guidance scale: 1 is none; auto takes the best of a short sweep, by the distance of samples to held-out and
+    training latents."""
+    self_guidance_weak: float = 0.125
+    """the early average is that after this share of max_train_steps, or at the nearest snapshot (ema_snapshots)."""
+    self_guidance_interval: list[float] | None = None
+    """lowest and highest noise level sigma that is guided (arXiv 2404.07724), e.g. [0.3, 20]; unset guides all."""
+    self_guidance_learning_rate: float = 3e-4
+    """peak learning rate of this chapter, with AdamW and a linear decay to 0."""
+    few_step_training_steps: int = 0
+    """steps of a third chapter of stage 2, which trains a U-Net that samples in few steps, by distribution matching
+    (DMD2, arXiv 2405.14867), and exports it to `<output_dir>/pipeline-few-steps`. 0 leaves it out."""
+    few_step_training_images: int | None = None
+    """the same in images."""
+    few_step_counts: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 4])
+    """the numbers of sampling steps that it is trained for; the last one is the pipeline's default."""
+    few_step_learning_rate: float = 2e-4
+    """peak learning rate of this chapter, with AdamW and a linear decay to 0."""
+
+    @property
+    def sampling_guidance_scale(self) -> float:
+        """The guidance scale of samples: 1 where guidance_scale is trained into the weights."""
+        return 1.0 if self.self_guidance_steps or self.self_guidance_images else self.guidance_scale
+
+    def _check_distillation(self) -> None:
+        _require_nonnegative(self, "self_guidance_steps", "few_step_training_steps")
+        _require_positive_or_null(self, "self_guidance_images", "few_step_training_images")
+        _require_positive(self, "self_guidance_learning_rate", "few_step_learning_rate")
+        scale, weak, interval = self.self_guidance_scale, self.self_guidance_weak, self.self_guidance_interval
+        _require(scale == "auto" or scale >= 1, "self_guidance_scale", scale, "at least 1, or auto")
+        _require(0 < weak < 1, "self_guidance_weak", weak, "between 0 and 1")
+        fits = interval is None or (len(interval) == 2 and 0 <= interval[0] < interval[1])
+        _require(fits, "self_guidance_interval", interval, "a list [LOW, HIGH] with 0 <= LOW < HIGH, or null")
+        if (self.self_guidance_steps or self.self_guidance_images) and scale != 1 and not self.ema_snapshots:
+            raise UserError("self_guidance_steps needs the early average: set ema_snapshots above 0.")
+        counts = self.few_step_counts
+        fits = counts and counts == sorted(set(counts)) and counts[0] > 0 and counts[-1] <= self.num_train_timesteps
+        _require(fits, "few_step_counts", counts, "a list of different numbers of steps, rising, from 1")
+
     # ----------------------------------------------------------------------------------------------------- sampling
 
     inference_scheduler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
@@ -670,6 +717,7 @@ class UNetConfig(RunConfig):
         self._check_unet()
         self._check_noise()
         self._check_averages()
+        self._check_distillation()
         self._check_sampling()
 
 
@@ -683,6 +731,8 @@ def in_steps(config: Config, num_processes: int) -> Config:
     images_per_step = config.train_batch_size * config.gradient_accumulation_steps * num_processes
     counts = {"max_train_steps": config.max_train_images, "lr_warmup_steps": config.lr_warmup_images}
     counts["lr_decay_steps"] = config.lr_decay_images
+    for key in ("self_guidance_steps", "few_step_training_steps"):
+        counts[key] = getattr(config, key.replace("_steps", "_images"), None)
     steps = {key: math.ceil(images / images_per_step) for key, images in counts.items() if images is not None}
     return dataclasses.replace(config, **steps)
 
@@ -931,6 +981,10 @@ FREE_KEYS = {
     *("dataloader_num_workers", "heartbeat_timeout", "image_cache_gib", "max_bad_image_share", "lpips_weights"),
     *("num_inference_steps", "num_validation_samples", "inference_scheduler", "ema_snapshots", "guidance_scale"),
     *("text_encoder", "export_text_encoder"),  # only its location: the key of the embeddings identifies the encoder
+    # a chapter whose keys change is trained again
+    *("self_guidance_steps", "self_guidance_images", "self_guidance_scale", "self_guidance_weak"),
+    *("self_guidance_interval", "self_guidance_learning_rate"),
+    *("few_step_training_steps", "few_step_training_images", "few_step_counts", "few_step_learning_rate"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_variants", "hub_license"),
     *("gradient_checkpointing", "torch_compile", "channels_last", "deterministic"),  # only the last bits differ
 }

@@ -10,6 +10,7 @@ has no branch per kind. An unconditional model has an empty `Conditions`.
 """
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ class Condition(abc.ABC):
         """The values, where those of the examples `dropped`, bool (B,), are replaced by the null condition."""
 
     @abc.abstractmethod
+    def null(self, given: Given) -> Given:
+        """The null condition in the place of this condition's values, on their device."""
+
+    @abc.abstractmethod
     def pipeline_arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline's constructor."""
 
@@ -109,6 +114,9 @@ class ClassCondition(Condition):
 
     def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
         return {**given, "class_labels": given["class_labels"].masked_fill(dropped, len(self.names))}
+
+    def null(self, given: Given) -> Given:
+        return {"class_labels": torch.full_like(given["class_labels"], len(self.names))}
 
     def pipeline_arguments(self) -> dict[str, Any]:
         return {"class_names": self.names}
@@ -145,6 +153,9 @@ class ImageCondition(Condition):
     def leave_out(self, given: Given, dropped: torch.Tensor) -> Given:
         image = given["conditioning_image"]
         return {**given, "conditioning_image": image.masked_fill(dropped.view(-1, 1, 1, 1), 0.0)}
+
+    def null(self, given: Given) -> Given:
+        return {"conditioning_image": torch.zeros_like(given["conditioning_image"])}
 
     def pipeline_arguments(self) -> dict[str, Any]:
         return {"conditioning_classes": self.classes}
@@ -205,6 +216,14 @@ class TextCondition(Condition):
             for name, value in given.items()
         }
 
+    def null(self, given: Given) -> Given:
+        like = {name: given[name] for name in TEXT_KEYS}
+        return {name: self._on(like[name].device)[name].expand_as(like[name]) for name in TEXT_KEYS}
+
+    @functools.cache  # noqa: B019, one condition lives as long as the run
+    def _on(self, device: torch.device) -> Given:
+        return to_device(self.nothing(), device)
+
     def nothing(self) -> Given:
         """The null condition of one example: the empty caption."""
         return self._embedded(np.zeros(1, dtype=np.int64))
@@ -262,6 +281,10 @@ class Conditions:
                 own = condition.leave_out(own, uniform(self.seed, condition.stream, numbers) < condition.dropout)
             values |= own
         return values
+
+    def nothing(self, given: Given) -> Given:
+        """The null conditions in the place of the conditioning of examples, on its device."""
+        return {key: value for condition in self.all for key, value in condition.null(given).items()}
 
     def shown(self, latents: LatentCache, count: int, guidance_scale: float) -> dict[str, Any]:
         """The pipeline's arguments for a grid of `count` samples.

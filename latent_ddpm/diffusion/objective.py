@@ -109,12 +109,14 @@ class TrainingBatch:
         timesteps: (B,), timesteps of the U-Net.
         wanted: (B, D, H, W), prediction targets.
         weight: (B,), weights of the squared errors.
+        level: (B,), noise levels sigma / alpha.
     """
 
     noisy: torch.Tensor
     timesteps: torch.Tensor
     wanted: torch.Tensor
     weight: torch.Tensor
+    level: torch.Tensor
 
     def loss(self, prediction: torch.Tensor) -> torch.Tensor:
         """Weighted mean squared error of a prediction (B, D, H, W) of any float dtype; scalar."""
@@ -140,4 +142,5 @@ def training_batch(
         timesteps,
         target(clean, noise, alpha, sigma, config.prediction_type),
         loss_weight(alpha, sigma, config.prediction_type, config.loss_weighting, config.snr_gamma),
+        sigma / alpha,
     )

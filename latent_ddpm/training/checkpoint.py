@@ -140,6 +140,11 @@ class CheckpointFolder:
             shutil.rmtree(old)
         return final
 
+    def clear(self) -> None:
+        """Remove all checkpoints of the stage."""
+        for path in self.all():
+            shutil.rmtree(path)
+
     def _remove_leftovers(self) -> None:
         for path in self.folder.glob(f".{self.stage}-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)

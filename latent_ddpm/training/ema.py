@@ -214,6 +214,27 @@ def _read_snapshots(folder: Path) -> list[tuple[Path, dict]]:
     return found
 
 
+def nearest_snapshot(folder: Path, sigma_rel: float, step: int) -> tuple[dict[str, torch.Tensor], int]:
+    """The snapshot of an average that is nearest to an optimizer step.
+
+    Args:
+        folder: folder of the snapshots, see `PowerEMA.save_snapshots`.
+        sigma_rel: relative width of the average.
+        step: the optimizer step.
+
+    Returns:
+        The parameters by name, float32, and the snapshot's step.
+
+    Raises:
+        UserError: there is no snapshot of this width, or one is damaged.
+    """
+    found = [(about["step"], path) for path, about in _read_snapshots(folder) if about["sigma_rel"] == sigma_rel]
+    if not found:
+        raise UserError(f"There are no averages of width {sigma_rel:g} in {folder}. train_unet.py writes them there.")
+    nearest, path = min(found, key=lambda pair: (abs(pair[0] - step), pair[0]))
+    return {name: value.float() for name, value in load_file(path).items()}, nearest
+
+
 def reconstruct(
     folder: Path, sigma_rel: float, step: int | None = None, without: float | None = None
 ) -> tuple[dict[str, torch.Tensor], int]:

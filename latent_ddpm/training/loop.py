@@ -12,6 +12,8 @@ for step in run.steps():
 return run.finish(...)
 """
 
+import copy
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 
 from latent_ddpm.config import RunConfig, another_run, save_config
+from latent_ddpm.files import write_json
 from latent_ddpm.training.checkpoint import CheckpointFolder
 from latent_ddpm.training.distributed import StopSignal
 from latent_ddpm.training.launch import Fitting, check_before_loading, claim, fit_to_processes, make_accelerator
@@ -27,6 +30,7 @@ from latent_ddpm.training.metrics import is_best
 from latent_ddpm.training.tracking import Tracker, is_finished, noted_of
 
 NAMES = {"autoencoder": "Autoencoder", "unet": "U-Net"}  # in commit messages of the Hub
+ORIGIN = "origin"  # in checkpoints of a chapter and in run.json
 
 
 class Publishes(Protocol):
@@ -57,6 +61,8 @@ class TrainingRun:
         tracker: from `start_tracking` on.
         data_changed: whether the run began with other images; None until `check_data`, or if that is not known.
         publisher: uploads the results; set by the script if push_to_hub.
+        origin: of a chapter, what it starts from and its keys; "" for a stage.
+        before: optimizer steps of the chapters before; example numbers go on from there.
 
     Raises:
         UserError: the config cannot be trained with, or the checkpoint cannot be used.
@@ -66,6 +72,7 @@ class TrainingRun:
     images_per_step: int
     tracker: Tracker
     data_changed: bool | None
+    _signal: StopSignal | None
 
     def __init__(self, config: RunConfig, stage: str) -> None:
         self.config = self._asked = config
@@ -76,6 +83,7 @@ class TrainingRun:
         self.state = self.checkpoints.resume(config.resume_from_checkpoint)
         self.first_step = self.step = self.state["step"] if self.state else 0
         self.publisher: Publishes | None = None
+        self.origin, self.before, self._signal = "", 0, None
 
     # ------------------------------------------------------------------------------------------------ beginning
 
@@ -123,6 +131,51 @@ class TrainingRun:
         folder = self.output_dir / Path(product).parent
         self.logger.info("all %d steps are done; the %s is in %s", self.first_step, folder.name, folder)
         return True
+
+    def chapter(self, name: str, config: RunConfig, origin: str) -> "TrainingRun":
+        """A further part of this run, with the same processes and data, and its own steps, checkpoints and metrics.
+
+        Checkpoints of another origin are removed: the chapter then starts from scratch.
+
+        Args:
+            name: stands for a stage in the names of checkpoints and pictures, in metrics.jsonl and run.json.
+            config: of the chapter, with all lengths in steps.
+            origin: identifies what the chapter starts from, and its keys.
+        """
+        part = copy.copy(self)
+        part.config, part.stage, part.origin, part.publisher = config, name, origin, None
+        part.before = self.before + self.config.max_train_steps
+        part.checkpoints = CheckpointFolder(self.checkpoints.folder, name, config.checkpoints_total_limit)
+        part.state = part.checkpoints.resume("latest")
+        if part.state is not None and part.state[ORIGIN] != origin:
+            self.logger.info("%s starts from scratch: what it starts from has changed, or its keys have", name)
+            part.state = None
+        self.accelerator.wait_for_everyone()  # all have looked
+        if part.state is None and self.accelerator.is_main_process:
+            part.checkpoints.clear()
+        part.first_step = part.step = part.state["step"] if part.state else 0
+        return part
+
+    def was_finished(self, product: str) -> bool:
+        """Whether run.json says that the steps of this stage or chapter are done and `product` was exported from them.
+
+        Args:
+            product: a file in output_dir.
+        """
+        noted = noted_of(self.output_dir, self.stage)
+        same = noted.get("finished_at") == self.config.max_train_steps and noted.get(ORIGIN, "") == self.origin
+        return same and (self.output_dir / product).exists()
+
+    def forget(self, chapter: str) -> None:
+        """Forget a chapter that the config no longer asks for: its checkpoints, and that results come from it."""
+        path = self.output_dir / "run.json"
+        if self.accelerator.is_main_process and noted_of(self.output_dir, chapter):
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            del noted[chapter]
+            noted.get(self.stage, {}).pop("finished_at", None)
+            write_json(path, noted)
+            CheckpointFolder(self.checkpoints.folder, chapter, 1).clear()
+        self.accelerator.wait_for_everyone()
 
     def claim(self) -> None:
         """Keep other runs of this stage out of the folder until the process ends."""
@@ -175,7 +228,7 @@ class TrainingRun:
 
     def steps(self) -> Iterator[int]:
         """The optimizer steps that are left. From the first one on, a signal stops the run at the end of a step."""
-        self._signal = StopSignal()
+        self._signal = self._signal or StopSignal()
         yield from range(self.first_step, self.config.max_train_steps)
 
     def advance(self) -> None:
@@ -203,6 +256,7 @@ class TrainingRun:
             counted = {"step": self.step, "images_per_step": self.images_per_step}
             counted["train_batch_size"] = self.config.train_batch_size
             scale = {"scaler": scaler.state_dict() if scaler is not None else {}}
+            scale |= {ORIGIN: self.origin} if self.origin else {}
             self.checkpoints.save(self.step, counted | state | scale)
         self.accelerator.wait_for_everyone()
 
@@ -236,6 +290,10 @@ class TrainingRun:
         self.logger.info("stopped at step %d; run the same command again to resume", self.step)
         return self._signal.exit_status
 
+    def note_finished(self) -> None:
+        """Note in run.json that all steps are done and the result is exported."""
+        self.tracker.finish(**({ORIGIN: self.origin} if self.origin else {}))
+
     def finish(self, result: str) -> int:
         """Publish the exported result and end; returns exit status 0.
 
@@ -246,7 +304,7 @@ class TrainingRun:
             self.publish()
         if self.accelerator.is_main_process:
             self.logger.info("the %s is in %s", result, self.output_dir / result)
-            self.tracker.finish()
+            self.note_finished()
         if self.publisher is not None:
             self.publisher.finish()
         self.accelerator.wait_for_everyone()

@@ -116,6 +116,11 @@ def gather(state: Any, keep: bool) -> Any:
     return state
 
 
+def whole_weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole weights of a network that may be sharded, in every process; call it in all of them."""
+    return gather(network.state_dict(), keep=True)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load the whole state of an optimizer whose parameters may be sharded.
 

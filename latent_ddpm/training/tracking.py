@@ -295,13 +295,17 @@ class Tracker:
                 tracker.log_images({self.stage: value}, step=self.step, **options)
         return path
 
-    def finish(self) -> None:
-        """Note in run.json that the stage is done and exported."""
+    def note(self, **facts: object) -> None:
+        """Write JSON values about the stage to run.json."""
         if self.main:
             path = self.path.parent / "run.json"
             noted = json.loads(path.read_text(encoding="utf-8"))
-            noted[self.stage]["finished_at"] = self.step
+            noted[self.stage] |= facts
             write_json(path, noted)
+
+    def finish(self, **facts: object) -> None:
+        """Note in run.json that the stage is done and exported, and further facts."""
+        self.note(finished_at=self.step, **facts)
 
     def close(self) -> None:
         """Close the bar and the trackers."""
