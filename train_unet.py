@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 
 from latent_ddpm.autoencoder.scaling import fold_normalization
 from latent_ddpm.autoencoder.stock import StockAutoencoder, check_autoencoder_fits, load_autoencoder
@@ -33,6 +34,13 @@ from latent_ddpm.diffusion.conditions import (
     make_conditions,
     to_device,
     unet_inputs,
+)
+from latent_ddpm.diffusion.few_steps import (
+    FEW_STEPS,
+    FewStepTraining,
+    few_step_config,
+    few_step_origin,
+    few_step_scheduler,
 )
 from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
 from latent_ddpm.diffusion.objective import training_batch
@@ -72,7 +80,7 @@ from pipeline_latent_ddpm import LatentDDPMPipeline
 
 logger = logging.getLogger("train_unet")
 
-PIPELINE = "pipeline/model_index.json"
+PIPELINE, FEW_STEP_PIPELINE = "pipeline/model_index.json", "pipeline-few-steps/model_index.json"
 
 
 def main(argv: list[str]) -> int:
@@ -121,14 +129,18 @@ def main(argv: list[str]) -> int:
     averaged, status = train(training, data)
     if averaged is None:
         return status
-    if not exported:
+    if not exported:  # where it was, a later chapter may have replaced it
         export(training, data, averaged)
-        training.note_finished()
+    training.note_finished()
     if config.self_guidance_steps:
         averaged, status = self_guide(training, data, averaged)
         if averaged is None:
             return status
     draw_film_strip(training, data, averaged)
+    if config.few_step_training_steps:
+        status = distill(training, data, averaged)
+        if status is not None:
+            return status
     return training.finish("pipeline")
 
 
@@ -168,12 +180,16 @@ class Data:
             set_layout(network, config, device)
         return network
 
+    def parts_of(self, network: StockUNet) -> list[torch.nn.Module]:
+        """What of a network is compiled: the whole, or the blocks of a sharded one."""
+        return [network] if self.sharding is None else self.sharding.blocks(network)
+
     def frozen(self, weights: dict[str, torch.Tensor], config: UNetConfig, device: torch.device) -> StockUNet:
         """A frozen U-Net with these whole weights, on its device, compiled like the trained one."""
         network = self.new_unet(config)
         network.load_state_dict(weights)
         self.place(network.eval().requires_grad_(False), config, device)
-        compile_networks([network] if self.sharding is None else self.sharding.blocks(network), config)
+        compile_networks(self.parts_of(network), config)
         return network
 
 
@@ -214,7 +230,7 @@ def train(
             ema.load_state_dict(state["ema"])
     for network in (unet, *ema.models):
         data.place(network, config, device)
-    compile_networks([unet] if sharding is None else sharding.blocks(unet), config)
+    compile_networks(data.parts_of(unet), config)
     optimizer = make_optimizer(unet.parameters(), config, config.learning_rate, config.optimizer)
     if state:
         with must_fit(config.resume_from_checkpoint):
@@ -330,10 +346,78 @@ def self_guide(training: TrainingRun, data: Data, averaged: StockUNet) -> tuple[
     nothing = data.conditions.nothing if data.conditions else None
     guide = Guide(*frozen, scale, config.self_guidance_interval, config.guidance_scale, nothing)
     guided, status = train(run, data, strong, guide, {"scale": scale})
-    if guided is not None and not run.was_finished(PIPELINE):
+    if guided is not None:
         export(run, data, guided)
         run.note_finished()
     return guided, status
+
+
+def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int | None:
+    """The third chapter: train a U-Net that samples in few steps, and export it beside the pipeline.
+
+    Args:
+        training: the stage, whose other chapters are done.
+        data: the latents and their conditions.
+        averaged: the U-Net of the chapter before.
+
+    Returns:
+        None, or the exit status of a run that was told to stop.
+    """
+    accelerator, device = training.accelerator, training.accelerator.device
+    config = few_step_config(training.config)
+    run = training.chapter(FEW_STEPS, config, few_step_origin(training.config, self_guidance_origin(training.config)))
+    weights, state = whole_weights(averaged), run.state or {}
+    accelerator.free_memory()
+    made = [data.new_unet(config) for _ in range(2)]
+    for network, name in zip(made, ("generator", "critic"), strict=True):
+        network.load_state_dict(state.get(name, weights))
+    ema = PowerEMA(made[0], config.ema_sigma_rels)
+    if state:
+        ema.load_state_dict(state["ema"])
+    for network in (*made, *ema.models):
+        data.place(network, config, device)
+    for network in made:
+        compile_networks(data.parts_of(network), config)
+    networks = FewStepTraining(config, accelerator, *made, data.frozen(weights, config, device), ema, state)
+    run.restore_scaler()
+    del state, weights
+    counts = ", ".join(map(str, config.few_step_counts))
+    tracker = run.start_tracking(len(data.latents), len(data.held_out), f"sampling in {counts} steps by distillation")
+    tracker.note(counts=config.few_step_counts)
+    accumulation = config.gradient_accumulation_steps
+    micro_batches = read_ahead(
+        examples_of(run, data.latents, data.conditions),
+        run.first_step * accumulation,
+        config.max_train_steps * accumulation,
+    )
+    for step in run.steps():
+        rate = learning_rate_factor(step, config)
+        next_iteration(config)
+        examples = (next(micro_batches) for _ in range(accumulation))
+        losses = networks.step(
+            step,
+            run.before,
+            ((numbers.to(device, non_blocking=True), to_device(given, device)) for numbers, _, given in examples),
+            rate,
+        )
+        run.advance()
+        if run.is_due(config.logging_steps):
+            means = accelerator.reduce(torch.stack([losses["loss"], losses["critic_loss"]]), "mean").tolist()
+            for skipped in networks.skipped.values():
+                skipped.report(tracker.say)
+            norm = float(losses["grad_norm"])
+            tracker.log(loss=means[0], critic_loss=means[1], grad_norm=norm, learning_rate=rate * config.learning_rate)
+        if run.is_due(config.validation_steps):
+            validate(run, data, ema.model, with_loss=False)
+        if run.should_stop():
+            return run.stop(gather(networks.state_dict(), keep=accelerator.is_main_process))
+        if run.is_due(config.checkpointing_steps):
+            run.save(gather(networks.state_dict(), keep=accelerator.is_main_process))
+            tracker.pause()
+    tracker.close()
+    export(run, data, ema.model)
+    run.note_finished()
+    return None
 
 
 def is_finished(training: TrainingRun) -> bool:
@@ -343,7 +427,13 @@ def is_finished(training: TrainingRun) -> bool:
         UserError: more steps are done than max_train_steps.
     """
     config = training.config
-    for name, steps, origin in [(SELF_GUIDANCE, config.self_guidance_steps, self_guidance_origin(config))]:
+    guided = self_guidance_origin(config)
+    for name, steps, origin in (
+        (SELF_GUIDANCE, config.self_guidance_steps, guided),
+        (FEW_STEPS, config.few_step_training_steps, few_step_origin(config, guided)),
+    ):
+        if name == FEW_STEPS and steps and not (training.output_dir / FEW_STEP_PIPELINE).exists():
+            return False
         noted = noted_of(training.output_dir, name)
         done = (noted.get("finished_at", 0), noted.get("origin")) == (steps, origin)
         if not done and (steps or noted):
@@ -451,7 +541,7 @@ def validation_loss(training: TrainingRun, averaged: StockUNet, held_out: Latent
 def make_sampler(run: TrainingRun, data: Data, unet: StockUNet) -> tuple[LatentDDPMPipeline, dict[str, Any]]:
     """The pipeline that pictures are drawn with, without a progress bar, and the conditions of its samples."""
     known = data.conditions.pipeline_arguments()
-    pipeline = LatentDDPMPipeline(data.autoencoder, unet, sampling_scheduler(run.config), **known)
+    pipeline = LatentDDPMPipeline(data.autoencoder, unet, scheduler_of(run), **known)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, data.of_held_out.shown(data.held_out, run.config.num_validation_samples, run.config.guidance_scale)
 
@@ -473,13 +563,18 @@ def draw_grid(run: TrainingRun, data: Data, unet: StockUNet) -> None:
     tracker.say(f"samples in {path}")
 
 
+def scheduler_of(run: TrainingRun) -> SchedulerMixin:
+    """The stock scheduler of a stage's or chapter's pipeline."""
+    return few_step_scheduler(run.config) if run.stage == FEW_STEPS else sampling_scheduler(run.config)
+
+
 def export(run: TrainingRun, data: Data, averaged: StockUNet) -> None:
-    """Write the pipeline folder with the averaged U-Net, which may be sharded."""
+    """Write the pipeline folder of a stage or chapter with the averaged U-Net, which may be sharded."""
     whole = whole_unet(averaged, keep=run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
-        scheduler, steps = sampling_scheduler(run.config), run.config.num_inference_steps
-        known = data.conditions.pipeline_arguments()
-        export_pipeline(run.output_dir / "pipeline", data.autoencoder, whole, scheduler, steps, **known)
+        folder = run.output_dir / (FEW_STEP_PIPELINE if run.stage == FEW_STEPS else PIPELINE)
+        known, steps = data.conditions.pipeline_arguments(), run.config.num_inference_steps
+        export_pipeline(folder.parent, data.autoencoder, whole, scheduler_of(run), steps, **known)
 
 
 def draw_film_strip(run: TrainingRun, data: Data, averaged: StockUNet) -> None:

@@ -42,6 +42,10 @@ class Stream(enum.IntEnum):
     DROP_IMAGE = 13
     DROP_TEXT = 14
     CAPTION = 15
+    FEW_STEP_NOISE = 16
+    FEW_STEP_POSITION = 17
+    FEW_STEP_TIME = 18
+    FEW_STEP_COMPARISON = 19
 
 
 def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:

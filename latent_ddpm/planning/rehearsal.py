@@ -277,17 +277,16 @@ class Rehearsal:
         with self.part("evaluation", len(some)):
             return self._validation_loss(run, averaged, some, conditions)
 
-    def _draw_some(self, run: TrainingRun, sampler: Any, shape: Any, shown: dict) -> None:
+    def _draw_some(self, run: TrainingRun, data: Any, unet: Any) -> None:
         config = run.config
         passes = config.num_inference_steps * (2 if config.guidance_scale != 1 else 1)
         each = passes * self.step_seconds / run.images_per_step / 3
         count = min(config.num_validation_samples, max(4, self._affordable(each, 2 * PART_SHARE)))
         real = config.num_validation_samples
-        few = {name: value[:count] if isinstance(value, torch.Tensor) else value for name, value in shown.items()}
         try:
             config.num_validation_samples = count
             with self.part("grid", count):
-                self._draw_grid(run, sampler, shape, few)
+                self._draw_grid(run, data, unet)
         finally:
             config.num_validation_samples = real
 

@@ -9,6 +9,7 @@ from latent_ddpm.errors import UserError
 SKIPPED_IN_A_ROW = 25  # steps
 SCALING_SKIPS = 16  # steps that fp16 loss scaling may skip until it has found its scale
 RATE_OF = {"autoencoder": "learning_rate", "discriminator": "disc_learning_rate", "U-Net": "learning_rate"}
+RATE_OF |= dict.fromkeys(("generator", "critic"), "few_step_learning_rate")
 
 
 class SkippedSteps:
