@@ -50,6 +50,7 @@ from latent_ddpm.diffusion.self_guidance import (
     Guide,
     self_guidance_config,
     self_guidance_origin,
+    sweep_scales,
     weak_step,
 )
 from latent_ddpm.diffusion.unet import StockUNet, check_latents_fit, make_unet
@@ -57,9 +58,10 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.grids import make_grid
 from latent_ddpm.files import save_png
 from latent_ddpm.planning.batch import fitting_images
+from latent_ddpm.publishing.curves import draw_scales
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
-from latent_ddpm.random import Stream, normal, seed_for_step, uniform
+from latent_ddpm.random import Stream, normal, permutation, seed_for_step, uniform
 from latent_ddpm.training.acceleration import (
     align_state,
     compile_networks,
@@ -341,15 +343,49 @@ def self_guide(training: TrainingRun, data: Data, averaged: StockUNet) -> tuple[
     training.accelerator.free_memory()
     early, step = nearest_snapshot(training.output_dir / "ema", config.ema_sigma_rels[0], weak_step(config))
     frozen = [data.frozen(weights, config, device) for weights in (strong, {**strong, **early})]
-    scale = run.state["scale"] if run.state else 2.5
-    logger.info("self-guidance: scale %g away from the average after %d steps", scale, step)
     nothing = data.conditions.nothing if data.conditions else None
-    guide = Guide(*frozen, scale, config.self_guidance_interval, config.guidance_scale, nothing)
-    guided, status = train(run, data, strong, guide, {"scale": scale})
+
+    def guide_of(scale: float) -> Guide:
+        return Guide(*frozen, scale, config.self_guidance_interval, config.guidance_scale, nothing)
+
+    scale, distances = config.self_guidance_scale, None
+    if scale == "auto":
+        distances = run.state["distances"] if run.state else try_scales(run, data, frozen[0], guide_of)
+        scale = float(min(distances, key=distances.get))
+    logger.info("self-guidance: scale %g away from the average after %d steps", scale, step)
+    guided, status = train(run, data, strong, guide_of(scale), {"scale": scale, "distances": distances})
     if guided is not None:
         export(run, data, guided)
         run.note_finished()
     return guided, status
+
+
+def try_scales(run: TrainingRun, data: Data, strong: StockUNet, guide_of: Callable[[float], Guide]) -> dict[str, float]:
+    """The distance of samples to real latents by guidance scale, from a short sweep; draws it in samples/."""
+    held_out, latents, device = data.held_out, data.latents, run.accelerator.device
+    order = permutation(run.config.seed, 0, len(latents))
+
+    def reals(numbers: torch.Tensor) -> tuple[torch.Tensor, Given]:
+        """The latents of the held-out images, then of training images."""
+        parts, first = [], numbers[numbers < len(held_out)].numpy()
+        rest = numbers[numbers >= len(held_out)].numpy() - len(held_out)
+        for cache, conditions, rows in (
+            (held_out, data.of_held_out, first),
+            (latents, data.conditions, order[rest % len(latents)]),
+        ):
+            if len(rows):
+                records = cache.records(rows)
+                parts.append((cache.normalized(records), conditions.given(records)))
+        given = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
+        return torch.cat([part[0] for part in parts]).to(device), to_device(given, device)
+
+    logger.info("self-guidance: trying scales")
+    found = sweep_scales(guide_of, strong, reals, run.config, device)
+    distances = {f"{scale:g}": round(value, 4) for scale, value in found.items()}
+    logger.info("distance by scale: %s", ", ".join(f"{scale}: {value:.2f}" for scale, value in distances.items()))
+    if run.accelerator.is_main_process:
+        draw_scales(distances, run.output_dir / "samples" / f"{SELF_GUIDANCE}-scales.png")
+    return distances
 
 
 def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int | None:

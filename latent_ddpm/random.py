@@ -46,6 +46,7 @@ class Stream(enum.IntEnum):
     FEW_STEP_POSITION = 17
     FEW_STEP_TIME = 18
     FEW_STEP_COMPARISON = 19
+    SWEEP = 20
 
 
 def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:

@@ -485,7 +485,7 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
         )
     if options.guidance_pipeline and not options.guidance_scales:
         raise UserError("--guidance_pipeline needs --guidance_scales, the strength of the guidance away from it.")
-    scales = dict.fromkeys(options.guidance_scales or [config.guidance_scale]) if guided else [None]
+    scales = dict.fromkeys(options.guidance_scales or [config.sampling_guidance_scale]) if guided else [None]
     settings = [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
     return pipe, [(*setting, scale) for setting in settings for scale in scales]
 

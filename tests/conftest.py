@@ -49,6 +49,7 @@ LONG = (
     "test_benchmark_gpu.py",
     "test_reliability.py",
     "test_end_to_end.py",
+    "test_chapters.py",
     "test_hub.py",
     "test_benchmarks.py",
     "test_conditions.py",
@@ -109,10 +110,11 @@ def finished(words, **settings):
     return subprocess.run(words, capture_output=True, text=True, **settings)
 
 
-def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=None, group=False, **flags):
+def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=None, group=False, stage=None, **flags):
     """Start a training script and send it a signal once it has logged `step`; returns its exit status.
 
-    With `group`, the whole process group gets the signal, as from a terminal's Ctrl-C.
+    `stage` is the chapter of stage 2 whose step is meant. With `group`, the whole process group gets the signal, as
+    from a terminal's Ctrl-C.
     """
     metrics = Path(output_dir) / "metrics.jsonl"
     words = command(script, output_dir, processes, **flags)
@@ -122,7 +124,7 @@ def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=N
     else:
         process = Script(words[1:])
     deadline = time.monotonic() + PATIENCE
-    stage = "autoencoder" if script == "train_autoencoder.py" else "unet"
+    stage = stage or ("autoencoder" if script == "train_autoencoder.py" else "unet")
     while time.monotonic() < deadline and process.poll() is None:
         if any(r["stage"] == stage and r["step"] >= step for r in read_metrics(metrics)):
             os.killpg(process.pid, signum) if group else process.send_signal(signum)

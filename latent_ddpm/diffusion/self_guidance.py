@@ -9,13 +9,19 @@ one network that predicts the guided result.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.diffusion.conditions import Given, unet_inputs
+from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
+from latent_ddpm.diffusion.quality import gaussian_distance, latent_features
 from latent_ddpm.diffusion.unet import StockUNet
+from latent_ddpm.random import Stream, normal
+from latent_ddpm.training.acceleration import uncompiled
+from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
+from pipeline_latent_ddpm import noise_level
 
 SELF_GUIDANCE = "self_guidance"  # the chapter's name in metrics.jsonl, run.json and the names of checkpoints
 SELF_GUIDANCE_KEYS = tuple(f"self_guidance_{key}" for key in ("steps", "scale", "weak", "interval", "learning_rate"))
@@ -83,6 +89,69 @@ class Guide:
     def _predict(unet: StockUNet, noisy: torch.Tensor, timesteps: torch.Tensor, given: Given) -> torch.Tensor:
         inputs, words = unet_inputs(noisy, given)
         return unet(inputs, timesteps, **words).sample.float()
+
+
+# ------------------------------------------------------------------------------------------------ the scale
+
+SWEEP_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0)
+SWEEP_IMAGES, SWEEP_BATCH, SWEEP_STEPS = 512, 64, 10
+
+
+@torch.no_grad()
+def sweep_scales(
+    guide_of: Callable[[float], Guide],
+    strong: StockUNet,
+    reals: Callable[[torch.Tensor], tuple[torch.Tensor, Given]],
+    config: UNetConfig,
+    device: torch.device,
+    scales: Sequence[float] = SWEEP_SCALES,
+) -> dict[float, float]:
+    """How far samples are from real latents with each scale of the guidance; call it in every process.
+
+    The same initial noise is used with every scale. The processes share the work.
+
+    Args:
+        guide_of: the guided predictions with a scale.
+        strong: the U-Net whose features are compared (latent_ddpm/diffusion/quality.py).
+        reals: real latents (B, D, h, w) and their conditioning, on the device, for int64 numbers (B,) from 0 on.
+        config: config of the run.
+        device: of the networks.
+        scales: that are tried.
+
+    Returns:
+        The distance by scale, the same in every process.
+    """
+    table = noise_table(config)
+    table = table if table is None else table.to(device)
+    per_round = SWEEP_BATCH * process_count()
+    found: dict[float | None, list[torch.Tensor]] = {}
+    with uncompiled():
+        for start in range(0, SWEEP_IMAGES, per_round):
+            numbers = start + SWEEP_BATCH * process_index() + torch.arange(SWEEP_BATCH)
+            clean, given = reals(numbers)
+            numbers = numbers.to(device)
+            noise = normal(config.seed, Stream.SWEEP, numbers, clean.shape[1:])
+            for scale in (None, *scales):
+                drawn = clean if scale is None else draw_latents(guide_of(scale), noise, given, config, SWEEP_STEPS)
+                features = latent_features(strong, drawn, numbers, given, config, table)
+                found.setdefault(scale, []).append(all_gather_rows(features.to(device)).cpu())
+    real = torch.cat(found.pop(None))
+    return {scale: gaussian_distance(torch.cat(features), real) for scale, features in found.items() if scale}
+
+
+def draw_latents(guide: Guide, noise: torch.Tensor, given: Given, config: UNetConfig, steps: int) -> torch.Tensor:
+    """Latents (B, D, h, w) drawn with guidance from standard normal noise of that shape."""
+    scheduler, latents = sampling_scheduler(config), noise
+    scheduler.set_timesteps(steps, device=noise.device)
+    for t in scheduler.timesteps:
+        keep, spread = noise_level(scheduler, t)
+        level = noise.new_full((len(noise),), spread / keep if keep else float("inf"))
+        prediction = guide(latents, t.expand(len(noise)), level, given)
+        latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+    return latents
+
+
+# ---------------------------------------------------------------------------------------------- the chapter
 
 
 def weak_step(config: UNetConfig) -> int:
