@@ -39,6 +39,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DEFAULT_STEPS = 20
+# A key of scheduler_config.json: there, stock diffusers keeps what begins with an underscore, and does not warn of it.
+RECORDED_STEPS = "_num_inference_steps"
 # text encoder class by transformers' model_type; other models are used whole
 ENCODER_CLASSES = {
     "clip": "CLIPTextModel",
@@ -330,6 +333,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
         )
 
     @property
+    def recorded_steps(self) -> int | None:
+        """The number of sampling steps that a few-step model is made for; None for other models."""
+        return self.scheduler.config.get(RECORDED_STEPS)
+
+    @property
     def num_timesteps(self) -> int:
         """Number of U-Net evaluations of the latest call; second-order schedulers need more than one per step."""
         return self._num_timesteps
@@ -424,7 +432,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -460,7 +468,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         Args:
             batch_size: number of images if `num_images_per_prompt` is 1; 1 is replaced by the number of class labels,
                 conditioning images or prompts.
-            num_inference_steps: denoising steps, at least 1.
+            num_inference_steps: denoising steps, at least 1; None takes `recorded_steps`, or 20 without.
             eta: 0 is deterministic DDIM, 1 has the noise of DDPM (arXiv 2010.02502, equation 16). Schedulers without
                 `eta` ignore it.
             generator: random generator of the initial noise and of the noise that the scheduler draws. A list has one
@@ -518,6 +526,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
         """
         # A diffusers PipelineCallback names the tensors that it needs.
         wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        if num_inference_steps is None:
+            num_inference_steps = self.recorded_steps or DEFAULT_STEPS
         text = (prompt, prompt_embeds, prompt_attention_mask)
         no_text = (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
         given, scales = self._read_conditions(

@@ -414,7 +414,10 @@ def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int | Non
         data.place(network, config, device)
     for network in made:
         compile_networks(data.parts_of(network), config)
-    networks = FewStepTraining(config, accelerator, *made, data.frozen(weights, config, device), ema, state)
+    nothing = data.conditions.nothing if data.conditions else None
+    scale = training.config.sampling_guidance_scale
+    teacher = Guide(data.frozen(weights, config, device), guidance_scale=scale, nothing=nothing)
+    networks = FewStepTraining(config, accelerator, *made, teacher, ema, state)
     run.restore_scaler()
     del state, weights
     counts = ", ".join(map(str, config.few_step_counts))
@@ -610,7 +613,8 @@ def export(run: TrainingRun, data: Data, averaged: StockUNet) -> None:
     if run.accelerator.is_main_process:
         folder = run.output_dir / (FEW_STEP_PIPELINE if run.stage == FEW_STEPS else PIPELINE)
         known, steps = data.conditions.pipeline_arguments(), run.config.num_inference_steps
-        export_pipeline(folder.parent, data.autoencoder, whole, scheduler_of(run), steps, **known)
+        few = run.stage == FEW_STEPS
+        export_pipeline(folder.parent, data.autoencoder, whole, scheduler_of(run), steps, record_steps=few, **known)
 
 
 def draw_film_strip(run: TrainingRun, data: Data, averaged: StockUNet) -> None:

@@ -27,7 +27,7 @@ try:
 except ImportError:
     sys.exit("error: the demo needs gradio: pip install gradio")
 
-from pipeline_latent_ddpm import LatentDDPMPipeline
+from pipeline_latent_ddpm import DEFAULT_STEPS, LatentDDPMPipeline
 
 MAX_IMAGES, MAX_STEPS, FILM_FRAMES, BETWEEN = 64, 250, 12, 9
 SCHEDULERS = {
@@ -182,7 +182,8 @@ class Demo:
             gr.Markdown(f"# {Path(self.name).name if Path(self.name).exists() else self.name}")
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
-                steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Steps")
+                few = self.pipeline.recorded_steps  # of a model that draws in few steps, without guidance
+                steps = gr.Slider(1, MAX_STEPS, few or DEFAULT_STEPS, step=1, label="Steps")
                 scheduler = gr.Dropdown(self.schedulers, value="as published", label="Scheduler")
             with gr.Tab("New images"):
                 count = gr.Slider(1, MAX_IMAGES, 16, step=1, label="Images")
@@ -194,7 +195,7 @@ class Demo:
                     )
                     text = gr.Textbox(label="Text", visible=has_text, elem_id="text")
                     image = gr.Image(label="Map or image", type="pil", image_mode=None, visible=has_map)
-                    guidance = gr.Slider(0, 8, 2, step=0.25, label="Guidance")
+                    guidance = gr.Slider(0, 8, 1 if few else 2, step=0.25, label="Guidance")
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
                 grid = gr.Image(label="New images", elem_id="grid", format="png", interactive=False)
                 inputs = [seed, count, scheduler, steps, guidance, name, text, image]

@@ -5,7 +5,8 @@
         --schedulers ddim dpmsolver++ --steps 10 20 50
     python scripts/evaluate.py digits outputs/mnist/pipeline --num_images 1000 --num_inference_steps 20
 
-Each prints its figures and writes them as JSON: to --json FILE, or to evaluation-<what>.json in the run's folder.
+Each prints its figures and writes them as JSON: to --json FILE, or to evaluation-<what>.json in the run's folder. Those
+of a few-step pipeline are evaluation-few-steps.json and evaluation-few-steps-digits.json.
 
 autoencoder
     Measures <output_dir>/autoencoder, or --autoencoder DIR, on the whole validation split. It takes the keys of
@@ -25,7 +26,7 @@ pipeline
     - The median distance from a sample to its nearest training image, and the same for held-out images. If a model has
       memorized its training set, its samples are much nearer than held-out images are.
     - --schedulers and --steps: every scheduler is measured with every number of steps. The default is the pipeline's
-      own scheduler with num_inference_steps.
+      own scheduler with num_inference_steps, or for a few-step pipeline with the number that it is made for.
     - --reconstructions also measures reconstructions of the training images. If samples come close to that figure, the
       autoencoder is the limit.
     - --max_real_images N uses N training images instead of all. On a CPU, all of them can take an hour. Their features
@@ -127,7 +128,7 @@ from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import permutation
 from latent_ddpm.system import peak_resident_bytes
 from latent_ddpm.training.launch import make_accelerator, run
-from pipeline_latent_ddpm import LatentDDPMPipeline
+from pipeline_latent_ddpm import DEFAULT_STEPS, LatentDDPMPipeline
 
 
 def show_json(path: Path, result: dict) -> None:
@@ -443,13 +444,12 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     options, rest = parser.parse_known_args(argv)
     check_installed(options.feature_extractor, "matplotlib")
     config = parse_config(UNetConfig, rest)
-    options.steps = options.steps or [config.num_inference_steps]
     for key, least in (("num_images", MIN_IMAGES), ("batch_size", 1), ("seed", 0)):
         if getattr(options, key) < least:
             raise UserError(f"--{key} is {getattr(options, key)}; it must be at least {least}.")
     if options.max_real_images is not None and options.max_real_images < MIN_IMAGES:
         raise UserError(f"--max_real_images is {options.max_real_images}; it must be at least {MIN_IMAGES}.")
-    if min(options.steps) < 1:
+    if options.steps and min(options.steps) < 1:
         raise UserError(f"--steps is {min(options.steps)}; it must be at least 1.")
     for name in options.schedulers:
         find_scheduler(name)
@@ -473,6 +473,7 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
     if image_shape(pipe) != wanted:
         makes, says = ("x".join(map(str, shape)) for shape in (image_shape(pipe), wanted))
         raise UserError(f"{options.pipeline} draws images of {makes}, but the config has {says}.")
+    options.steps = options.steps or [pipe.recorded_steps or config.num_inference_steps]
     known = pipe.scheduler.config.num_train_timesteps
     if max(options.steps) > known:
         raise UserError(f"--steps {max(options.steps)} is more than the {known} that the model was trained with.")
@@ -485,7 +486,8 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
         )
     if options.guidance_pipeline and not options.guidance_scales:
         raise UserError("--guidance_pipeline needs --guidance_scales, the strength of the guidance away from it.")
-    scales = dict.fromkeys(options.guidance_scales or [config.sampling_guidance_scale]) if guided else [None]
+    own = 1.0 if pipe.recorded_steps else config.sampling_guidance_scale
+    scales = dict.fromkeys(options.guidance_scales or [own]) if guided else [None]
     settings = [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
     return pipe, [(*setting, scale) for setting in settings for scale in scales]
 
@@ -584,7 +586,8 @@ def measure_pipeline(argv: list[str]) -> None:
     accelerator = make_accelerator(dataclasses.replace(config, mixed_precision="no", report_to="none"))
     device, is_main = accelerator.device, accelerator.is_main_process
     pipe.to(device)
-    path = options.json or Path(config.output_dir) / "evaluation-pipeline.json"
+    what = "few-steps" if pipe.recorded_steps else "pipeline"
+    path = options.json or Path(config.output_dir) / f"evaluation-{what}.json"
     extractor = options.feature_extractor
     result = {
         "command": command_of(argv, accelerator),
@@ -685,7 +688,7 @@ def measure_digits(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="evaluate.py digits")
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--num_images", type=int, default=1000)
-    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--prompts", nargs="+", default=["a {}"])
     parser.add_argument("--seed", type=int, default=0)
@@ -709,7 +712,7 @@ def measure_digits(argv: list[str]) -> None:
         given |= embedded(pipeline, words)
     if given:
         inputs["guidance_scale"] = options.guidance_scale
-    steps = options.num_inference_steps
+    steps = options.num_inference_steps or pipeline.recorded_steps or DEFAULT_STEPS
     drawn = draw_shared(pipeline, options.seed, options.num_images, 250, steps, given, **inputs)
     known = digit_probabilities(train_digit_classifier(digits[~held_out], labels[~held_out]), digits[held_out])
     probabilities = digit_probabilities(train_digit_classifier(digits, labels), to_float(drawn))
@@ -719,7 +722,8 @@ def measure_digits(argv: list[str]) -> None:
     if "conditioning_image" in given:
         asked = given["conditioning_image"].bool()
         judged["iou"] = float(intersection_over_union(asked, silhouettes(to_float(drawn))).mean())
-    path = options.json or options.pipeline.parent / "evaluation-digits.json"
+    what = "few-steps-digits" if pipeline.recorded_steps else "digits"
+    path = options.json or options.pipeline.parent / f"evaluation-{what}.json"
     shown = to_float(drawn[:32])
     if "conditioning_image" in given:
         picture = reconstruction_grid(asked[:32, None].float().mul(2).sub(1), shown, columns=16)
@@ -732,7 +736,7 @@ def measure_digits(argv: list[str]) -> None:
         {
             "command": "python scripts/evaluate.py digits " + shlex.join(argv),
             "images": options.num_images,
-            "steps": options.num_inference_steps,
+            "steps": steps,
             "scheduler": type(pipeline.scheduler).__name__,
             **inputs,
             **({"prompts": options.prompts} if pipeline.takes_text else {}),

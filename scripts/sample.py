@@ -66,7 +66,7 @@ from latent_ddpm.evaluation.grids import make_grid
 from latent_ddpm.files import save_animation, save_png, write_whole
 from latent_ddpm.random import Stream, normal
 from latent_ddpm.training.launch import run
-from pipeline_latent_ddpm import CONDITIONS, LatentDDPMPipeline
+from pipeline_latent_ddpm import CONDITIONS, DEFAULT_STEPS, LatentDDPMPipeline
 
 GRID_LIMIT = 64
 FILM_ROWS = 8
@@ -96,7 +96,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("pipeline", help="folder with a model_index.json, or a Hub id such as you/name")
     parser.add_argument("--num_images", type=positive, default=64)
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time; changes speed only")
-    parser.add_argument("--num_inference_steps", type=positive, default=20)
+    parser.add_argument(
+        "--num_inference_steps", type=positive, help=f"default: what the pipeline is made for, or {DEFAULT_STEPS}"
+    )
     parser.add_argument("--scheduler", help="instead of the pipeline's own: " + ", ".join(SCHEDULERS))
     parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 is deterministic, 1 is like DDPM")
     parser.add_argument("--seed", type=int, default=0)
@@ -304,6 +306,7 @@ def sample(args: argparse.Namespace) -> None:
         pipe.to(getattr(torch, args.dtype))
     if args.scheduler is not None:
         pipe.scheduler = with_scheduler(pipe.scheduler, args.scheduler)
+    args.num_inference_steps = args.num_inference_steps or pipe.recorded_steps or DEFAULT_STEPS
     if args.num_inference_steps > pipe.scheduler.config.num_train_timesteps:
         raise UserError(
             f"--num_inference_steps {args.num_inference_steps} is more than the "

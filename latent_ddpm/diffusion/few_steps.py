@@ -24,6 +24,7 @@ from latent_ddpm.config import UNetConfig
 from latent_ddpm.diffusion.conditions import Given, unet_inputs
 from latent_ddpm.diffusion.noise_schedule import make_noise_scheduler, noise_levels, noise_table
 from latent_ddpm.diffusion.objective import TrainingBatch, add_noise, target
+from latent_ddpm.diffusion.self_guidance import Guide
 from latent_ddpm.diffusion.unet import StockUNet
 from latent_ddpm.random import Stream, first_words, normal, uniform
 from latent_ddpm.training.acceleration import align_state, strict
@@ -172,7 +173,7 @@ class FewStepTraining:
         config: of the chapter.
         accelerator: of the run.
         generator, critic: copies of the teacher, or with the weights of `state`; on their device.
-        teacher: frozen; its scores are those of the data.
+        teacher: predicts with guidance, where the weights do not hold it yet; its scores are those of the data.
         averaged: of the generator.
         state: a checkpoint of `state_dict`, whose optimizers are loaded here, or None.
     """
@@ -183,7 +184,7 @@ class FewStepTraining:
         accelerator: Accelerator,
         generator: StockUNet,
         critic: StockUNet,
-        teacher: StockUNet,
+        teacher: Guide,
         averaged: PowerEMA,
         state: dict[str, Any] | None,
     ) -> None:
@@ -250,7 +251,7 @@ class FewStepTraining:
             set_learning_rate(optimizer, rate * self.rates[name])
         totals = {name: torch.zeros((), device=accelerator.device) for name in ("loss", "critic_loss", "grad_norm")}
         for numbers, given in micro_batches:
-            shape = self.teacher.config.out_channels, *_size(self.teacher)
+            shape = self.teacher.strong.config.out_channels, *_size(self.teacher.strong)
             noise = normal(config.seed, Stream.FEW_STEP_NOISE, numbers, shape)
             with accelerator.autocast():
                 noisy = self.begin(noise, levels, position, given)
@@ -260,8 +261,8 @@ class FewStepTraining:
                 inputs, words = unet_inputs(batch.noisy, given)
                 prediction = self.models["critic"](inputs, batch.timesteps, **words).sample
                 critic_loss = batch.loss(prediction)
-                with torch.no_grad(), accelerator.autocast():
-                    of_data = self.teacher(inputs, batch.timesteps, **words).sample
+                with accelerator.autocast():
+                    of_data = self.teacher(batch.noisy, batch.timesteps, batch.level, given)
                 of_data, of_samples = (
                     clean_latents(batch.noisy, made.detach(), alpha, sigma, config.prediction_type)
                     for made in (of_data, prediction)

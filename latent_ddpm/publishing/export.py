@@ -6,6 +6,7 @@ which it keeps in `pipelines/deprecated`, every folder names LatentDDPMPipeline,
 folders that were published before.
 """
 
+import copy
 import json
 import re
 import shutil
@@ -80,6 +81,7 @@ def export_pipeline(
     unet: UNet2DModel,
     scheduler: SchedulerMixin,
     num_inference_steps: int,
+    record_steps: bool = False,
     **conditions: Any,
 ) -> None:
     """Write a folder that `DiffusionPipeline.from_pretrained` of stock diffusers loads.
@@ -90,10 +92,15 @@ def export_pipeline(
         unet: the averaged U-Net; it predicts in scaled latents.
         scheduler: the pipeline's scheduler.
         num_inference_steps: in the card's example.
+        record_steps: whether this is the number that LatentDDPMPipeline draws in when it is not told another, as for
+            a few-step model. LDMPipeline has 50.
         conditions: conditioning arguments of LatentDDPMPipeline. Without any, the folder holds a stock LDMPipeline
             where the installed diffusers has one.
     """
     stock = None if conditions else stock_pipeline()
+    if record_steps:
+        scheduler = copy.copy(scheduler)
+        scheduler.register_to_config(**{pipeline_latent_ddpm.RECORDED_STEPS: num_inference_steps})
 
     def write(aside: Path) -> None:
         with warnings.catch_warnings():

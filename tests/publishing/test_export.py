@@ -1,6 +1,8 @@
 """The export: what is published equals what was trained, with and without diffusers' LDMPipeline."""
 
+import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import fill_zeros, run_script
-from diffusers import AutoencoderKL, DiffusionPipeline
-from small_pipeline import save_pipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from small_pipeline import CONFIG, save_pipeline
+from small_pipeline import make as make_pipeline
 
 from latent_ddpm.autoencoder.scaling import Moments, fold_normalization, overall_std
 from latent_ddpm.autoencoder.stock import (
@@ -27,6 +30,7 @@ from latent_ddpm.diffusion.unet import make_unet
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import replace_folder
 from latent_ddpm.publishing.export import convert_pipeline, export_pipeline, stock_pipeline
+from pipeline_latent_ddpm import RECORDED_STEPS, LatentDDPMPipeline
 
 
 def make(channels=3, attention=False, levels=(8, 16, 16), **quantizer):
@@ -247,6 +251,44 @@ def test_a_stranger_with_only_diffusers_gets_the_training_time_model(tmp_path, q
         batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np"
     ).images
     assert np.abs(richer - theirs).max() < 1e-5
+
+
+@pytest.mark.parametrize("kinds", ["none", "class"])
+def test_the_number_of_steps_outlives_every_way_to_save_and_load(kinds, tmp_path):
+    """And stock diffusers says nothing about it."""
+    pipe, folder = make_pipeline(kinds), tmp_path / "pipeline"
+    scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=1)
+    export_pipeline(folder, pipe.vqvae, pipe.unet, scheduler, 3, record_steps=True, **CONFIG.get(kinds, {}))
+    assert "num_inference_steps=3" in (folder / "README.md").read_text()
+    assert RECORDED_STEPS not in scheduler.config  # the caller's is as it was
+    words = {"custom_pipeline": str(folder), "trust_remote_code": True}
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("diffusers").addHandler(handler)
+    stock = [] if kinds == "class" else [DiffusionPipeline.from_pretrained(folder)]
+    loaded = [*stock, LatentDDPMPipeline.from_pretrained(folder), DiffusionPipeline.from_pretrained(folder, **words)]
+    for number, one in enumerate(loaded):
+        one.save_pretrained(tmp_path / str(number))
+        again = LatentDDPMPipeline.from_pretrained(tmp_path / str(number))
+        again.scheduler = DDIMScheduler.from_config(again.scheduler.config, clip_sample=False)
+        again.save_pretrained(tmp_path / str(number))
+        again = LatentDDPMPipeline.from_pretrained(tmp_path / str(number))
+        again.set_progress_bar_config(disable=True)
+        assert again.recorded_steps == 3
+        for words, steps in (({}, 3), ({"num_inference_steps": 2}, 2)):
+            again(output_type="latent", **words)
+            assert again.num_timesteps == steps
+    logging.getLogger("diffusers").removeHandler(handler)
+    assert said.getvalue() == ""
+
+
+def test_without_a_recorded_number_there_are_twenty_steps(tmp_path):
+    pipe = make_pipeline("none")
+    export_pipeline(tmp_path / "pipeline", pipe.vqvae, pipe.unet, pipe.scheduler, 3)
+    pipe = LatentDDPMPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    pipe(output_type="latent")
+    assert pipe.recorded_steps is None and pipe.num_timesteps == 20
 
 
 # ------------------------------------------------------------------------------------------- without LDMPipeline

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, finished, run_script
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
-from small_pipeline import save_pipeline
+from small_pipeline import make, save_pipeline
 
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.diffusion.sampling import draw_shared, load_pipeline, with_scheduler
@@ -19,6 +20,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.digits import train_digit_classifier
 from latent_ddpm.evaluation.grids import make_grid
 from latent_ddpm.files import save_png
+from pipeline_latent_ddpm import RECORDED_STEPS
 
 spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
 script = importlib.util.module_from_spec(spec)
@@ -116,13 +118,43 @@ def test_two_processes_draw_and_measure_what_one_does(run, config, measured):
 
 def test_defaults_are_the_pipelines_own_and_a_sweep_is_the_cross_product(run, config):
     options, parsed = script.pipeline_options([*config, "--num_inference_steps", "7"])
-    assert options.steps == [7] and options.pipeline == str(run[0] / "pipeline") and options.num_images == 5000
+    assert options.pipeline == str(run[0] / "pipeline") and options.num_images == 5000
     pipe, sweep = script.load_for(options, parsed)
     assert sweep == [("DDIMScheduler", pipe.scheduler, 7, None)]
     options, parsed = script.pipeline_options([*config, "--schedulers", "heun", "ddim", "--steps", "9", "3"])
     _, sweep = script.load_for(options, parsed)
     assert [(name, steps) for name, _, steps, _ in sweep] == [("heun", 9), ("heun", 3), ("ddim", 9), ("ddim", 3)]
     assert type(sweep[0][1]).__name__ == "HeunDiscreteScheduler"
+
+
+def few_step_scheduler(steps):
+    scheduler = DPMSolverMultistepScheduler(prediction_type="v_prediction", beta_end=0.012, solver_order=1)
+    scheduler.register_to_config(**{RECORDED_STEPS: steps})
+    return scheduler
+
+
+def test_a_few_step_pipeline_is_measured_as_it_draws(config, tmp_path):
+    folder = str(save_pipeline(tmp_path / "pipeline-few-steps", few_step_scheduler(4)))
+    options, parsed = script.pipeline_options([*config, "--pipeline", folder])
+    pipe, sweep = script.load_for(options, parsed)
+    assert sweep == [("DPMSolverMultistepScheduler", pipe.scheduler, 4, None)]
+    words = ["--pipeline", folder, "--steps", "1", "2"]
+    _, sweep = script.load_for(*script.pipeline_options([*config, *words]))
+    assert [steps for _, _, steps, _ in sweep] == [1, 2]
+
+
+@pytest.mark.parametrize(("words", "steps", "scale"), [
+    (["--guidance_scale", "3"], None, 3.0),
+    (["--guidance_scale", "3", "--self_guidance_steps", "5"], None, 1.0),  # guided by its weights
+    (["--guidance_scale", "3"], 4, 1.0),
+])  # fmt: skip
+def test_nothing_is_guided_twice(config, words, steps, scale, tmp_path):
+    pipe = make("class")
+    pipe.scheduler = few_step_scheduler(steps)
+    pipe.save_pretrained(tmp_path)
+    words = [*config[:-6], "--conditions", "[class]", *words, "--pipeline", str(tmp_path)]
+    _, sweep = script.load_for(*script.pipeline_options(words))
+    assert [setting[-1] for setting in sweep] == [scale]
 
 
 def test_a_part_of_the_training_images_is_a_fixed_random_choice(run, config, tmp_path):
@@ -192,6 +224,7 @@ def test_digits_are_judged_by_their_class_and_their_silhouette(tmp_path, monkeyp
         class_names=[str(digit) for digit in range(10)] if classes else None,
         conditioning_channels=2,
         takes_text=False,
+        recorded_steps=None,
         scheduler="one",
         set_progress_bar_config=lambda disable: None,
     )

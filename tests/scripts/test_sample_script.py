@@ -16,7 +16,7 @@ from small_pipeline import save_pipeline
 
 from latent_ddpm.diffusion.sampling import slerp
 from latent_ddpm.random import Stream, normal
-from pipeline_latent_ddpm import LatentDDPMPipeline
+from pipeline_latent_ddpm import RECORDED_STEPS, LatentDDPMPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
@@ -96,6 +96,17 @@ def test_files_grid_and_record(pipeline, tmp_path):
         "diffusers": diffusers.__version__,
         "files": names,
     }
+
+
+@pytest.mark.parametrize("recorded", [None, 2])
+def test_the_number_of_steps_is_the_one_of_the_pipeline(recorded, tmp_path):
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    scheduler.register_to_config(**{RECORDED_STEPS: recorded} if recorded else {})
+    folder = save_pipeline(tmp_path / "pipeline", scheduler)
+    words = [str(folder), "--num_images", "1", "--device", "cpu", "--scheduler", "dpmsolver++"]
+    assert script.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert record["num_inference_steps"] == (recorded or 20)
 
 
 def test_images_of_an_earlier_call_are_removed(pipeline, tmp_path):
