@@ -124,7 +124,10 @@ def measure(
     result, log = folder / f"{stage}.json", folder / f"{stage}.log"
     own = [*of_stage(words, stage), "--output_dir", str(folder / "run"), "--report_to", "none"]
     own += ["--push_to_hub", "false", "--resume_from_checkpoint", "latest"]
-    own += ["--latents_dir", "null"] if stage == "unet" else []
+    if stage == "unet":  # the other chapters are forecast from the first one's steps
+        own += ["--latents_dir", "null"]
+        for key in ("self_guidance", "few_step_training"):
+            own += [f"--{key}_steps", "0", f"--{key}_images", "null"]
     about = json.dumps({"stage": stage, "seconds": seconds, "decode": decode, "result": str(result)})
     begun, worked = time.monotonic(), child_seconds()
     with log.open("w", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig
 from latent_ddpm.data.latents import record_type
 from latent_ddpm.errors import UserError
 from latent_ddpm.planning.counting import GIB, count_autoencoder, count_unet, largest_batch
-from latent_ddpm.planning.forecast import times_due, units_of_run
+from latent_ddpm.planning.forecast import chapter_steps, times_due, units_of_run
 from latent_ddpm.planning.rehearsal import images_per_step, phases_of
 
 NORMALIZATION_IMAGES = 10_000  # as in train_autoencoder.py
@@ -144,6 +144,8 @@ def stage_flops(config: RunConfig, figures: dict[str, Any], images: dict[str, in
         flops["evaluation"] = forward * units["evaluation"]
         flops["grid"] = units["grid"] * (passes * forward + encoder_flops)  # a decoder is as large as its encoder
         flops["encode"] = units["encode"] * encoder_flops
+        for name, equivalent in chapter_steps(config).items():
+            flops[name] = equivalent * batch * figures["flops_per_image"]
     return flops
 
 
@@ -171,7 +173,9 @@ def forecast_on_card(
     times, slow = {}, START_WITH_SLOW_CORES[config.torch_compile != "off"]
     for name, start in (("seconds", slow), ("seconds_with_fast_cores", slow * FAST_CORES)):
         parts = {part: value / (card.tflops * 1e12 * share_of(config)) for part, value in flops.items()}
-        for part in parts.keys() - {"steps", "grid"} - ({"evaluation"} if stage == "unet" else set()):
+        for part in (
+            parts.keys() - {"steps", "grid", *chapter_steps(config)} - ({"evaluation"} if stage == "unet" else set())
+        ):
             parts[part] /= gpus  # the others are of each process, or of the first one alone
         parts["steps"] = max(parts["steps"], starts * start)
         if "grid" in parts:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig
+from latent_ddpm.diffusion.self_guidance import SWEEP_IMAGES, SWEEP_SCALES, SWEEP_STEPS
 from latent_ddpm.planning.rehearsal import images_per_step, phases_of
 
 
@@ -46,6 +47,29 @@ def units_of_run(config: RunConfig, images: dict[str, int]) -> dict[str, float]:
     }
 
 
+def chapter_steps(config: RunConfig) -> dict[str, float]:
+    """How many steps of the first chapter of stage 2 take as long as each of its other chapters, by passes of a U-Net.
+
+    A step of the first chapter is three passes over its images: forward, and backward for activations and weights.
+
+    Args:
+        config: of the stage, in steps.
+    """
+    if not isinstance(config, UNetConfig):
+        return {}
+    guided = 1 if config.conditions and config.guidance_scale != 1 else 0
+    teachers = 1 + guided + (config.self_guidance_scale != 1)
+    tried = 0.0
+    if config.self_guidance_steps and config.self_guidance_scale == "auto":
+        per_scale = [1 + guided + (scale != 1) for scale in SWEEP_SCALES]
+        tried = SWEEP_IMAGES * (SWEEP_STEPS * sum(per_scale) + len(SWEEP_SCALES) + 1) / 3 / images_per_step(config)
+    counts, again = config.few_step_counts, 0 if config.self_guidance_steps else guided
+    begun = sum((count - 1) / 2 for count in counts) / len(counts)  # steps before the one that is learned
+    found = {"self-guidance": config.self_guidance_steps * (3 + teachers) / 3 + tried}
+    found["few steps"] = config.few_step_training_steps * (begun + 3 + 3 + 1 + again) / 3
+    return {name: steps for name, steps in found.items() if steps}
+
+
 def seconds_per_unit(samples: list[dict[str, float]], clock: str = "seconds") -> float:
     """Of a part, from its samples; the first one is left out where it is not the only one, because it is slower."""
     later = samples[1:] or samples
@@ -78,6 +102,8 @@ def forecast_seconds(config: RunConfig, found: dict[str, Any], clock: str = "sec
         rate = rates.get(name, list(rates.values())[-1])
         steps += rate * len(numbers)
     accounted += sum(phase[clock] * phase["rehearsed"] for phase in found["phases"].values())
+    for name, equivalent in chapter_steps(config).items():
+        parts[name] = equivalent * list(rates.values())[-1]
     accounted += found["stops"] * list(rates.values())[-1]
     once = max(0.0, found["process"][clock] - accounted)
     return {"start and end": once, "steps": steps} | {name: value for name, value in parts.items() if value}
@@ -180,6 +206,17 @@ def forecast_disk(folder: Path, configs: dict[str, RunConfig], found: dict[str, 
         if files:
             of_one_time = statistics.mean(map(bytes_in, files)) * len(unet.ema_sigma_rels)
             disk["snapshots of averages"] = int(units["snapshot"] * of_one_time)
+        weights = bytes_in(folder / "pipeline" / "unet")
+        # networks, averages and two moments of each trained network
+        for name, steps, held in (
+            ("self-guidance", unet.self_guidance_steps, 1 + 1 + 2),
+            ("few steps", unet.few_step_training_steps, 2 + 1 + 4),
+        ):
+            kept = min(unet.checkpoints_total_limit, math.ceil(steps / unet.checkpointing_steps))
+            disk[f"checkpoints, {name}"] = kept * held * weights
+            largest = max(largest, held * weights if steps else 0)
+        if unet.few_step_training_steps:
+            disk["pipeline-few-steps"] = bytes_in(folder / "pipeline")
     for name in ("autoencoder", "pipeline"):
         if (folder / name).exists():
             disk[name] = bytes_in(folder / name)

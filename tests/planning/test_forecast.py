@@ -7,7 +7,7 @@ import pytest
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
 from latent_ddpm.errors import UserError
 from latent_ddpm.planning import cards
-from latent_ddpm.planning.forecast import fitting_share, forecast_seconds, forecast_stage, units_of_run
+from latent_ddpm.planning.forecast import chapter_steps, fitting_share, forecast_seconds, forecast_stage, units_of_run
 from latent_ddpm.planning.rehearsal import First, phases_of
 
 SMALL = {"dataset_name": "embedded:mnist", "resolution": 32}
@@ -173,3 +173,16 @@ def test_names_of_cards():
     assert cards.card_of("A100").memory_gib == 80
     with pytest.raises(UserError, match=r"--device H1000 is neither .* Did you mean H100\?"):
         cards.card_of("H1000")
+
+
+def test_the_other_chapters_take_the_time_of_their_passes():
+    config = UNetConfig(dataset_name="x", train_batch_size=32, self_guidance_steps=30, few_step_training_steps=60)
+    fixed = dataclasses.replace(config, self_guidance_scale=2.0, few_step_counts=[1])
+    # self-guidance: strong, weak, and 3 passes of the student; few steps: teacher, 3 of the critic, 3 of the generator
+    assert chapter_steps(fixed) == {"self-guidance": pytest.approx(50), "few steps": pytest.approx(140)}
+    # with 1, 2 or 4 steps, 2/3 of a step come before the learned one on average
+    assert chapter_steps(dataclasses.replace(fixed, few_step_counts=[1, 2, 4]))["few steps"] == pytest.approx(460 / 3)
+    assert chapter_steps(config)["self-guidance"] > 50  # with scales to try
+    guided = dataclasses.replace(fixed, conditions=["class"], guidance_scale=2.0)
+    assert chapter_steps(guided)["self-guidance"] == pytest.approx(60)
+    assert chapter_steps(dataclasses.replace(config, self_guidance_steps=0, few_step_training_steps=0)) == {}
