@@ -92,7 +92,8 @@ def places(tmp_path_factory):
         run = place / "outputs" / "NAME"
         export(pipe, run / "pipeline")
         pipe.vqvae.save_pretrained(run / "autoencoder")
-        shutil.copytree(run / "pipeline", run / "ema" / "pipeline-0.2-step-1000")
+        for copied in ("ema/pipeline-0.2-step-1000", "pipeline-few-steps"):
+            shutil.copytree(run / "pipeline", run / copied)
         (run / "metrics.jsonl").write_text('{"stage": "unet", "step": 1, "images": 8, "time": 1, "loss": 1.0}\n')
         for name in ("mnist", "mnist_class", "image_folder_64", "a", "b"):
             (place / "outputs" / name).symlink_to(run)
