@@ -111,10 +111,6 @@ def main(argv: list[str]) -> int:
     conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait, encoder)
     check_conditions(training, conditions)
     fold_normalization(autoencoder, latents.mean, latents.std)
-    if training.state and training.state["latents"] != latents.folder.name and training.data_changed is None:
-        logger.warning(
-            "The images or their transform differ from those of the checkpoint. Training continues on the new ones."
-        )
     if is_main:
         logger.info(
             "%d images as latents of %s in %s (std %.3g before normalization)",
@@ -230,6 +226,10 @@ def train(
         with must_fit(config.resume_from_checkpoint):
             unet.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
+        if state["latents"] != latents.folder.name and run.data_changed is None:
+            logger.warning(
+                "The images or their transform differ from those of the checkpoint. Training continues on the new ones."
+            )
     for network in (unet, *ema.models):
         data.place(network, config, device)
     compile_networks(data.parts_of(unet), config)
