@@ -77,7 +77,7 @@ def test_what_begins_the_chapter_anew():
     for key, value in {
         "max_train_steps": 200,
         "self_guidance_steps": 20,
-        "self_guidance_scale": 2.0,
+        "self_guidance_scale": 3.0,
         "self_guidance_weak": 0.2,
         "self_guidance_interval": [0.3, 5.0],
         "self_guidance_learning_rate": 1e-4,
