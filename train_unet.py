@@ -121,8 +121,9 @@ def main(argv: list[str]) -> int:
     data = Data(autoencoder, autoencoder_hash, latents, held_out, conditions, of_held_out, sharding)
 
     # ---------------------------------------------------------------------------------------------- chapters
-    if not config.self_guidance_steps:
-        training.forget(SELF_GUIDANCE)
+    for name, steps in ((SELF_GUIDANCE, config.self_guidance_steps), (FEW_STEPS, config.few_step_training_steps)):
+        if not steps:
+            training.forget(name)
     exported = training.was_finished(PIPELINE)
     averaged, status = train(training, data)
     if averaged is None:
