@@ -311,7 +311,8 @@ def _conditioned_use(facts: Facts, repo_id: str, steps: int) -> str:
     if "image" in facts.conditions:
         needs.append("from PIL import Image")
         words.append('conditioning_image=Image.open("map.png")')
-    scale = facts.unet.get("guidance_scale", 1.0)
+    guided = "finished_at" in facts.training.get("self_guidance", {})  # then the weights hold the guidance
+    scale = 1.0 if guided else facts.unet.get("guidance_scale", 1.0)
     if scale != 1:
         words.append(f"guidance_scale={scale:g}")
     needs = "\n".join(["from diffusers import DiffusionPipeline", *needs])

@@ -300,3 +300,12 @@ def test_what_is_known_of_the_images(tmp_path):
     card = make_card(dataclasses.replace(FACTS, data={"command": "x", "facts": sample}), "someone/digits")
     assert "| formats (in a sample of 256 images) | JPEG 500, PNG 140 |" in card and "copies" not in card
     assert "## Training data" not in make_card(FACTS, "someone/digits")
+
+
+def test_guidance_that_is_in_the_weights_is_not_asked_for_again():
+    configs = {**FACTS.configs, "unet": {**FACTS.configs["unet"], "num_class_embeds": 11}}
+    facts = dataclasses.replace(FACTS, configs=configs, unet={**FACTS.unet, "guidance_scale": 2.0})
+    assert "guidance_scale=2" in make_card(facts, "you/digits")
+    for noted, asked in (({"scale": 2.0}, True), ({"scale": 2.0, "finished_at": 160}, False)):
+        trained = {**FACTS.training, "self_guidance": {"step": 160, "images": 10240, "hours": 0.1, **noted}}
+        assert ("guidance_scale=2" in make_card(dataclasses.replace(facts, training=trained), "you/digits")) == asked
