@@ -683,8 +683,13 @@ class UNetConfig(RunConfig):
         _require(0 < weak < 1, "self_guidance_weak", weak, "between 0 and 1")
         fits = interval is None or (len(interval) == 2 and 0 <= interval[0] < interval[1])
         _require(fits, "self_guidance_interval", interval, "a list [LOW, HIGH] with 0 <= LOW < HIGH, or null")
-        if (self.self_guidance_steps or self.self_guidance_images) and scale != 1 and not self.ema_snapshots:
-            raise UserError("self_guidance_steps needs the early average: set ema_snapshots above 0.")
+        if (self.self_guidance_steps or self.self_guidance_images) and scale != 1 and self.ema_snapshots < 2:
+            raise UserError("self_guidance_steps needs an early average: set ema_snapshots above 1.")
+        if (self.few_step_training_steps or self.few_step_training_images) and self.prediction_type == "epsilon":
+            raise UserError(
+                "few_step_training_steps cannot train a model of prediction_type epsilon: the first step starts from "
+                "noise alone, which says nothing about the image. Use v_prediction, sample or flow_prediction."
+            )
         counts = self.few_step_counts
         fits = counts and counts == sorted(set(counts)) and counts[0] > 0 and counts[-1] <= self.num_train_timesteps
         _require(fits, "few_step_counts", counts, "a list of different numbers of steps, rising, from 1")

@@ -8,9 +8,7 @@ towards the data (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867).
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import DPMSolverMultistepScheduler
 
 from latent_ddpm.config import UNetConfig
+from latent_ddpm.data.indexing import digest
 from latent_ddpm.diffusion.conditions import Given, unet_inputs
 from latent_ddpm.diffusion.noise_schedule import make_noise_scheduler, noise_levels, noise_table
 from latent_ddpm.diffusion.objective import TrainingBatch, add_noise, target
@@ -44,18 +43,9 @@ SIGMA_REL = 0.1  # width of the chapter's weight average
 # ------------------------------------------------------------------------------------------------- the sampler
 
 
-def generator_type(config: UNetConfig) -> str:
-    """The prediction type of the generator.
-
-    At the first step there is nothing but noise, from which the noise itself says nothing about the image, so an
-    `epsilon` teacher gets a generator that predicts v.
-    """
-    return "v_prediction" if config.prediction_type == "epsilon" else config.prediction_type
-
-
 def few_step_scheduler(config: UNetConfig) -> DPMSolverMultistepScheduler:
     """The stock scheduler of the few-step pipeline: deterministic, each step from the latest prediction alone."""
-    own = {"solver_order": 1, "prediction_type": generator_type(config)}
+    own = {"solver_order": 1, "prediction_type": config.prediction_type}
     if config.prediction_type == "flow_prediction":
         flow = {"use_flow_sigmas": True, "flow_shift": config.noise_shift}
         return DPMSolverMultistepScheduler(num_train_timesteps=config.num_train_timesteps, **own, **flow)
@@ -89,14 +79,18 @@ def levels_of(config: UNetConfig, count: int) -> list[Level]:
 
 
 def clean_latents(
-    noisy: torch.Tensor, prediction: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
+    noisy: torch.Tensor,
+    prediction: torch.Tensor,
+    alpha: torch.Tensor | float,
+    sigma: torch.Tensor | float,
+    prediction_type: str,
 ) -> torch.Tensor:
     """The clean latents that a prediction implies, the inverse of `objective.target`.
 
     Args:
         noisy: (B, D, h, w).
         prediction: (B, D, h, w), of the U-Net.
-        alpha, sigma: (B, 1, 1, 1) or scalars.
+        alpha, sigma: (B, 1, 1, 1), or numbers.
         prediction_type: as in `objective.target`.
 
     Returns:
@@ -219,8 +213,7 @@ class FewStepTraining:
         inputs, words = unet_inputs(noisy, given)
         timesteps = torch.full((len(noisy),), level.timestep, device=noisy.device)
         prediction = unet(inputs, timesteps, **words).sample
-        alpha, sigma = (noisy.new_tensor(value) for value in (level.alpha, level.sigma))
-        return clean_latents(noisy, prediction, alpha, sigma, generator_type(self.config))
+        return clean_latents(noisy, prediction, level.alpha, level.sigma, self.config.prediction_type)
 
     @torch.no_grad()
     def begin(self, noise: torch.Tensor, levels: list[Level], position: int, given: Given) -> torch.Tensor:
@@ -317,4 +310,4 @@ def few_step_config(config: UNetConfig) -> UNetConfig:
 def few_step_origin(config: UNetConfig, before: str) -> str:
     """Identifies what the chapter starts from, and its keys; `before` is the origin of the chapter before."""
     keys = [before, *(getattr(config, key) for key in FEW_STEP_KEYS)]
-    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+    return digest(FEW_STEPS, keys)

@@ -7,17 +7,17 @@ one network that predicts the guided result.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 
 import torch
 
 from latent_ddpm.config import UNetConfig
+from latent_ddpm.data.indexing import digest
 from latent_ddpm.diffusion.conditions import Given, unet_inputs
 from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
 from latent_ddpm.diffusion.quality import gaussian_distance, latent_features
 from latent_ddpm.diffusion.unet import StockUNet
+from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import Stream, normal
 from latent_ddpm.training.acceleration import uncompiled
 from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
@@ -126,7 +126,8 @@ def sweep_scales(
     per_round = SWEEP_BATCH * process_count()
     found: dict[float | None, list[torch.Tensor]] = {}
     with uncompiled():
-        for start in range(0, SWEEP_IMAGES, per_round):
+        starts = range(0, SWEEP_IMAGES, per_round)
+        for start in progress_bar(starts, "trying scales", unit="round", disable=process_index() > 0, leave=False):
             numbers = start + SWEEP_BATCH * process_index() + torch.arange(SWEEP_BATCH)
             clean, given = reals(numbers)
             numbers = numbers.to(device)
@@ -180,4 +181,4 @@ def self_guidance_config(config: UNetConfig) -> UNetConfig:
 def self_guidance_origin(config: UNetConfig) -> str:
     """Identifies what the chapter starts from, and its keys; all lengths of `config` are in steps."""
     keys = [getattr(config, key) for key in ("max_train_steps", "guidance_scale", *SELF_GUIDANCE_KEYS)]
-    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+    return digest(SELF_GUIDANCE, keys)
