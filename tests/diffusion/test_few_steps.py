@@ -62,6 +62,14 @@ def test_the_training_s_sampler_is_the_pipeline_s(prediction_type, shift, count)
         assert torch.allclose(ours, theirs, atol=2e-4), i
 
 
+def test_sampling_starts_from_the_noisiest_level_and_flow_levels_are_shifted():
+    assert [levels_of(config_of(), count)[0].timestep for count in (1, 2, 4)] == [999, 999, 999]
+    sigmas = [level.sigma for level in levels_of(config_of("flow_prediction", noise_shift=2.0), 4)]
+    assert sigmas[0] == pytest.approx(1.0, abs=1e-3) and sigmas == sorted(sigmas, reverse=True)
+    plain = [level.sigma for level in levels_of(config_of("flow_prediction"), 4)]
+    assert sigmas == pytest.approx([2 * sigma / (1 + sigma) for sigma in plain], rel=1e-3)  # arXiv 2403.03206, eq. 23
+
+
 def test_the_gradient_is_the_difference_of_the_predictions():
     samples = torch.randn(2, 3, 4, 4, requires_grad=True)
     of_teacher, of_critic = torch.randn(2, 2, 3, 4, 4)
