@@ -19,8 +19,8 @@ autoencoder
     Writes a figure beside the JSON.
 
 pipeline
-    Compares samples of <output_dir>/pipeline, or of --pipeline DIR, with as many training images (with all of them if
-    there are fewer). It takes the keys of train_unet.py, and --num_images, --seed, --batch_size.
+    Compares samples of <output_dir>/pipeline, or of --pipeline DIR [DIR ...], with as many training images (with all of
+    them if there are fewer). It takes the keys of train_unet.py, and --num_images, --seed, --batch_size.
     - Frechet distance, KID, precision, recall, density and coverage in the features of --feature_extractor (by default
       efficientnet-lite0), and images/s.
     - The median distance from a sample to its nearest training image, and the same for held-out images. If a model has
@@ -32,6 +32,7 @@ pipeline
     - --max_real_images N uses N training images instead of all. On a CPU, all of them can take an hour. Their features
       are cached in --feature_cache, by default <output_dir>/cache/features. Mirrored training images are not used,
       because their features hardly differ.
+    - With several pipelines, the default of --json is evaluation-pipelines.json. All draw from the same noise.
     Writes beside the JSON: -samples.png (a row per setting; a column shares its noise; conditioning images on top),
     -neighbours.png (samples of the best setting and their nearest training images) and, for several settings, a figure
     of their Frechet distances.
@@ -391,17 +392,27 @@ def draw_neighbours(
     plt.close(figure)
 
 
+def name_of_setting(setting: dict, settings: list[dict]) -> str:
+    """What tells a setting from others, besides its steps."""
+    schedulers = {other["scheduler"] for other in settings if other.get("pipeline") == setting.get("pipeline")}
+    parts = [setting["pipeline"]] if "pipeline" in setting else []
+    parts += [setting["scheduler"]] if len(schedulers) > 1 or not parts else []
+    parts += [f"guidance {setting['guidance_scale']:g}"] if "guidance_scale" in setting else []
+    return ", ".join(parts)
+
+
 def draw_sweep(path: Path, settings: list[dict]) -> None:
-    """A figure: Frechet distances over steps, one line per scheduler."""
+    """A figure: Frechet distances over steps, one line per pipeline, scheduler and guidance scale."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4.2), constrained_layout=True)
-    for line in dict.fromkeys((setting["scheduler"], setting.get("guidance_scale")) for setting in settings):
-        points = [(s["steps"], s["fd"]) for s in settings if (s["scheduler"], s.get("guidance_scale")) == line]
-        label = line[0] if line[1] is None else f"{line[0]}, guidance {line[1]:g}"
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for setting in settings:
+        lines.setdefault(name_of_setting(setting, settings), []).append((setting["steps"], setting["fd"]))
+    for label, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     axis.set_xscale("log")
     steps = sorted({setting["steps"] for setting in settings})
@@ -415,7 +426,8 @@ def draw_sweep(path: Path, settings: list[dict]) -> None:
 
 
 def print_table(settings: list[dict]) -> None:
-    columns = ("scheduler", "steps", "fd", "kid", "precision", "recall", "density", "coverage")
+    columns = ("pipeline",) if "pipeline" in settings[0] else ()
+    columns += ("scheduler", "steps", "fd", "kid", "precision", "recall", "density", "coverage")
     columns += tuple(key for key in ("guidance_scale", "class_agreement", "conditioning_psnr") if key in settings[0])
     columns += ("neighbour_distance_over_held_out", "images_per_second")
     rows = [[f"{s[key]:.4g}" if isinstance(s[key], float) else str(s[key]) for key in columns] for s in settings]
@@ -428,7 +440,7 @@ def print_table(settings: list[dict]) -> None:
 def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     """The options of `pipeline`, checked as far as possible without loading anything."""
     parser = argparse.ArgumentParser(prog="evaluate.py pipeline", add_help=False, allow_abbrev=False)
-    parser.add_argument("--pipeline")
+    parser.add_argument("--pipeline", nargs="+", dest="pipelines")
     parser.add_argument("--num_images", type=int, default=5000)
     parser.add_argument("--feature_extractor", choices=EXTRACTORS, default="efficientnet-lite0")
     parser.add_argument("--schedulers", nargs="+", default=[])
@@ -454,29 +466,29 @@ def pipeline_options(argv: list[str]) -> tuple[argparse.Namespace, UNetConfig]:
     for name in options.schedulers:
         find_scheduler(name)
     default = Path(config.output_dir) / "pipeline"
-    if options.pipeline is None and not (default / "model_index.json").exists():
+    if options.pipelines is None and not (default / "model_index.json").exists():
         raise UserError(f"There is no pipeline in {default}. Run train_unet.py first, or name one with --pipeline.")
-    options.pipeline = options.pipeline or str(default)
+    options.pipelines = list(dict.fromkeys(options.pipelines or [str(default)]))
     return options, config
 
 
-def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDPMPipeline, list[tuple]]:
-    """The pipeline, and all (name, scheduler, steps) to measure it with.
+def load_for(options: argparse.Namespace, config: UNetConfig, folder: str) -> tuple[LatentDDPMPipeline, list[tuple]]:
+    """The pipeline in a folder, and all (name, scheduler, steps, guidance scale) to measure it with.
 
     Raises:
         UserError: they do not fit together.
     """
     diffusers.utils.logging.disable_progress_bar()  # of loading
-    pipe = load_pipeline(options.pipeline)
+    pipe = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     wanted = (config.image_channels, config.resolution, config.resolution)
     if image_shape(pipe) != wanted:
         makes, says = ("x".join(map(str, shape)) for shape in (image_shape(pipe), wanted))
-        raise UserError(f"{options.pipeline} draws images of {makes}, but the config has {says}.")
-    options.steps = options.steps or [pipe.recorded_steps or config.num_inference_steps]
+        raise UserError(f"{folder} draws images of {makes}, but the config has {says}.")
+    steps_tried = options.steps or [pipe.recorded_steps or config.num_inference_steps]
     known = pipe.scheduler.config.num_train_timesteps
-    if max(options.steps) > known:
-        raise UserError(f"--steps {max(options.steps)} is more than the {known} that the model was trained with.")
+    if max(steps_tried) > known:
+        raise UserError(f"--steps {max(steps_tried)} is more than the {known} that the model was trained with.")
     schedulers = {name: with_scheduler(pipe.scheduler, name) for name in options.schedulers}
     schedulers = schedulers or {type(pipe.scheduler).__name__: pipe.scheduler}
     guided = has_conditions(pipe) or options.guidance_pipeline is not None
@@ -488,7 +500,7 @@ def load_for(options: argparse.Namespace, config: UNetConfig) -> tuple[LatentDDP
         raise UserError("--guidance_pipeline needs --guidance_scales, the strength of the guidance away from it.")
     own = 1.0 if pipe.recorded_steps else config.sampling_guidance_scale
     scales = dict.fromkeys(options.guidance_scales or [own]) if guided else [None]
-    settings = [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(options.steps)]
+    settings = [(*scheduler, steps) for scheduler in schedulers.items() for steps in dict.fromkeys(steps_tried)]
     return pipe, [(*setting, scale) for setting in settings for scale in scales]
 
 
@@ -582,16 +594,19 @@ def command_of(argv: list[str], accelerator: Accelerator) -> str:
 
 def measure_pipeline(argv: list[str]) -> None:
     options, config = pipeline_options(argv)
-    pipe, sweep = load_for(options, config)
+    loaded = {folder: load_for(options, config, folder) for folder in options.pipelines}
+    several = len(loaded) > 1
+    if len({(*pipe.class_names, pipe.conditioning_channels, pipe.takes_text) for pipe, _ in loaded.values()}) > 1:
+        raise UserError("The pipelines have different conditions. Measure them one by one.")
     accelerator = make_accelerator(dataclasses.replace(config, mixed_precision="no", report_to="none"))
     device, is_main = accelerator.device, accelerator.is_main_process
-    pipe.to(device)
-    what = "few-steps" if pipe.recorded_steps else "pipeline"
+    first = loaded[options.pipelines[0]][0]
+    what = "pipelines" if several else "few-steps" if first.recorded_steps else "pipeline"
     path = options.json or Path(config.output_dir) / f"evaluation-{what}.json"
     extractor = options.feature_extractor
     result = {
         "command": command_of(argv, accelerator),
-        "pipeline": options.pipeline,
+        **({} if several else {"pipeline": options.pipelines[0]}),
         "seed": options.seed,
         "batch_size": options.batch_size,
         **({"guidance_interval": options.guidance_interval} if options.guidance_interval else {}),
@@ -599,7 +614,7 @@ def measure_pipeline(argv: list[str]) -> None:
         "device": name_of(device),
         "processes": accelerator.num_processes,
     }
-    given, labels, enlarges = conditions_of(config, pipe, options.num_images, options.max_real_images, accelerator)
+    given, labels, enlarges = conditions_of(config, first, options.num_images, options.max_real_images, accelerator)
     if is_main:
         network = load_extractor(extractor, device)
         cache = options.feature_cache or Path(config.output_dir) / "cache" / "features"
@@ -609,24 +624,34 @@ def measure_pipeline(argv: list[str]) -> None:
         result["compared_with"] = f"{len(reals.rows)} of {known}, a fixed random choice"
         result["neighbours_searched"] = known
         if options.reconstructions:
-            result["reconstructions"] = measure_reconstructions(pipe, reals, network, device, enlarges)
+            result["reconstructions"] = measure_reconstructions(first.to(device), reals, network, device, enlarges)
         result |= {"held_out_images": reals.held_out, "held_out_neighbour_distance": reals.held_out_distance}
 
-    guiding = guidance_of(options, pipe)
     classifier = linear_classifier(reals) if is_main and labels is not None else None
     if classifier is not None:
         result["held_out_class_agreement"] = classifier[1]
     settings: list[dict] = []
-    size = (pipe.unet.config.sample_size,) * 2
+    size = (first.unet.config.sample_size,) * 2
     sheet = [asked_images(given["conditioning_image"][:16], config, size)] if "conditioning_image" in given else []
+    sweep = []
+    for folder, (pipe, drawn) in loaded.items():
+        guiding = guidance_of(options, pipe.to(device))
+        sweep += [(folder, pipe, guiding, *setting) for setting in drawn]
     shown = 16 if len(sweep) > 1 or sheet else 64
-    for name, scheduler, steps, scale in sweep:
+    for folder, pipe, guiding, name, scheduler, steps, scale in sweep:
         pipe.scheduler = scheduler
         accelerator.wait_for_everyone()  # otherwise waiting for rank 0 would count as drawing
         begun = time.perf_counter()
         guidance = {} if scale is None else {"guidance_scale": scale}
         samples = draw_shared(
-            pipe, options.seed, options.num_images, options.batch_size, steps, given, **guidance, **guiding
+            pipe,
+            options.seed,
+            options.num_images,
+            options.batch_size,
+            steps,
+            given,
+            **guidance,
+            **guiding,
         )
         seconds = time.perf_counter() - begun
         if not is_main:
@@ -636,6 +661,7 @@ def measure_pipeline(argv: list[str]) -> None:
         distances, found = nearest(features, reals.train, SHOWN_NEIGHBOURS)
         settings.append(
             {
+                **({"pipeline": folder} if several else {}),
                 "scheduler": name,
                 "steps": steps,
                 "feature_extractor": extractor,
@@ -658,7 +684,7 @@ def measure_pipeline(argv: list[str]) -> None:
         sheet.append(to_float(samples[:shown]))
         save_png(make_grid(torch.cat(sheet), columns=16), path.with_name(f"{path.stem}-samples.png"))
         if settings[-1] is min(settings, key=lambda setting: setting["fd"]):
-            result["neighbours_shown"] = f"{name}, {steps} steps" + (f", guidance {scale:g}" if guidance else "")
+            result["neighbours_shown"] = f"{name_of_setting(settings[-1], settings)}, {steps} steps"
             picture = path.with_name(f"{path.stem}-neighbours.png")
             draw_neighbours(picture, result["neighbours_shown"], samples, distances, found, reals)
         write_json(path, {**result, "settings": settings})

@@ -1,6 +1,7 @@
 """scripts/evaluate.py pipeline: real processes on a training set that the pipeline knows by heart."""
 
 import functools
+import hashlib
 import importlib.util
 import json
 import sys
@@ -118,11 +119,11 @@ def test_two_processes_draw_and_measure_what_one_does(run, config, measured):
 
 def test_defaults_are_the_pipelines_own_and_a_sweep_is_the_cross_product(run, config):
     options, parsed = script.pipeline_options([*config, "--num_inference_steps", "7"])
-    assert options.pipeline == str(run[0] / "pipeline") and options.num_images == 5000
-    pipe, sweep = script.load_for(options, parsed)
+    assert options.pipelines == [str(run[0] / "pipeline")] and options.num_images == 5000
+    pipe, sweep = script.load_for(options, parsed, *options.pipelines)
     assert sweep == [("DDIMScheduler", pipe.scheduler, 7, None)]
     options, parsed = script.pipeline_options([*config, "--schedulers", "heun", "ddim", "--steps", "9", "3"])
-    _, sweep = script.load_for(options, parsed)
+    _, sweep = script.load_for(options, parsed, *options.pipelines)
     assert [(name, steps) for name, _, steps, _ in sweep] == [("heun", 9), ("heun", 3), ("ddim", 9), ("ddim", 3)]
     assert type(sweep[0][1]).__name__ == "HeunDiscreteScheduler"
 
@@ -136,11 +137,37 @@ def few_step_scheduler(steps):
 def test_a_few_step_pipeline_is_measured_as_it_draws(config, tmp_path):
     folder = str(save_pipeline(tmp_path / "pipeline-few-steps", few_step_scheduler(4)))
     options, parsed = script.pipeline_options([*config, "--pipeline", folder])
-    pipe, sweep = script.load_for(options, parsed)
+    pipe, sweep = script.load_for(options, parsed, *options.pipelines)
     assert sweep == [("DPMSolverMultistepScheduler", pipe.scheduler, 4, None)]
     words = ["--pipeline", folder, "--steps", "1", "2"]
-    _, sweep = script.load_for(*script.pipeline_options([*config, *words]))
+    options, parsed = script.pipeline_options([*config, *words])
+    _, sweep = script.load_for(options, parsed, *options.pipelines)
     assert [steps for _, _, steps, _ in sweep] == [1, 2]
+
+
+def test_several_pipelines_draw_from_the_same_noise(run, config, tmp_path):
+    folders = [str(run[0] / "pipeline"), str(save_pipeline(tmp_path / "pipeline-few-steps", few_step_scheduler(4)))]
+    path = tmp_path / "both.json"
+    words = ["--num_images", 6, "--pipeline", *folders, "--num_inference_steps", 3, "--json", path]
+    table = [line.split() for line in evaluate([], *config, *words).splitlines()]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert [(s["pipeline"], s["steps"]) for s in result["settings"]] == [(folders[0], 3), (folders[1], 4)]
+    assert "pipeline" not in result and {row[0] for row in table[1:]} == set(folders)
+    for setting in result["settings"]:
+        pipe = load_pipeline(setting["pipeline"])
+        drawn = draw_shared(pipe, 0, 6, 100, setting["steps"])
+        assert setting["samples_sha256"] == hashlib.sha256(drawn.numpy().tobytes()).hexdigest()
+    assert [script.name_of_setting(s, result["settings"]) for s in result["settings"]] == folders
+    assert path.with_suffix(".png").exists()
+
+
+def test_pipelines_with_different_conditions_are_refused(config, tmp_path):
+    folders = [tmp_path / "cats-first", tmp_path / "dogs-first"]
+    for folder, names in zip(folders, (["cat", "dog"], ["dog", "cat"]), strict=True):
+        make("class", class_names=names).save_pretrained(folder)
+    words = [*config[:-6], "--conditions", "[class]", "--pipeline", *map(str, folders)]
+    with pytest.raises(UserError, match="different conditions"):
+        script.measure_pipeline(words)
 
 
 @pytest.mark.parametrize(("words", "steps", "scale"), [
@@ -153,7 +180,8 @@ def test_nothing_is_guided_twice(config, words, steps, scale, tmp_path):
     pipe.scheduler = few_step_scheduler(steps)
     pipe.save_pretrained(tmp_path)
     words = [*config[:-6], "--conditions", "[class]", *words, "--pipeline", str(tmp_path)]
-    _, sweep = script.load_for(*script.pipeline_options(words))
+    options, parsed = script.pipeline_options(words)
+    _, sweep = script.load_for(options, parsed, *options.pipelines)
     assert [setting[-1] for setting in sweep] == [scale]
 
 
