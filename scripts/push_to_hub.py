@@ -1,5 +1,7 @@
 """Publish a finished run on the Hub: its pipeline, or without one its autoencoder, with card, pictures and figures.
 
+A few-step pipeline of the run is published too, as NAME-few-steps.
+
     python scripts/push_to_hub.py outputs/mnist --hub_model_id USER/NAME --hub_license apache-2.0
 
 The token is that of `hf auth login`, HF_TOKEN or --hub_token. The card says what scripts/evaluate.py has left in the
@@ -15,10 +17,13 @@ from pathlib import Path
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.publishing.hub import (
+    FEW_STEP_HUB,
+    FEW_STEPS,
     Publisher,
     check_can_publish,
     check_license,
     check_repo_id,
+    few_step_repo_id,
     lay_out,
     write_card,
 )
@@ -42,31 +47,45 @@ def main(argv: list[str]) -> int:
         raise UserError(f"There is no run in {options.run_folder}.")
     check_repo_id(options.run_folder, options.hub_model_id)
     check_license(options.hub_license)
+    few = (options.run_folder / "pipeline-few-steps" / "model_index.json").exists()
+    stages = [None, FEW_STEPS] if few else [None]
+    if options.laid_out is not None:
+        stages = [FEW_STEPS if FEW_STEP_HUB in options.laid_out.parts else None]
     if options.dry_run is not None:
         if options.dry_run.exists():
             raise UserError(f"{options.dry_run} exists already.")
-        lay_out(options.run_folder, options.dry_run, Scrubber(options.run_folder), variants=options.hub_variants)
         name = options.hub_model_id or f"USER/{options.run_folder.resolve().name}"
-        write_card(options.dry_run, name, options.hub_license)
-        print(f"This would be published as {name}: {options.dry_run}")
+        for stage in stages:
+            few = stage == FEW_STEPS
+            folder = options.dry_run.with_name(f"{options.dry_run.name}-few-steps") if few else options.dry_run
+            lay_out(options.run_folder, folder, Scrubber(options.run_folder), stage, options.hub_variants)
+            repo_id = few_step_repo_id(options.run_folder, name) if few else name
+            write_card(folder, repo_id, options.hub_license)
+            print(f"This would be published as {repo_id}: {folder}")
         return 0
     if options.hub_token:
         os.environ["HF_TOKEN"] = options.hub_token
-    check_can_publish(options.run_folder, options.hub_model_id, options.hub_private_repo, options.hub_license)
+    names = (few_step_repo_id(options.run_folder, options.hub_model_id) if s else options.hub_model_id for s in stages)
+    for name in names:
+        check_can_publish(options.run_folder, name, options.hub_private_repo, options.hub_license)
 
     def say(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
-    publisher = Publisher(
-        options.run_folder,
-        options.hub_model_id,
-        options.hub_private_repo,
-        options.hub_license,
-        options.hub_variants,
-        say=say,
-    )
-    publisher.push(options.commit_message, options.laid_out)
-    return 0 if publisher.finish() else 1
+    done = []
+    for stage in stages:
+        publisher = Publisher(
+            options.run_folder,
+            options.hub_model_id,
+            options.hub_private_repo,
+            options.hub_license,
+            options.hub_variants,
+            stage,
+            say,
+        )
+        publisher.push(options.commit_message, options.laid_out)
+        done.append(publisher.finish())
+    return 0 if all(done) else 1
 
 
 if __name__ == "__main__":

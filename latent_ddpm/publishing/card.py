@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from latent_ddpm.publishing.private import is_place
 from latent_ddpm.training.metrics import read_metrics
+from pipeline_latent_ddpm import RECORDED_STEPS
 
 TASK = "unconditional-image-generation"
 EXTRACTOR_NAMES = {"efficientnet-lite0": "EfficientNet-Lite0", "inception": "Inception v3", "dinov2": "DINOv2"}
@@ -63,6 +64,11 @@ class Facts:
         return (
             [*found, "text"] if unet.get("cross_attention_dim") and unet.get("_class_name") != "UNet2DModel" else found
         )
+
+    @property
+    def steps_made_for(self) -> int | None:
+        """The number of sampling steps that a few-step pipeline records; None for another."""
+        return self.configs.get("scheduler", {}).get(RECORDED_STEPS)
 
     @property
     def task(self) -> str:
@@ -177,10 +183,16 @@ def _of_samples(facts: Facts) -> list[Figure]:
     result = facts.evaluations.get("pipeline")
     if not result:
         return []
-    best = min(result.get("settings", []), key=lambda setting: setting["fd"], default={})
-    network, command = best.get("feature_extractor", ""), result["command"]
-    extractor = EXTRACTOR_NAMES.get(network, network)
-    how = f"{extractor}, {best.get('samples', 0):,} samples, {best.get('scheduler')}, {best.get('steps')} steps"
+    settings = result.get("settings", [])
+    if facts.steps_made_for is None:  # the best one; each of a few-step pipeline
+        settings = [min(settings, key=lambda setting: setting["fd"], default={})]
+    return [row for setting in settings for row in _of_setting(result, setting)]
+
+
+def _of_setting(result: dict[str, Any], best: dict[str, Any]) -> list[Figure]:
+    network, command, steps = best.get("feature_extractor", ""), result["command"], best.get("steps")
+    extractor, unit = EXTRACTOR_NAMES.get(network, network), "step" if steps == 1 else "steps"
+    how = f"{extractor}, {best.get('samples', 0):,} samples, {best.get('scheduler')}, {steps} {unit}"
     rows = []
     for key, name, kind, form in (
         ("fd", "Frechet distance", "fid" if network == "inception" else "frechet_distance", ".2f"),
@@ -381,8 +393,40 @@ def _about(facts: Facts, shape: Shape) -> str:
     return text
 
 
+def _chapters(facts: Facts, repo_id: str) -> str:
+    """How the chapters after the main training have changed the pipeline, and where the other pipeline is."""
+    guided, few = (facts.training.get(name, {}) for name in ("self_guidance", "few_steps"))
+    text = ""
+    if "finished_at" in guided:
+        interval = facts.unet.get("self_guidance_interval")
+        where = f" between the noise levels {interval[0]:g} and {interval[1]:g}" if interval else ""
+        text += (
+            f"The weights hold autoguidance ([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)) with scale "
+            f"{guided['scale']:g}{where}, trained in {guided['finished_at']:,} steps: sampling needs no second network."
+        )
+    if facts.steps_made_for is not None:
+        of, counts = repo_id.removesuffix("-few-steps"), _listed(few["counts"])
+        return (
+            f"It draws in {counts} steps. It is distilled from [{of}](https://huggingface.co/{of}) in "
+            f"{few['step']:,} steps by distribution matching ([arXiv 2311.18828]"
+            f"(https://arxiv.org/abs/2311.18828), [2405.14867](https://arxiv.org/abs/2405.14867)) without its "
+            f"adversarial loss. {text.replace('The weights hold', 'What it learned from holds')}"
+        ).strip()
+    if "finished_at" in few:
+        counts = _listed(few["counts"])
+        other = f"[{repo_id}-few-steps](https://huggingface.co/{repo_id}-few-steps)"
+        text += f"\n\nA U-Net that draws in {counts} steps is in {other}."
+    return text.strip()
+
+
+def _listed(numbers: list[int]) -> str:
+    """ "1, 2 or 4"."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _use(facts: Facts, shape: Shape, repo_id: str) -> str:
-    steps, vqvae = facts.unet.get("num_inference_steps", 50), facts.configs["vqvae"]
+    steps, vqvae = facts.steps_made_for or facts.unet.get("num_inference_steps", 50), facts.configs["vqvae"]
     if "unet" not in facts.configs:
         return f"""## Use
 
@@ -513,7 +557,10 @@ the rights of others in it. The software that wrote this card did not check the 
 def _parts(facts: Facts, repo_id: str) -> dict[str, str]:
     """The generated parts of the card by name, in order."""
     shape = _shape(facts)
-    parts = {"about": _about(facts, shape), "use": _use(facts, shape, repo_id)}
+    parts = {"about": _about(facts, shape)}
+    if "unet" in facts.configs and (chapters := _chapters(facts, repo_id)):
+        parts["chapters"] = chapters
+    parts["use"] = _use(facts, shape, repo_id)
     if "film_strip.png" in facts.files:
         parts["film"] = "![the model's prediction of the image after each sampling step](film_strip.png)"
     if "reconstructions.png" in facts.files:

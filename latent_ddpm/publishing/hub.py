@@ -32,6 +32,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.publishing.card import make_card, merge_cards, read_facts
 from latent_ddpm.publishing.curves import draw_curves
 from latent_ddpm.publishing.private import Scrubber, is_place
+from latent_ddpm.training.tracking import noted_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +45,34 @@ REFUSALS = (400, 401, 402, 403)  # another attempt does not help
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-# what of a run is published beside the pipeline: the first that is there, the last of several by name
-PICTURES = {
-    "samples.png": ("samples/final/grid.png", "samples/unet-*.png"),
-    "reconstructions.png": ("samples/autoencoder-*.png",),
-    "film_strip.png": ("samples/final/film_strip.png", "samples/film_strip.png"),
-}
+FEW_STEPS = "few_steps"  # the chapter of stage 2 whose pipeline has a repository of its own
+FEW_STEP_HUB = "hub-few-steps"  # where that is laid out, in the run's folder
 TEXTS = ("train_autoencoder.yaml", "train_unet.yaml", "metrics.jsonl", "run.json", "data.json")
 
 
-# what was measured, and the part whose weights it is about; left out where those are newer
+# what was measured, and its name in the repository; left out where the weights that it is about are newer
 MEASURED = {
-    "evaluation-autoencoder.json": "autoencoder",
-    "evaluation-pipeline.json": "pipeline",
-    "evaluation-pipeline-neighbours.png": "pipeline",
-    "evaluation-digits.json": "pipeline",
+    "evaluation-autoencoder.json": "evaluation-autoencoder.json",
+    "evaluation-pipeline.json": "evaluation-pipeline.json",
+    "evaluation-pipeline-neighbours.png": "neighbours.png",
+    "evaluation-digits.json": "evaluation-digits.json",
+}
+FEW_STEP_MEASURED = {
+    "evaluation-autoencoder.json": "evaluation-autoencoder.json",
+    "evaluation-few-steps.json": "evaluation-pipeline.json",
+    "evaluation-few-steps-neighbours.png": "neighbours.png",
+    "evaluation-few-steps-digits.json": "evaluation-digits.json",
 }
 
 
 def repo_id_of(output_dir: Path, repo_id: str | None) -> str:
     """The repository of a run: `repo_id`, or one named after the run's folder."""
     return repo_id or re.sub(r"[^A-Za-z0-9_-]+", "-", output_dir.resolve().name).strip("-")[:96]
+
+
+def few_step_repo_id(output_dir: Path, repo_id: str | None) -> str:
+    """The repository of a run's few-step pipeline."""
+    return f"{repo_id_of(output_dir, repo_id)}-few-steps"
 
 
 def check_repo_id(output_dir: Path, repo_id: str | None) -> None:
@@ -219,8 +227,11 @@ def check_before_training(config: RunConfig) -> None:
     """
     if not config.push_to_hub:
         return
-    private = True if config.hub_private_repo else None
-    check_can_publish(Path(config.output_dir), config.hub_model_id, private, config.hub_license)
+    private, output_dir = True if config.hub_private_repo else None, Path(config.output_dir)
+    check_can_publish(output_dir, config.hub_model_id, private, config.hub_license)
+    if getattr(config, "few_step_training_steps", 0) or getattr(config, "few_step_training_images", None):
+        few = few_step_repo_id(output_dir, config.hub_model_id)
+        check_can_publish(output_dir, few, private, config.hub_license)
     encoder = getattr(config, "text_encoder", None)
     if encoder is not None and not config.export_text_encoder:
         check_others_have_encoder(encoder)
@@ -258,6 +269,19 @@ def _write_variants(folder: Path, variants: Sequence[str]) -> None:
             save_file(tensors, made[-1], {"format": "pt"})
 
 
+def pictures_of(output_dir: Path, stage: str | None) -> dict[str, tuple[str, ...]]:
+    """What of a run is published beside the pipeline: by name the first pattern that fits, and its last file."""
+    reconstructions = {"reconstructions.png": ("samples/autoencoder-*.png",)}
+    if stage == FEW_STEPS:
+        return {"samples.png": ("samples/few_steps-[0-9]*.png",), **reconstructions}
+    chapter = "self_guidance" if noted_of(output_dir, "self_guidance") else "unet"
+    return {
+        "samples.png": ("samples/final/grid.png", f"samples/{chapter}-[0-9]*.png"),
+        **reconstructions,
+        "film_strip.png": ("samples/final/film_strip.png", "samples/film_strip.png"),
+    }
+
+
 def lay_out(
     output_dir: Path, folder: Path, scrubber: Scrubber, stage: str | None = None, variants: Sequence[str] = ()
 ) -> None:
@@ -267,20 +291,21 @@ def lay_out(
         output_dir: the run.
         folder: an empty one.
         scrubber: takes private paths out of texts.
-        stage: "unet" publishes the pipeline, "autoencoder" stage 1's result as `vqvae/`; None what is there, the
-            pipeline first.
+        stage: "unet" publishes the pipeline, "few_steps" the few-step pipeline, "autoencoder" stage 1's result as
+            `vqvae/`; None what is there, the pipeline first.
         variants: "fp16", "bf16": weights added in these.
 
     Raises:
         UserError: it is not there, or names a text encoder of this disk.
     """
-    pipeline, autoencoder = output_dir / "pipeline", output_dir / "autoencoder"
+    few = stage == FEW_STEPS
+    pipeline, autoencoder = output_dir / ("pipeline-few-steps" if few else "pipeline"), output_dir / "autoencoder"
     if stage != "autoencoder" and (pipeline / "model_index.json").exists():
         source, prefix = pipeline, Path()
         named = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8")).get("text_encoder_id")
         if named is not None:
             check_others_have_encoder(named)
-    elif stage != "unet" and (autoencoder / "config.json").exists():
+    elif stage not in ("unet", FEW_STEPS) and (autoencoder / "config.json").exists():
         source, prefix = autoencoder, Path("vqvae")
     else:
         raise UserError(f"{output_dir} holds neither a pipeline nor an autoencoder to publish.")
@@ -293,27 +318,27 @@ def lay_out(
         else:
             _link(path, folder / name)
     _write_variants(folder, variants)
-    made = {part: max((p.stat().st_mtime for p in (output_dir / part).rglob(WEIGHTS)), default=0.0)
-            for part in ("pipeline", "autoencoder")}  # fmt: skip
-    for name, patterns in PICTURES.items():
+    made = {part: max((p.stat().st_mtime for p in part.rglob(WEIGHTS)), default=0.0)
+            for part in (pipeline, autoencoder)}  # fmt: skip
+    for name, patterns in pictures_of(output_dir, stage).items():
         found = [path for pattern in patterns for path in sorted(output_dir.glob(pattern))[-1:]]
         # samples drawn by hand from earlier weights are of another model
-        found = [path for path in found if "final" not in path.parts or path.stat().st_mtime >= made["pipeline"]]
+        found = [path for path in found if "final" not in path.parts or path.stat().st_mtime >= made[pipeline]]
         if found:
             shutil.copyfile(found[0], folder / name)
     for name in TEXTS:
         if (output_dir / name).exists():
             scrubber.copy(output_dir / name, folder / name)
-    for name, part in MEASURED.items():
-        path = output_dir / name
-        if not path.exists() or (prefix != Path() and part == "pipeline"):
+    for name, published in (FEW_STEP_MEASURED if few else MEASURED).items():
+        path, part = output_dir / name, autoencoder if "autoencoder" in name else pipeline
+        if not path.exists() or (prefix != Path() and part == pipeline):
             continue
         if path.stat().st_mtime < made[part]:
-            logger.warning("%s was measured before the %s was last written; it is not published.", path, part)
+            logger.warning("%s was measured before the %s was last written; it is not published.", path, part.name)
         elif path.suffix == ".png":
-            shutil.copyfile(path, folder / "neighbours.png")
+            shutil.copyfile(path, folder / published)
         else:
-            scrubber.copy(path, folder / name)
+            scrubber.copy(path, folder / published)
 
 
 def write_card(folder: Path, repo_id: str, license: str | None, theirs: str | None = None) -> None:
@@ -356,7 +381,8 @@ class Publisher:
 
     Args:
         output_dir: the run's folder.
-        repo_id: "user/name" or "name"; unset takes the name of the run's folder.
+        repo_id: "user/name" or "name", of the run; unset takes the name of the run's folder. With stage "few_steps" the
+            repository has this name with "-few-steps".
         private: whether a repository that is made here is private; None leaves that to the account's settings.
         license: stands in the card's head; None leaves that line out.
         variants: of the weights, besides float32: "fp16", "bf16".
@@ -376,7 +402,9 @@ class Publisher:
     ) -> None:
         self.output_dir, self.private, self.license = Path(output_dir), private, license
         self.variants, self.stage = variants, stage
-        self.repo_id = repo_id_of(self.output_dir, repo_id)
+        self.run_repo_id = repo_id_of(self.output_dir, repo_id)
+        few = stage == FEW_STEPS
+        self.repo_id = few_step_repo_id(self.output_dir, repo_id) if few else self.run_repo_id
         self.token = get_token()
         self.scrubber = Scrubber(self.output_dir, secrets=[self.token] if self.token else [])
         self.say = lambda sentence: say(sentence.replace(self.token, "***") if self.token else sentence)
@@ -386,7 +414,7 @@ class Publisher:
         self.unpublished: tuple[Path, str] | None = None  # the newest state that is not on the Hub
         self.ending = False
         self.changed = threading.Condition()
-        self.folder = self.output_dir / "hub" / str(os.getpid())
+        self.folder = self.output_dir / (FEW_STEP_HUB if few else "hub") / str(os.getpid())
         self.count = 0
         disable_progress_bars()
         self.thread = threading.Thread(target=self._work, name="publisher", daemon=True)
@@ -445,7 +473,7 @@ class Publisher:
                 self.folder.parent.rmdir()
             return True
         folder, message = left
-        words = ["python", "scripts/push_to_hub.py", self.output_dir, "--hub_model_id", self.repo_id]
+        words = ["python", "scripts/push_to_hub.py", self.output_dir, "--hub_model_id", self.run_repo_id]
         words += ["--hub_private_repo"] if self.private else []
         words += ["--hub_license", self.license] if self.license else []
         words += ["--hub_variants", *self.variants] if self.variants else []

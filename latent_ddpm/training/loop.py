@@ -29,7 +29,8 @@ from latent_ddpm.training.launch import Fitting, check_before_loading, claim, fi
 from latent_ddpm.training.metrics import is_best
 from latent_ddpm.training.tracking import Tracker, is_finished, noted_of
 
-NAMES = {"autoencoder": "Autoencoder", "unet": "U-Net"}  # in commit messages of the Hub
+# in commit messages of the Hub
+NAMES = {"autoencoder": "Autoencoder", "unet": "U-Net", "few_steps": "U-Net for few steps"}
 ORIGIN = "origin"  # in checkpoints of a chapter and in run.json
 
 
@@ -261,13 +262,16 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def publishes_best(self, after: int = 0) -> bool:
-        """Whether hub_strategy "best" publishes now: this validation is the best one after step `after`."""
-        by_validation = self.config.push_to_hub and self.config.hub_strategy == "best"
+        """Whether hub_strategy "best" publishes now: this validation is the best one after step `after`.
+
+        The results of further chapters are published at their end.
+        """
+        by_validation = self.config.push_to_hub and self.config.hub_strategy == "best" and not self.origin
         return by_validation and is_best(self.output_dir, self.stage, self.step, after=after)
 
     def publishes_checkpoint(self, after: int = 0) -> bool:
         """Whether hub_strategy "checkpoint" publishes now; the last step is published by `finish`."""
-        by_checkpoint = self.config.push_to_hub and self.config.hub_strategy == "checkpoint"
+        by_checkpoint = self.config.push_to_hub and self.config.hub_strategy == "checkpoint" and not self.origin
         return by_checkpoint and not self.is_last and self.step > after
 
     def publish(self) -> None:
@@ -294,13 +298,14 @@ class TrainingRun:
         """Note in run.json that all steps are done and the result is exported."""
         self.tracker.finish(**({ORIGIN: self.origin} if self.origin else {}))
 
-    def finish(self, result: str) -> int:
+    def finish(self, result: str, from_chapter: bool = False) -> int:
         """Publish the exported result and end; returns exit status 0.
 
         Args:
             result: name of the folder in output_dir that holds the result.
+            from_chapter: it comes from a further chapter, which hub_strategy "best" has not published.
         """
-        if self.publisher is not None and self.config.hub_strategy != "best":
+        if from_chapter or self.config.hub_strategy != "best":
             self.publish()
         if self.accelerator.is_main_process:
             self.logger.info("the %s is in %s", result, self.output_dir / result)

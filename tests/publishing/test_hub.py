@@ -387,3 +387,85 @@ def test_what_was_better_before_the_codes_entered_does_not_count(tmp_path):
             file.write(json.dumps({"stage": "autoencoder", "step": step, "validation_psnr": value}) + "\n")
         assert is_best(tmp_path, "autoencoder", step, after=4) == (step in (6, 8))
     assert not is_best(tmp_path, "autoencoder", 10)
+
+
+# ------------------------------------------------------------------------------------ both pipelines of the chapters
+FEW = f"{NAME}-few-steps"
+CHAPTERS = {"self_guidance_steps": 2, "few_step_training_steps": 2, "few_step_counts": "[1,3]", "ema_snapshots": 3}
+
+
+@pytest.fixture(scope="module")
+def both(stage_1, tmp_path_factory):
+    """A run of all chapters, published by --push_to_hub while the Hub misbehaves."""
+    home, stage_1_dir, flags = stage_1
+    output_dir = home / "runs" / "chapters"
+    with HubServer(tmp_path_factory.mktemp("server")) as hub:
+        hub.fail(f"POST /api/models/{FEW}/commit/", Drop(100), Status(500))
+        words = command("train_unet.py", output_dir, push_to_hub="true", hub_model_id=NAME, hub_strategy="best",
+                        autoencoder=stage_1_dir / "autoencoder", **STEPS, **CHAPTERS, **flags)  # fmt: skip
+        text = with_hub(hub, home, words)
+        yield hub, home, output_dir, text
+
+
+def test_both_pipelines_are_published_and_load_in_stock_diffusers(both, tmp_path):
+    hub, _, output_dir, text = both
+    assert hub.faults == [] and "NOT PUBLISHED" not in text and set(hub.repos) == {NAME, FEW}
+    assert hub.repos[NAME].messages[-1] == "U-Net after 6 steps"
+    assert hub.repos[FEW].messages == ["U-Net for few steps after 2 steps"]
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    for name, folder in ((NAME, "pipeline"), (FEW, "pipeline-few-steps")):
+        assert hub.content(name, weights) == (output_dir / folder / weights).read_bytes()
+        images, kind = sample(hub, tmp_path, name)
+        assert kind == "LDMPipeline" and np.array_equal(images, sample(None, tmp_path, output_dir / folder)[0])
+    pictures = {name: hub.content(name, "samples.png") for name in (NAME, FEW)}
+    drawn = {name: (output_dir / "samples" / f"{name}-00000002.png").read_bytes()
+             for name in ("self_guidance", "few_steps")}  # fmt: skip
+    assert pictures == {NAME: drawn["self_guidance"], FEW: drawn["few_steps"]}
+    assert not list(output_dir.glob("hub*"))
+
+
+def test_their_cards_name_each_other_and_the_chapters(both):
+    hub = both[0]
+    of_pipeline, of_few = (hub.content(name, "README.md").decode() for name in (NAME, FEW))
+    assert "The weights hold autoguidance" in of_pipeline and "with scale 2, trained in 2 steps" in of_pipeline
+    assert f"draws in 1 or 3 steps is in [{FEW}](https://huggingface.co/{FEW})" in of_pipeline
+    assert f"It is distilled from [{NAME}](https://huggingface.co/{NAME}) in 2 steps" in of_few
+    assert "It draws in 1 or 3 steps." in of_few and "num_inference_steps=3" in of_few
+    assert f'from_pretrained("{FEW}")' in of_few
+
+
+def test_a_finished_run_is_published_as_two_with_what_was_measured(both, tmp_path):
+    hub, home, output_dir, _ = both
+    setting = {"scheduler": "DPMSolverMultistepScheduler", "feature_extractor": "efficientnet-lite0", "samples": 50}
+    result = {"command": "python x", "settings": [{**setting, "steps": 1, "fd": 2.5}, {**setting, "steps": 3, "fd": 1}]}
+    (output_dir / "evaluation-few-steps.json").write_text(json.dumps(result))
+    dry = [sys.executable, "scripts/push_to_hub.py", str(output_dir), "--dry_run", str(tmp_path / "there")]
+    text = with_hub(hub, home, dry)
+    assert f"published as USER/chapters: {tmp_path / 'there'}" in text and (tmp_path / "there-few-steps").is_dir()
+    publish(hub, home, output_dir, "--hub_model_id", NAME)
+    card = hub.content(FEW, "README.md").decode()
+    assert "50 samples, DPMSolverMultistepScheduler, 1 step) | 2.50 |" in card and "3 steps) | 1.00 |" in card
+    assert "| 2.50 |" not in hub.content(NAME, "README.md").decode()
+    assert hub.repos[FEW].messages[-1] == hub.repos[NAME].messages[-1] == "Publish a run of latent-ddpm"
+    text = publish(hub, home, output_dir, "--hub_model_id", NAME, HF_TOKEN="hf_anotherOne", expect=2)
+    assert "does not accept the token" in text
+
+
+def test_the_second_repository_is_checked_before_training_as_well(hub, stage_1, tmp_path):
+    home, stage_1_dir, _ = stage_1
+    publish(hub, home, stage_1_dir, "--hub_model_id", FEW)  # public
+    words = command("train_unet.py", tmp_path / "out", push_to_hub="true", hub_model_id=NAME, hub_private_repo="true",
+                    train_data_dir=ROOT, few_step_training_steps=2)  # fmt: skip
+    text = with_hub(hub, home, words, expect=2)
+    assert f"error: {FEW} exists already and is public" in text and set(hub.repos) == {FEW}
+
+
+def test_a_few_step_pipeline_that_was_not_published_is_said_with_its_command(hub, both, tmp_path):
+    _, home, output_dir, _ = both
+    hub.fail(f"POST /api/models/{FEW}/commit/", Status(403))
+    text = publish(hub, home, output_dir, "--hub_model_id", NAME, expect=1)
+    assert "The Hub refuses" in text and f"--hub_model_id {NAME} --laid_out" in text
+    words = text.partition("publish it with\n\n")[2].split()[2:]
+    publish(hub, home, *words)
+    assert hub.repos[FEW].messages == ["Publish a run of latent-ddpm"] == hub.repos[NAME].messages
+    assert not list(output_dir.glob("hub*"))
