@@ -138,9 +138,9 @@ def main(argv: list[str]) -> int:
     draw_film_strip(training, data, averaged)
     if config.few_step_training_steps:
         status = distill(training, data, averaged)
-        if status is not None:
+        if status:
             return status
-    return training.finish("pipeline")
+    return training.finish("pipeline", from_chapter=config.self_guidance_steps > 0)
 
 
 @dataclasses.dataclass
@@ -389,7 +389,7 @@ def try_scales(run: TrainingRun, data: Data, strong: StockUNet, guide_of: Callab
     return distances
 
 
-def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int | None:
+def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int:
     """The third chapter: train a U-Net that samples in few steps, and export it beside the pipeline.
 
     Args:
@@ -398,7 +398,7 @@ def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int | Non
         averaged: the U-Net of the chapter before.
 
     Returns:
-        None, or the exit status of a run that was told to stop.
+        0, or the exit status of a run that was told to stop.
     """
     accelerator, device = training.accelerator, training.accelerator.device
     config = few_step_config(training.config)
@@ -437,16 +437,20 @@ def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int | Non
         losses = networks.step(
             step,
             run.before,
-            ((numbers.to(device, non_blocking=True), to_device(given, device)) for numbers, _, given in examples),
+            (
+                (numbers.to(device, non_blocking=True), clean.to(device, non_blocking=True), to_device(given, device))
+                for numbers, clean, given in examples
+            ),
             rate,
         )
         run.advance()
         if run.is_due(config.logging_steps):
-            means = accelerator.reduce(torch.stack([losses["loss"], losses["critic_loss"]]), "mean").tolist()
+            norm, names = float(losses.pop("grad_norm")), list(losses)
+            means = accelerator.reduce(torch.stack([losses[name] for name in names]), "mean").tolist()
             for skipped in networks.skipped.values():
                 skipped.report(tracker.say)
-            norm = float(losses["grad_norm"])
-            tracker.log(loss=means[0], critic_loss=means[1], grad_norm=norm, learning_rate=rate * config.learning_rate)
+            shown = dict(zip(names, means, strict=True))
+            tracker.log(**shown, grad_norm=norm, learning_rate=rate * config.learning_rate)
         if run.is_due(config.validation_steps):
             validate(run, data, ema.model, with_loss=False)
         if run.should_stop():
@@ -456,8 +460,8 @@ def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int | Non
             tracker.pause()
     tracker.close()
     export(run, data, ema.model)
-    run.note_finished()
-    return None
+    run.publisher = make_publisher(training.config, accelerator, FEW_STEPS, tracker.say)
+    return run.finish("pipeline-few-steps", from_chapter=True)
 
 
 def is_finished(training: TrainingRun) -> bool:

@@ -660,12 +660,14 @@ class UNetConfig(RunConfig):
     self_guidance_learning_rate: float = 3e-4
     """peak learning rate of this chapter, with AdamW and a linear decay to 0."""
     few_step_training_steps: int = 0
-    """steps of a third chapter of stage 2, which trains a U-Net that samples in few steps, by distribution matching
-    (DMD2, arXiv 2405.14867), and exports it to `<output_dir>/pipeline-few-steps`. 0 leaves it out."""
+    """steps of a third chapter of stage 2, which trains a U-Net that samples in few steps, and exports it to
+    `<output_dir>/pipeline-few-steps`: the first step by distribution matching (DMD2, arXiv 2405.14867), the later ones
+    by regression on the sampler's path. 0 leaves it out."""
     few_step_training_images: int | None = None
     """the same in images."""
-    few_step_counts: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 4])
-    """the numbers of sampling steps that it is trained for; the last one is the pipeline's default."""
+    few_step_counts: list[int] = dataclasses.field(default_factory=lambda: [1, 4])
+    """the numbers of sampling steps that it is trained for; the last one is the pipeline's default. Numbers that divide
+    each other share noise levels, where the network learns a mean of both."""
     few_step_learning_rate: float = 2e-4
     """peak learning rate of this chapter, with AdamW and a linear decay to 0."""
 

@@ -47,6 +47,7 @@ class Stream(enum.IntEnum):
     FEW_STEP_TIME = 18
     FEW_STEP_COMPARISON = 19
     SWEEP = 20
+    FEW_STEP_PATH = 21
 
 
 def philox4x32(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:

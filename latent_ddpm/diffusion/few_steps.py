@@ -2,13 +2,18 @@
 
 The generator starts as a copy of the teacher and learns to draw in `few_step_counts` steps of a deterministic sampler
 (first-order DPM-Solver++, which is DDIM; arXiv 2211.01095, 2010.02502), so an image follows from its initial noise
-alone. Its samples are noised again and compared there by two U-Nets: the frozen teacher knows the scores of the data,
-and the critic learns those of the generator's samples. The difference of the two is the gradient that moves the samples
-towards the data (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867).
+alone. It learns two things at once:
+
+- The first step, from noise alone to a sample, by distribution matching. The samples are noised again and compared
+  there by two U-Nets: the frozen teacher knows the scores of the data, and the critic learns those of the generator's
+  samples. The difference of the two is the gradient that moves the samples towards the data (DMD, arXiv 2311.18828;
+  DMD2, arXiv 2405.14867).
+- Each later step, from one noise level to the next, by regression: from noised latents of the training set it leads
+  where the teacher's sampler leads in several small steps (progressive distillation, arXiv 2202.00512; PeRFlow, arXiv
+  2405.07510).
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +28,7 @@ from latent_ddpm.data.indexing import digest
 from latent_ddpm.diffusion.conditions import Given, unet_inputs
 from latent_ddpm.diffusion.noise_schedule import make_noise_scheduler, noise_levels, noise_table
 from latent_ddpm.diffusion.objective import TrainingBatch, add_noise, target
-from latent_ddpm.diffusion.self_guidance import Guide
+from latent_ddpm.diffusion.self_guidance import Guide, draw_latents
 from latent_ddpm.diffusion.unet import StockUNet
 from latent_ddpm.random import Stream, first_words, normal, uniform
 from latent_ddpm.training.acceleration import align_state, strict
@@ -37,6 +42,7 @@ FEW_STEP_KEYS = ("few_step_training_steps", "few_step_counts", "few_step_learnin
 CRITIC_RATE = 2.5  # the critic's learning rate over the generator's: it has to follow the generator
 BETAS = (0.5, 0.95)  # of Adam: the gradients change with the other network
 CRITIC_TIMES = (0.02, 0.98)  # of the noise at which samples are compared (DMD, section 4.2)
+TEACHER_STEPS = 20  # of the teacher's sampler, rounded up to a multiple of the number of steps that is learned
 SIGMA_REL = 0.1  # width of the chapter's weight average
 
 
@@ -65,6 +71,9 @@ class Level:
     timestep: int
     alpha: float
     sigma: float
+
+
+CLEAN = Level(0, 1.0, 0.0)
 
 
 def levels_of(config: UNetConfig, count: int) -> list[Level]:
@@ -115,11 +124,17 @@ def next_latents(noisy: torch.Tensor, clean: torch.Tensor, now: Level, then: Lev
 # ------------------------------------------------------------------------------------------------ distribution matching
 
 
-def position_at(config: UNetConfig, step: int) -> tuple[int, int]:
-    """What the generator learns in an optimizer step: the number of sampling steps, and which of them (from 0)."""
+def position_at(config: UNetConfig, step: int) -> tuple[int, int] | None:
+    """Which later step the generator learns in an optimizer step: the number of sampling steps, and which one (from 1).
+
+    None if the generator draws in one step only.
+    """
+    several = [count for count in config.few_step_counts if count > 1]
+    if not several:
+        return None
     words = first_words(config.seed, Stream.FEW_STEP_POSITION, step)
-    count = config.few_step_counts[words[0] % len(config.few_step_counts)]
-    return count, words[1] % count
+    count = several[words[0] % len(several)]
+    return count, 1 + words[1] % (count - 1)
 
 
 def comparison_batch(
@@ -160,6 +175,38 @@ def matching_loss(samples: torch.Tensor, of_teacher: torch.Tensor, of_critic: to
     return 0.5 * (samples - wanted).square().mean()
 
 
+# ------------------------------------------------------------------------------------------------ the teacher's path
+
+
+def small_steps(count: int) -> int:
+    """How many steps of the teacher's sampler one of `count` steps replaces."""
+    return -(-TEACHER_STEPS // count)
+
+
+def implied_clean(noisy: torch.Tensor, reached: torch.Tensor, now: Level, then: Level) -> torch.Tensor:
+    """The clean latents with which `next_latents` leads from `noisy` to `reached` (arXiv 2202.00512, appendix G)."""
+    ratio = then.sigma / now.sigma
+    return (reached - ratio * noisy) / (then.alpha - ratio * now.alpha)
+
+
+def path_target(
+    noisy: torch.Tensor, reached: torch.Tensor, now: Level, then: Level, prediction_type: str
+) -> torch.Tensor:
+    """The prediction with which one step of the sampler leads from `noisy` to `reached`.
+
+    Args:
+        noisy, reached: latents (B, D, h, w) at the levels `now` and `then`.
+        prediction_type: as in `objective.target`.
+
+    Returns:
+        (B, D, h, w).
+    """
+    clean = implied_clean(noisy, reached, now, then)
+    noise = (noisy - now.alpha * clean) / now.sigma
+    alpha, sigma = (noisy.new_full((len(noisy),), value) for value in (now.alpha, now.sigma))
+    return target(clean, noise, alpha, sigma, prediction_type)
+
+
 class FewStepTraining:
     """The networks of the chapter and their training step.
 
@@ -198,7 +245,7 @@ class FewStepTraining:
             self.skipped[name] = SkippedSteps(name, counts, accelerator.device, scaled=scaled)
         table = noise_table(config)
         self.table = table.to(accelerator.device) if table is not None else None
-        self.levels = {count: levels_of(config, count) for count in config.few_step_counts}
+        self.levels = {count: [*levels_of(config, count), CLEAN] for count in config.few_step_counts}
 
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint; weights and moments may be sharded."""
@@ -208,62 +255,82 @@ class FewStepTraining:
             state[f"{name}_skipped"] = self.skipped[name].counts
         return state
 
-    def clean(self, unet: torch.nn.Module, noisy: torch.Tensor, level: Level, given: Given) -> torch.Tensor:
-        """The clean latents that the generator predicts at one level, (B, D, h, w)."""
+    def predict(self, unet: torch.nn.Module, noisy: torch.Tensor, levels: list[Level], given: Given) -> torch.Tensor:
+        """Predictions float32 (B, D, h, w) for latents of that shape, an equal part of them at each of the levels."""
         inputs, words = unet_inputs(noisy, given)
-        timesteps = torch.full((len(noisy),), level.timestep, device=noisy.device)
-        prediction = unet(inputs, timesteps, **words).sample
-        return clean_latents(noisy, prediction, level.alpha, level.sigma, self.config.prediction_type)
+        part = len(noisy) // len(levels)
+        timesteps = torch.cat([torch.full((part,), level.timestep, device=noisy.device) for level in levels])
+        return unet(inputs, timesteps, **words).sample.float()
 
     @torch.no_grad()
-    def begin(self, noise: torch.Tensor, levels: list[Level], position: int, given: Given) -> torch.Tensor:
-        """The sampler's latents before its step `position`, from the initial noise (B, D, h, w)."""
-        noisy = noise
-        for now, then in itertools.pairwise(levels[: position + 1]):
-            noisy = next_latents(noisy, self.clean(self.networks["generator"], noisy, now, given), now, then)
-        return noisy
+    def later_step(
+        self, clean: torch.Tensor, numbers: torch.Tensor, count: int, position: int, given: Given
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the generator learns for one of the steps after the first.
+
+        Args:
+            clean: latents of the training set (B, D, h, w).
+            numbers: int64 (B,), their example numbers.
+            count, position: as of `position_at`.
+            given: the conditioning.
+
+        Returns:
+            Noisy latents at the level where that step begins, and the prediction that leads where the teacher leads
+            from there.
+        """
+        config, (now, then) = self.config, self.levels[count][position : position + 2]
+        noise = normal(config.seed, Stream.FEW_STEP_PATH, numbers, clean.shape[1:])
+        noisy, small = now.alpha * clean + now.sigma * noise, small_steps(count)
+        part = slice(small * position, small * (position + 1))
+        reached = draw_latents(self.teacher, noisy, given, config, small * count, part)
+        return noisy, path_target(noisy, reached, now, then, config.prediction_type)
 
     def step(
-        self, step: int, before: int, micro_batches: Iterable[tuple[torch.Tensor, Given]], rate: float
+        self, step: int, before: int, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor, Given]], rate: float
     ) -> dict[str, torch.Tensor]:
         """One optimizer step of both networks.
 
         Args:
             step: of the chapter, from 0.
             before: optimizer steps of the chapters before.
-            micro_batches: example numbers int64 (B,) and conditioning, on the device.
+            micro_batches: example numbers int64 (B,), latents (B, D, h, w) and conditioning, on the device.
             rate: the learning rate as a share of its peak.
 
         Returns:
-            The losses of this process, `loss` and `critic_loss`, and the norm of the generator's gradient, scalars.
+            The losses of this process, `loss`, `path_loss` and `critic_loss`, and the norm of the generator's gradient,
+            scalars.
         """
-        config, accelerator = self.config, self.accelerator
-        count, position = position_at(config, before + step)
-        levels = self.levels[count]
+        config, accelerator, kind = self.config, self.accelerator, self.config.prediction_type
+        later, first = position_at(config, before + step), self.levels[config.few_step_counts[0]][0]
         for name, optimizer in self.optimizers.items():
             set_learning_rate(optimizer, rate * self.rates[name])
-        totals = {name: torch.zeros((), device=accelerator.device) for name in ("loss", "critic_loss", "grad_norm")}
-        for numbers, given in micro_batches:
-            shape = self.teacher.strong.config.out_channels, *_size(self.teacher.strong)
-            noise = normal(config.seed, Stream.FEW_STEP_NOISE, numbers, shape)
-            with accelerator.autocast():
-                noisy = self.begin(noise, levels, position, given)
+        names = ("loss", "path_loss", "critic_loss", "grad_norm")
+        totals = {name: torch.zeros((), device=accelerator.device) for name in names}
+        for numbers, clean, given in micro_batches:
+            noise = normal(config.seed, Stream.FEW_STEP_NOISE, numbers, clean.shape[1:])
+            noisy, levels, both = noise, [first], given
+            if later is not None:
+                with accelerator.autocast():
+                    begun, wanted = self.later_step(clean, numbers, *later, given)
+                noisy, levels = torch.cat((noise, begun)), [first, self.levels[later[0]][later[1]]]
+                both = {name: torch.cat((value, value)) for name, value in given.items()}
             with accelerator.accumulate(*self.models.values()):
-                samples = self.clean(self.models["generator"], noisy, levels[position], given)
+                prediction, *of_path = self.predict(self.models["generator"], noisy, levels, both).split(len(noise))
+                samples = clean_latents(noise, prediction, first.alpha, first.sigma, kind)
+                path_loss = (of_path[0] - wanted).square().mean() if of_path else torch.zeros_like(totals["loss"])
                 batch, alpha, sigma = comparison_batch(samples.detach(), numbers, config, self.table)
                 inputs, words = unet_inputs(batch.noisy, given)
-                prediction = self.models["critic"](inputs, batch.timesteps, **words).sample
-                critic_loss = batch.loss(prediction)
+                of_critic = self.models["critic"](inputs, batch.timesteps, **words).sample
+                critic_loss = batch.loss(of_critic)
                 with accelerator.autocast():
-                    of_data = self.teacher(batch.noisy, batch.timesteps, batch.level, given)
-                of_data, of_samples = (
-                    clean_latents(batch.noisy, made.detach(), alpha, sigma, config.prediction_type)
-                    for made in (of_data, prediction)
+                    of_teacher = self.teacher(batch.noisy, batch.timesteps, batch.level, given)
+                of_teacher, of_critic = (
+                    clean_latents(batch.noisy, made.detach(), alpha, sigma, kind) for made in (of_teacher, of_critic)
                 )
-                loss = matching_loss(samples, of_data, of_samples)
+                loss = matching_loss(samples, of_teacher, of_critic)
                 with strict(config):
                     accelerator.backward(critic_loss)
-                    accelerator.backward(loss)
+                    accelerator.backward(loss + path_loss)
                 if accelerator.sync_gradients:
                     for name, optimizer in self.optimizers.items():
                         accelerator.unscale_gradients(optimizer)
@@ -274,15 +341,10 @@ class FewStepTraining:
                 for optimizer in self.optimizers.values():
                     optimizer.step()
                     optimizer.zero_grad()
-            totals["loss"] += loss.detach() / config.gradient_accumulation_steps
-            totals["critic_loss"] += critic_loss.detach() / config.gradient_accumulation_steps
+            for name, value in (("loss", loss), ("path_loss", path_loss), ("critic_loss", critic_loss)):
+                totals[name] += value.detach() / config.gradient_accumulation_steps
         self.averaged.update(self.networks["generator"], step)
         return totals
-
-
-def _size(unet: StockUNet) -> tuple[int, int]:
-    size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 # --------------------------------------------------------------------------------------------------- the chapter
@@ -305,6 +367,20 @@ def few_step_config(config: UNetConfig) -> UNetConfig:
         guidance_scale=1.0,
         num_inference_steps=config.few_step_counts[-1],
     )
+
+
+def passes_of_few_steps(config: UNetConfig, of_teacher: int) -> float:
+    """Passes of a U-Net over the images of an optimizer step; forward and backward are three passes.
+
+    Args:
+        config: with the numbers of sampling steps.
+        of_teacher: passes of the teacher's prediction.
+    """
+    matching = 3 + 3 + of_teacher  # the generator, the critic, the teacher
+    several = [count for count in config.few_step_counts if count > 1]
+    if not several:
+        return matching
+    return matching + 3 + of_teacher * sum(map(small_steps, several)) / len(several)
 
 
 def few_step_origin(config: UNetConfig, before: str) -> str:

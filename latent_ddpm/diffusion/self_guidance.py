@@ -140,14 +140,27 @@ def sweep_scales(
     return {scale: gaussian_distance(torch.cat(features), real) for scale, features in found.items() if scale}
 
 
-def draw_latents(guide: Guide, noise: torch.Tensor, given: Given, config: UNetConfig, steps: int) -> torch.Tensor:
-    """Latents (B, D, h, w) drawn with guidance from standard normal noise of that shape."""
-    scheduler, latents = sampling_scheduler(config), noise
-    scheduler.set_timesteps(steps, device=noise.device)
-    for t in scheduler.timesteps:
+def draw_latents(
+    guide: Guide, noisy: torch.Tensor, given: Given, config: UNetConfig, steps: int, part: slice = slice(None)
+) -> torch.Tensor:
+    """Latents (B, D, h, w) drawn with guidance.
+
+    Args:
+        guide: the predictions.
+        noisy: (B, D, h, w): standard normal noise, or latents at the noise level of the first step of `part`.
+        given: the conditioning, on the same device.
+        config: config of the run.
+        steps: of the sampler.
+        part: of these steps.
+    """
+    scheduler, latents = sampling_scheduler(config), noisy
+    scheduler.set_timesteps(steps, device=noisy.device)
+    if hasattr(scheduler, "set_begin_index"):  # others, such as DDIM, find their place by the timestep
+        scheduler.set_begin_index(part.start or 0)
+    for t in scheduler.timesteps[part]:
         keep, spread = noise_level(scheduler, t)
-        level = noise.new_full((len(noise),), spread / keep if keep else float("inf"))
-        prediction = guide(latents, t.expand(len(noise)), level, given)
+        level = noisy.new_full((len(noisy),), spread / keep if keep else float("inf"))
+        prediction = guide(latents, t.expand(len(noisy)), level, given)
         latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
     return latents
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig
+from latent_ddpm.diffusion.few_steps import passes_of_few_steps
 from latent_ddpm.diffusion.self_guidance import SWEEP_IMAGES, SWEEP_SCALES, SWEEP_STEPS
 from latent_ddpm.planning.rehearsal import images_per_step, phases_of
 
@@ -63,10 +64,9 @@ def chapter_steps(config: RunConfig) -> dict[str, float]:
     if config.self_guidance_steps and config.self_guidance_scale == "auto":
         per_scale = [1 + guided + (scale != 1) for scale in SWEEP_SCALES]
         tried = SWEEP_IMAGES * (SWEEP_STEPS * sum(per_scale) + len(SWEEP_SCALES) + 1) / 3 / images_per_step(config)
-    counts, again = config.few_step_counts, 0 if config.self_guidance_steps else guided
-    begun = sum((count - 1) / 2 for count in counts) / len(counts)  # steps before the one that is learned
     found = {"self-guidance": config.self_guidance_steps * (3 + teachers) / 3 + tried}
-    found["few steps"] = config.few_step_training_steps * (begun + 3 + 3 + 1 + again) / 3
+    again = 0 if config.self_guidance_steps else guided
+    found["few steps"] = config.few_step_training_steps * passes_of_few_steps(config, 1 + again) / 3
     return {name: steps for name, steps in found.items() if steps}
 
 

@@ -1,6 +1,7 @@
 """Few steps: the sampler against diffusers' scheduler, the gradient in closed form, a toy that learns the data."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from small_pipeline import save_pipeline
 
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.diffusion.few_steps import (
+    CLEAN,
+    FewStepTraining,
     clean_latents,
     comparison_batch,
     few_step_config,
@@ -19,10 +22,12 @@ from latent_ddpm.diffusion.few_steps import (
     levels_of,
     matching_loss,
     next_latents,
+    path_target,
     position_at,
 )
 from latent_ddpm.diffusion.noise_schedule import noise_table
 from latent_ddpm.diffusion.objective import add_noise, target
+from latent_ddpm.diffusion.self_guidance import Guide, draw_latents
 
 TYPES = ["epsilon", "sample", "v_prediction", "flow_prediction"]
 
@@ -119,11 +124,69 @@ def _noise_of(batch, clean, table):
     return (batch.noisy - alpha.view(-1, 1, 1, 1) * clean) / sigma.view(-1, 1, 1, 1), alpha, sigma
 
 
-def test_every_step_of_every_count_is_trained():
+def test_every_later_step_of_every_count_is_trained():
     config = config_of(few_step_counts=[1, 2, 4])
     seen = {position_at(config, step) for step in range(400)}
-    assert seen == {(count, place) for count in (1, 2, 4) for place in range(count)}
+    assert seen == {(count, place) for count in (2, 4) for place in range(1, count)}
     assert position_at(config, 5) == position_at(config, 5)
+    assert position_at(config_of(few_step_counts=[1]), 5) is None
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("position", range(1, 4))
+def test_a_step_with_the_target_ends_where_the_teacher_ends(prediction_type, position):
+    config = config_of(prediction_type)
+    now, then = [*levels_of(config, 4), CLEAN][position : position + 2]
+    noisy, reached = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    learned = path_target(noisy, reached, now, then, prediction_type)
+    clean = clean_latents(noisy, learned, now.alpha, now.sigma, prediction_type)
+    assert torch.allclose(next_latents(noisy, clean, now, then), reached, atol=2e-3)
+
+
+class ExactUNet:
+    """Predicts v exactly for clean latents from a normal distribution."""
+
+    def __init__(self, config, mean, deviation):
+        self.table, self.mean, self.deviation = noise_table(config), mean, deviation
+
+    def __call__(self, noisy, timesteps):
+        alpha, sigma = self.table[timesteps].sqrt(), (1 - self.table[timesteps]).sqrt()
+        alpha, sigma = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+        clean = best_guess(noisy, alpha, sigma, self.mean, self.deviation)
+        return SimpleNamespace(sample=(alpha * noisy - clean) / sigma)
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc", "ddim"])
+@pytest.mark.parametrize("position", range(4))
+def test_the_teacher_goes_from_one_level_to_the_next(scheduler, position):
+    """Along the flow of normal data, (x - alpha mean) / (alpha^2 deviation^2 + sigma^2)^(1/2) is constant."""
+    config, (mean, deviation) = config_of(inference_scheduler=scheduler), (0.7, 0.4)
+    constant = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    now, then = [*levels_of(config, 4), CLEAN][position : position + 2]
+    begun, wanted = (
+        level.alpha * mean + (level.alpha**2 * deviation**2 + level.sigma**2) ** 0.5 * constant for level in (now, then)
+    )
+    part = slice(50 * position, 50 * (position + 1))
+    ended = draw_latents(Guide(ExactUNet(config, mean, deviation)), begun, {}, config, 200, part)
+    assert (ended - wanted).abs().max() < 0.03
+    assert (begun - wanted).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("position", range(1, 4))
+def test_what_is_learned_for_a_later_step_leads_where_the_teacher_leads(position):
+    """From noised training data of any distribution: here all are of one value, which the teacher does not know."""
+    config, (mean, deviation) = config_of(), (0.7, 0.4)
+    levels = [*levels_of(config, 4), CLEAN]
+    teacher = Guide(ExactUNet(config, mean, deviation))
+    training = SimpleNamespace(config=config, levels={4: levels}, teacher=teacher)
+    clean, numbers, (now, then) = torch.full((64, 1, 4, 4), 0.5), torch.arange(64), levels[position : position + 2]
+    noisy, learned = FewStepTraining.later_step(training, clean, numbers, 4, position, {})
+    noise = (noisy - now.alpha * clean) / now.sigma
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    spread = [(level.alpha**2 * deviation**2 + level.sigma**2) ** 0.5 for level in (now, then)]
+    wanted = then.alpha * mean + spread[1] / spread[0] * (noisy - now.alpha * mean)
+    found = clean_latents(noisy, learned, now.alpha, now.sigma, config.prediction_type)
+    assert (next_latents(noisy, found, now, then) - wanted).abs().max() < 0.1
 
 
 def test_the_chapter_begins_anew_when_its_keys_or_its_start_change():
