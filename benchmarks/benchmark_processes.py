@@ -77,9 +77,10 @@ def main(argv: list[str]) -> int:
     unet = parse_config(UNetConfig, rest)
     at = rest.index("--autoencoder") if "--autoencoder" in rest else len(rest)
     of_stage_1 = [*rest[:at], *rest[at + 2 :]]
+    of_unet = ["--num_validation_samples", "1", "--ema_snapshots", "0", "--self_guidance_steps", "0"]
     stages = {
         "train_autoencoder.py": (parse_config(AutoencoderConfig, of_stage_1), [*of_stage_1, "--codebook_start", "0"]),
-        "train_unet.py": (unet, [*rest, "--num_validation_samples", "1", "--ema_snapshots", "0"]),
+        "train_unet.py": (unet, [*rest, *of_unet]),
     }
     several = options.processes
     for config, _ in stages.values():

@@ -117,7 +117,8 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for stage in options.stages:
-            of_stage = [*words, *(["--autoencoder", str(root / "off" / "autoencoder")] if stage == "unet" else [])]
+            of_unet = ["--autoencoder", str(root / "off" / "autoencoder"), "--self_guidance_steps", "0"]
+            of_stage = [*words, *(of_unet if stage == "unet" else [])]
             result["stages"][stage] = check(stage, root, of_stage, options.steps)
             print(json.dumps({stage: result["stages"][stage]}), flush=True)
             write_json(options.json, result)

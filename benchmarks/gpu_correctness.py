@@ -173,7 +173,8 @@ def small(stage: str, steps: int) -> list[str]:
         words += ["--disc_weight", "0.5", "--disc_start", str(steps // 5), "--disc_channels", "16"]
         words += ["--disc_layers", "2", "--codebook_start", str(steps // 10), "--disc_adaptive_steps", "5"]
     else:
-        words += ["--num_validation_samples", "4", "--ema_snapshots", "0", "--num_inference_steps", "4"]
+        words += ["--num_validation_samples", "4", "--num_inference_steps", "4"]
+        words += ["--ema_snapshots", "0", "--self_guidance_steps", "0"]
     return words
 
 

@@ -103,7 +103,8 @@ def main() -> None:
         words = ["--config", str(ROOT / "configs/mnist.yaml"), "--max_train_steps", "2", "--max_validation_images", "8"]
         own = {"autoencoder": ["--block_out_channels", "[8,8,8]", "--norm_num_groups", "4"]}
         own["unet"] = ["--unet_block_out_channels", "[32]", "--unet_attention_levels", "[]"]
-        own["unet"] += ["--num_validation_samples", "4", "--num_inference_steps", "2", "--ema_snapshots", "0"]
+        own["unet"] += ["--num_validation_samples", "4", "--num_inference_steps", "2"]
+        own["unet"] += ["--ema_snapshots", "0", "--self_guidance_steps", "0"]
     else:
         config = str(ROOT / "configs/cifar10_gpu.yaml")
         words = ["--config", config, "--dataset_name", str(options.data), "--image_column", "image"]

@@ -121,7 +121,9 @@ def main(argv: list[str]) -> int:
         words = ["--output_dir", folder, "--validation_steps", never, "--checkpointing_steps", never]
         words += ["--autoencoder", str(config.autoencoder_dir), "--latents_dir", str(latents_dir)]
         with clock.running():
-            train_unet.main([*rest, *words, "--ema_snapshots", "0", "--num_validation_samples", "1"])
+            train_unet.main(
+                [*rest, *words, "--ema_snapshots", "0", "--self_guidance_steps", "0", "--num_validation_samples", "1"]
+            )
     steps = clock.steps[len(clock.steps) // 10 : -1]  # the last one holds the end of the run
     parts = dict.fromkeys(["latents", *(part for *_, part in PARTS)])
     shares = {part: [step[part] / step["whole"] for step in steps] for part in parts}

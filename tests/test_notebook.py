@@ -29,6 +29,7 @@ CHANGED = {  # keys whose values differ from configs/mnist.yaml on purpose
     *("output_dir", "max_train_steps"),
     *("disc_weight", "disc_start", "disc_adaptive_steps", "disc_channels", "disc_layers", "ema_sigma_rels"),
     *("validation_steps", "checkpointing_steps"),  # the notebook has neither
+    *("self_guidance_steps", "self_guidance_scale"),  # nor this chapter
 }
 
 
