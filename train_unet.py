@@ -125,6 +125,8 @@ def main(argv: list[str]) -> int:
         if not steps:
             training.forget(name)
     exported = training.was_finished(PIPELINE)
+    if not exported:
+        training.reopen(SELF_GUIDANCE, FEW_STEPS)
     averaged, status = train(training, data)
     if averaged is None:
         return status
@@ -340,6 +342,7 @@ def self_guide(training: TrainingRun, data: Data, averaged: StockUNet) -> tuple[
     """
     config, device = training.config, training.accelerator.device
     run = training.chapter(SELF_GUIDANCE, self_guidance_config(config), self_guidance_origin(config))
+    exported = run.was_finished(PIPELINE)
     strong = whole_weights(averaged)
     training.accelerator.free_memory()
     early, step = nearest_snapshot(training.output_dir / "ema", config.ema_sigma_rels[0], weak_step(config))
@@ -354,9 +357,11 @@ def self_guide(training: TrainingRun, data: Data, averaged: StockUNet) -> tuple[
         distances = run.state["distances"] if run.state else try_scales(run, data, frozen[0], guide_of)
         scale = float(min(distances, key=distances.get))
     logger.info("self-guidance: scale %g away from the average after %d steps", scale, step)
-    guided, status = train(run, data, strong, guide_of(scale), {"scale": scale, "distances": distances})
+    facts = {"scale": scale, "distances": distances, "weak_step": step}
+    guided, status = train(run, data, strong, guide_of(scale), facts)
     if guided is not None:
-        export(run, data, guided)
+        if not exported:
+            export(run, data, guided)
         run.note_finished()
     return guided, status
 
@@ -403,6 +408,7 @@ def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int:
     accelerator, device = training.accelerator, training.accelerator.device
     config = few_step_config(training.config)
     run = training.chapter(FEW_STEPS, config, few_step_origin(training.config, self_guidance_origin(training.config)))
+    exported = run.was_finished(FEW_STEP_PIPELINE)
     weights, state = whole_weights(averaged), run.state or {}
     accelerator.free_memory()
     made = [data.new_unet(config) for _ in range(2)]
@@ -459,7 +465,9 @@ def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int:
             run.save(gather(networks.state_dict(), keep=accelerator.is_main_process))
             tracker.pause()
     tracker.close()
-    export(run, data, ema.model)
+    if not exported:
+        export(run, data, ema.model)
+    run.note_finished()  # the card says it
     run.publisher = make_publisher(training.config, accelerator, FEW_STEPS, tracker.say)
     return run.finish("pipeline-few-steps", from_chapter=True)
 

@@ -23,6 +23,13 @@ from latent_ddpm.training.metrics import read_metrics
 from pipeline_latent_ddpm import RECORDED_STEPS
 
 TASK = "unconditional-image-generation"
+FEW_STEP_ENDING = "-few-steps"  # ends the names of the folder and of the repository of a few-step pipeline
+# the names of the measurements of what is published: of a pipeline or of a few-step one
+EVALUATIONS = {
+    "autoencoder": ("autoencoder",),
+    "pipeline": ("pipeline", "few-steps"),
+    "digits": ("digits", "few-steps-digits"),
+}
 EXTRACTOR_NAMES = {"efficientnet-lite0": "EfficientNet-Lite0", "inception": "Inception v3", "dinov2": "DINOv2"}
 
 
@@ -54,6 +61,25 @@ class Facts:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def is_few_steps(self) -> bool:
+        """Whether what is published is the few-step pipeline."""
+        return RECORDED_STEPS in self.configs.get("scheduler", {})
+
+    @property
+    def step_counts(self) -> str:
+        """The numbers of steps of the few-step pipeline, "1, 2 or 4 steps"; "" if its chapter is not done."""
+        chapter = self.training.get("few_steps", {})
+        if "finished_at" not in chapter:
+            return ""
+        *first, last = map(str, chapter["counts"])
+        return f"{', '.join(first)} or {last} steps" if first else f"{last} step{'s' * (last != '1')}"
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the weights were trained to predict with guidance."""
+        return "finished_at" in self.training.get("self_guidance", {})
+
+    @property
     def conditions(self) -> list[str]:
         """What the model is conditioned on: of "class", "image" and "text"."""
         unet, found = self.configs.get("unet", {}), []
@@ -64,11 +90,6 @@ class Facts:
         return (
             [*found, "text"] if unet.get("cross_attention_dim") and unet.get("_class_name") != "UNet2DModel" else found
         )
-
-    @property
-    def steps_made_for(self) -> int | None:
-        """The number of sampling steps that a few-step pipeline records; None for another."""
-        return self.configs.get("scheduler", {}).get(RECORDED_STEPS)
 
     @property
     def task(self) -> str:
@@ -134,8 +155,9 @@ def read_facts(folder: Path) -> Facts:
         training=_training(folder),
         evaluations={
             what: result
-            for what in ("autoencoder", "pipeline", "digits")
-            if (result := _json(folder / f"evaluation-{what}.json"))
+            for what, names in EVALUATIONS.items()
+            for name in names
+            if (result := _json(folder / f"evaluation-{name}.json"))
         },
         files={path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()},
         configs={part: _json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
@@ -180,19 +202,18 @@ def figures(facts: Facts) -> list[Figure]:
 
 
 def _of_samples(facts: Facts) -> list[Figure]:
-    result = facts.evaluations.get("pipeline")
-    if not result:
-        return []
-    settings = result.get("settings", [])
-    if facts.steps_made_for is None:  # the best one; each of a few-step pipeline
-        settings = [min(settings, key=lambda setting: setting["fd"], default={})]
-    return [row for setting in settings for row in _of_setting(result, setting)]
+    """Of the best setting; of a few-step pipeline that of each number of steps."""
+    result = facts.evaluations.get("pipeline", {})
+    worst_first = sorted(result.get("settings", []), key=lambda setting: setting["fd"], reverse=True)
+    best = {setting["steps"] if facts.is_few_steps else 0: setting for setting in worst_first}
+    return [row for _, setting in sorted(best.items()) for row in _of_setting(result, setting)]
 
 
-def _of_setting(result: dict[str, Any], best: dict[str, Any]) -> list[Figure]:
-    network, command, steps = best.get("feature_extractor", ""), result["command"], best.get("steps")
-    extractor, unit = EXTRACTOR_NAMES.get(network, network), "step" if steps == 1 else "steps"
-    how = f"{extractor}, {best.get('samples', 0):,} samples, {best.get('scheduler')}, {steps} {unit}"
+def _of_setting(result: dict[str, Any], setting: dict[str, Any]) -> list[Figure]:
+    network, command, steps = setting.get("feature_extractor", ""), result["command"], setting["steps"]
+    extractor = EXTRACTOR_NAMES.get(network, network)
+    how = f"{extractor}, {setting.get('samples', 0):,} samples, {setting.get('scheduler')}, "
+    how += f"{steps} step{'s' * (steps != 1)}"
     rows = []
     for key, name, kind, form in (
         ("fd", "Frechet distance", "fid" if network == "inception" else "frechet_distance", ".2f"),
@@ -202,12 +223,12 @@ def _of_setting(result: dict[str, Any], best: dict[str, Any]) -> list[Figure]:
         ("density", "Density", "density", ".3f"),
         ("coverage", "Coverage", "coverage", ".3f"),
     ):
-        rows += _row(best, key, f"{name} ({how})", kind, form, command)
+        rows += _row(setting, key, f"{name} ({how})", kind, form, command)
     real = result.get("held_out_class_agreement", 0)
     name = f"Samples of the class asked for, by a linear classifier ({how}; {real:.1%} of held-out images)"
-    rows += _row(best, "class_agreement", name, "class_agreement", ".1%", command)
+    rows += _row(setting, "class_agreement", name, "class_agreement", ".1%", command)
     name = f"PSNR in dB between the small images and the samples, downscaled again ({how})"
-    return rows + _row(best, "conditioning_psnr", name, "conditioning_psnr", ".2f", command)
+    return rows + _row(setting, "conditioning_psnr", name, "conditioning_psnr", ".2f", command)
 
 
 def _of_digits(facts: Facts) -> list[Figure]:
@@ -256,6 +277,8 @@ def _of_reconstructions(facts: Facts) -> list[Figure]:
 
 
 def _of_unet(facts: Facts) -> list[Figure]:
+    if facts.is_guided or facts.is_few_steps:  # the loss is that of the weights before
+        return []
     where, command = _in_training(facts, "unet") if "validation_loss" in facts.training.get("unet", {}) else ("", "")
     kind = f"{facts.unet.get('prediction_type')}, {facts.unet.get('loss_weighting')} weighting"
     name = f"Diffusion loss on latents ({kind}, {where})"
@@ -274,6 +297,13 @@ def dataset_of(facts: Facts) -> tuple[str, str | None]:
 
 
 # ------------------------------------------------------------------------------------------------- the card
+
+
+# the chapters of stage 2: in metrics.jsonl, on the card, the key of the learning rate, its schedule
+CHAPTERS = (
+    ("self_guidance", "Guidance in the weights", "self_guidance_learning_rate", "linear"),
+    ("few_steps", "Few steps", "few_step_learning_rate", "warmup_stable_decay"),
+)
 
 
 def _hours(hours: float) -> str:
@@ -323,9 +353,9 @@ def _conditioned_use(facts: Facts, repo_id: str, steps: int) -> str:
     if "image" in facts.conditions:
         needs.append("from PIL import Image")
         words.append('conditioning_image=Image.open("map.png")')
-    guided = "finished_at" in facts.training.get("self_guidance", {})  # then the weights hold the guidance
-    scale = 1.0 if guided else facts.unet.get("guidance_scale", 1.0)
-    if scale != 1:
+    scale = facts.unet.get("guidance_scale", 1.0)
+    held = scale != 1 and (facts.is_guided or facts.is_few_steps)
+    if scale != 1 and not held:
         words.append(f"guidance_scale={scale:g}")
     needs = "\n".join(["from diffusers import DiffusionPipeline", *needs])
     told = []
@@ -338,10 +368,16 @@ def _conditioned_use(facts: Facts, repo_id: str, steps: int) -> str:
             f"`conditioning_image` is a semantic map: one channel with class numbers from 0 to {classes - 1}."
             if classes else "`conditioning_image` is an image."
         )  # fmt: skip
+    told.append("Every condition is optional.")
+    if held:
+        told.append("The weights hold the guidance, so `guidance_scale` stays 1.")
+    else:
+        told.append("`guidance_scale` above 1 follows the conditions more closely; a dict gives a scale for each.")
+    if facts.is_few_steps:
+        told.append(_made_for(facts))
     told.append(
-        "Every condition is optional. `guidance_scale` above 1 follows the conditions more closely; a dict gives a "
-        "scale for each. diffusers' own `LDMPipeline` does not support conditioning, so the repository brings its own "
-        "pipeline as code, which runs only if you trust it."
+        "diffusers' own `LDMPipeline` does not support conditioning, so the repository brings its own pipeline as "
+        "code, which runs only if you trust it."
     )
     return f"""## Use
 
@@ -385,48 +421,60 @@ def _shape(facts: Facts) -> Shape:
     )
 
 
-def _about(facts: Facts, shape: Shape) -> str:
-    kind = "latent diffusion model" if "unet" in facts.configs else shape.kind
-    text = f"A {kind} for {shape.pixels} images, trained from scratch with latent-ddpm on {dataset_of(facts)[0]}."
+def _link(repo_id: str) -> str:
+    return f"[{repo_id}](https://huggingface.co/{repo_id})"
+
+
+def _guidance(facts: Facts) -> str:
+    """Which guidance the weights hold, in two sentences; "" without any."""
+    if not facts.is_guided:
+        return ""
+    chapter, config, kinds = facts.training["self_guidance"], facts.unet, []
+    if chapter.get("scale", 1) != 1:
+        weak = f" after {chapter['weak_step']:,} steps" if "weak_step" in chapter else ""
+        kinds.append(f"autoguidance of scale {chapter['scale']:g} away from their average{weak} (arXiv 2406.02507)")
+    if facts.conditions and config.get("guidance_scale", 1) != 1:
+        kinds.append(f"classifier-free guidance of scale {config['guidance_scale']:g}")
+    if not kinds:
+        return ""
+    levels = config.get("self_guidance_interval")
+    where = f", at noise levels from {levels[0]:g} to {levels[1]:g}" if levels else ""
+    return f"The weights hold {' and '.join(kinds)}{where}. Sampling needs no further guidance."
+
+
+def _about(facts: Facts, shape: Shape, repo_id: str) -> str:
+    kind, origin = "latent diffusion model" if "unet" in facts.configs else shape.kind, dataset_of(facts)[0]
+    if facts.is_few_steps:
+        text = (
+            f"A {kind} that draws {shape.pixels} images in {facts.step_counts}. It was distilled from "
+            f"{_link(repo_id.removesuffix(FEW_STEP_ENDING))}, which was trained from scratch with latent-ddpm on "
+            f"{origin}. "
+            f"The first step was learned by distribution matching (arXiv 2405.14867, without its discriminator), later "
+            f"ones on the path of that model's sampler."
+        )
+    else:
+        text = f"A {kind} for {shape.pixels} images, trained from scratch with latent-ddpm on {origin}."
+        if "unet" in facts.configs and (guidance := _guidance(facts)):
+            text += f" {guidance}"
     if "samples.png" in facts.files:
         text += "\n\n![samples](samples.png)\n\n*Samples from fixed random seeds, not selected.*"
     return text
 
 
-def _chapters(facts: Facts, repo_id: str) -> str:
-    """How the chapters after the main training have changed the pipeline, and where the other pipeline is."""
-    guided, few = (facts.training.get(name, {}) for name in ("self_guidance", "few_steps"))
-    text = ""
-    if "finished_at" in guided:
-        interval = facts.unet.get("self_guidance_interval")
-        where = f" between the noise levels {interval[0]:g} and {interval[1]:g}" if interval else ""
-        text += (
-            f"The weights hold autoguidance ([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)) with scale "
-            f"{guided['scale']:g}{where}, trained in {guided['finished_at']:,} steps: sampling needs no second network."
-        )
-    if facts.steps_made_for is not None:
-        of, counts = repo_id.removesuffix("-few-steps"), _listed(few["counts"])
-        return (
-            f"It draws in {counts} steps. It is distilled from [{of}](https://huggingface.co/{of}) in "
-            f"{few['step']:,} steps by distribution matching ([arXiv 2311.18828]"
-            f"(https://arxiv.org/abs/2311.18828), [2405.14867](https://arxiv.org/abs/2405.14867)) without its "
-            f"adversarial loss. {text.replace('The weights hold', 'What it learned from holds')}"
-        ).strip()
-    if "finished_at" in few:
-        counts = _listed(few["counts"])
-        other = f"[{repo_id}-few-steps](https://huggingface.co/{repo_id}-few-steps)"
-        text += f"\n\nA U-Net that draws in {counts} steps is in {other}."
-    return text.strip()
+def _made_for(facts: Facts) -> str:
+    """For which numbers of steps a few-step pipeline is made."""
+    return f"It is made for {facts.step_counts} (`num_inference_steps`)."
 
 
-def _listed(numbers: list[int]) -> str:
-    """ "1, 2 or 4"."""
-    *first, last = map(str, numbers)
-    return f"{', '.join(first)} or {last}" if first else last
+def _few_steps(facts: Facts, repo_id: str) -> str:
+    link = _link(repo_id + FEW_STEP_ENDING)
+    return f"## Few steps\n\n{link} draws in {facts.step_counts}. It was distilled from this model."
 
 
 def _use(facts: Facts, shape: Shape, repo_id: str) -> str:
-    steps, vqvae = facts.steps_made_for or facts.unet.get("num_inference_steps", 50), facts.configs["vqvae"]
+    steps, vqvae = facts.unet.get("num_inference_steps", 50), facts.configs["vqvae"]
+    if facts.is_few_steps:
+        steps = facts.configs["scheduler"][RECORDED_STEPS]
     if "unet" not in facts.configs:
         return f"""## Use
 
@@ -449,10 +497,13 @@ from diffusers import DiffusionPipeline
 pipeline = {load}
 pipeline(batch_size=4, num_inference_steps={steps}).images[0].save("sample.png")
 ```"""
+    if facts.is_few_steps:
+        text += f"\n\n{_made_for(facts)} `LDMPipeline` takes 50 steps unless you pass another number."
     if stock:
+        schedulers = "" if facts.is_few_steps else " other schedulers,"
         text += f"""
 
-The repository also holds a pipeline with more features: given latents, image variation, inpainting, other schedulers,
+The repository also holds a pipeline with more features: given latents, image variation, inpainting,{schedulers}
 one generator per image. It is code, so it runs only if you trust it:
 
 ```python
@@ -495,6 +546,10 @@ def _training_part(facts: Facts, shape: Shape) -> str:
         )
     for stage, title, config in (("autoencoder", "Autoencoder", facts.autoencoder), ("unet", "U-Net", facts.unet)):
         if "step" in facts.training.get(stage, {}):
+            lines.append(_stage_line(title, facts.training[stage], config))
+    for stage, title, key, falls in CHAPTERS:
+        if unet and "finished_at" in facts.training.get(stage, {}):
+            config = {"optimizer": "adamw", "learning_rate": facts.unet.get(key), "lr_scheduler": falls}
             lines.append(_stage_line(title, facts.training[stage], config))
     text = "## Training\n\n" + "\n".join(lines)
     text += "\n\nThe configs are in `train_*.yaml`, all logged figures in `metrics.jsonl`."
@@ -557,10 +612,9 @@ the rights of others in it. The software that wrote this card did not check the 
 def _parts(facts: Facts, repo_id: str) -> dict[str, str]:
     """The generated parts of the card by name, in order."""
     shape = _shape(facts)
-    parts = {"about": _about(facts, shape)}
-    if "unet" in facts.configs and (chapters := _chapters(facts, repo_id)):
-        parts["chapters"] = chapters
-    parts["use"] = _use(facts, shape, repo_id)
+    parts = {"about": _about(facts, shape, repo_id), "use": _use(facts, shape, repo_id)}
+    if "unet" in facts.configs and facts.step_counts and not facts.is_few_steps:
+        parts["few_steps"] = _few_steps(facts, repo_id)
     if "film_strip.png" in facts.files:
         parts["film"] = "![the model's prediction of the image after each sampling step](film_strip.png)"
     if "reconstructions.png" in facts.files:
@@ -599,6 +653,7 @@ def _head(facts: Facts, repo_id: str, license: str | None) -> dict[str, Any]:
         pipeline_tag=facts.task if "unet" in facts.configs else None,
         license=license,
         datasets=[hub_dataset] if hub_dataset else None,
+        base_model=repo_id.removesuffix(FEW_STEP_ENDING) if facts.is_few_steps else None,
         tags=["diffusers", "latent-diffusion", "latent-ddpm", facts.task],
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,

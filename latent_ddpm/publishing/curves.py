@@ -21,8 +21,10 @@ PANELS = {
         (("grad_norm",), "gradient norm", True),
         (("images_per_second",), "images/s", False),
     ),
+    "self_guidance": ((("loss",), "loss", True),),
+    "few_steps": ((("loss",), "loss", True),),
 }
-STAGES = {"autoencoder": "autoencoder", "unet": "U-Net"}
+STAGES = {"autoencoder": "autoencoder", "unet": "U-Net", "self_guidance": "self-guidance", "few_steps": "few steps"}
 POINTS = 400  # maximum number of points per curve; neighbours are averaged
 
 

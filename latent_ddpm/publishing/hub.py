@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from latent_ddpm.config import RunConfig
 from latent_ddpm.errors import UserError
-from latent_ddpm.publishing.card import make_card, merge_cards, read_facts
+from latent_ddpm.publishing.card import FEW_STEP_ENDING, make_card, merge_cards, read_facts
 from latent_ddpm.publishing.curves import draw_curves
 from latent_ddpm.publishing.private import Scrubber, is_place
 from latent_ddpm.training.tracking import noted_of
@@ -72,7 +72,7 @@ def repo_id_of(output_dir: Path, repo_id: str | None) -> str:
 
 def few_step_repo_id(output_dir: Path, repo_id: str | None) -> str:
     """The repository of a run's few-step pipeline."""
-    return f"{repo_id_of(output_dir, repo_id)}-few-steps"
+    return repo_id_of(output_dir, repo_id) + FEW_STEP_ENDING
 
 
 def check_repo_id(output_dir: Path, repo_id: str | None) -> None:

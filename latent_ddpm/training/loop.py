@@ -167,6 +167,17 @@ class TrainingRun:
         same = noted.get("finished_at") == self.config.max_train_steps and noted.get(ORIGIN, "") == self.origin
         return same and (self.output_dir / product).exists()
 
+    def reopen(self, *chapters: str) -> None:
+        """Note that chapters are not finished: this stage, which they start from, is trained or exported again."""
+        path = self.output_dir / "run.json"
+        if self.accelerator.is_main_process:
+            for chapter in chapters:
+                if noted_of(self.output_dir, chapter):
+                    noted = json.loads(path.read_text(encoding="utf-8"))
+                    noted[chapter].pop("finished_at", None)
+                    write_json(path, noted)
+        self.accelerator.wait_for_everyone()
+
     def forget(self, chapter: str) -> None:
         """Forget a chapter that the config no longer asks for: its checkpoints, and that results come from it."""
         path = self.output_dir / "run.json"

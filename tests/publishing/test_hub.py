@@ -427,11 +427,12 @@ def test_both_pipelines_are_published_and_load_in_stock_diffusers(both, tmp_path
 def test_their_cards_name_each_other_and_the_chapters(both):
     hub = both[0]
     of_pipeline, of_few = (hub.content(name, "README.md").decode() for name in (NAME, FEW))
-    assert "The weights hold autoguidance" in of_pipeline and "with scale 2, trained in 2 steps" in of_pipeline
-    assert f"draws in 1 or 3 steps is in [{FEW}](https://huggingface.co/{FEW})" in of_pipeline
-    assert f"It is distilled from [{NAME}](https://huggingface.co/{NAME}) in 2 steps" in of_few
-    assert "It draws in 1 or 3 steps." in of_few and "num_inference_steps=3" in of_few
-    assert f'from_pretrained("{FEW}")' in of_few
+    assert "The weights hold autoguidance of scale 2 away from their average after 2 steps" in of_pipeline
+    assert f"[{FEW}](https://huggingface.co/{FEW}) draws in 1 or 3 steps." in of_pipeline
+    assert f"distilled from [{NAME}](https://huggingface.co/{NAME})" in of_few
+    assert "It is made for 1 or 3 steps" in of_few and "num_inference_steps=3" in of_few
+    assert f'from_pretrained("{FEW}")' in of_few and "Few steps**: 2 steps" in of_few
+    assert "Guidance in the weights**: 2 steps" in of_pipeline and "Diffusion loss" not in of_pipeline + of_few
 
 
 def test_a_finished_run_is_published_as_two_with_what_was_measured(both, tmp_path):
