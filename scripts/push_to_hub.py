@@ -29,6 +29,7 @@ from latent_ddpm.publishing.hub import (
 )
 from latent_ddpm.publishing.private import Scrubber
 from latent_ddpm.training.launch import run
+from latent_ddpm.training.tracking import noted_of
 
 
 def main(argv: list[str]) -> int:
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
     check_repo_id(options.run_folder, options.hub_model_id)
     check_license(options.hub_license)
     few = (options.run_folder / "pipeline-few-steps" / "model_index.json").exists()
+    few = few and bool(noted_of(options.run_folder, FEW_STEPS))  # else it is of a chapter that was taken back
     stages = [None, FEW_STEPS] if few else [None]
     if options.laid_out is not None:
         stages = [FEW_STEPS if FEW_STEP_HUB in options.laid_out.parts else None]

@@ -144,7 +144,7 @@ class TrainingRun:
             origin: identifies what the chapter starts from, and its keys.
         """
         part = copy.copy(self)
-        part.config, part.stage, part.origin, part.publisher = config, name, origin, None
+        part.config, part.stage, part.origin = config, name, origin
         part.before = self.before + self.config.max_train_steps
         part.checkpoints = CheckpointFolder(self.checkpoints.folder, name, config.checkpoints_total_limit)
         part.state = part.checkpoints.resume("latest")
