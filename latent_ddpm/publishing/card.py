@@ -24,12 +24,6 @@ from pipeline_latent_ddpm import RECORDED_STEPS
 
 TASK = "unconditional-image-generation"
 FEW_STEP_ENDING = "-few-steps"  # ends the names of the folder and of the repository of a few-step pipeline
-# the names of the measurements of what is published: of a pipeline or of a few-step one
-EVALUATIONS = {
-    "autoencoder": ("autoencoder",),
-    "pipeline": ("pipeline", "few-steps"),
-    "digits": ("digits", "few-steps-digits"),
-}
 EXTRACTOR_NAMES = {"efficientnet-lite0": "EfficientNet-Lite0", "inception": "Inception v3", "dinov2": "DINOv2"}
 
 
@@ -155,9 +149,8 @@ def read_facts(folder: Path) -> Facts:
         training=_training(folder),
         evaluations={
             what: result
-            for what, names in EVALUATIONS.items()
-            for name in names
-            if (result := _json(folder / f"evaluation-{name}.json"))
+            for what in ("autoencoder", "pipeline", "digits")
+            if (result := _json(folder / f"evaluation-{what}.json"))
         },
         files={path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()},
         configs={part: _json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
