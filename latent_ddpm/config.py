@@ -686,7 +686,9 @@ class UNetConfig(RunConfig):
         fits = interval is None or (len(interval) == 2 and 0 <= interval[0] < interval[1])
         _require(fits, "self_guidance_interval", interval, "a list [LOW, HIGH] with 0 <= LOW < HIGH, or null")
         if (self.self_guidance_steps or self.self_guidance_images) and scale != 1 and self.ema_snapshots < 2:
-            raise UserError("self_guidance_steps needs an early average: set ema_snapshots above 1.")
+            raise UserError(
+                "self_guidance_steps needs an early average: set ema_snapshots above 1, or self_guidance_steps 0."
+            )
         if (self.few_step_training_steps or self.few_step_training_images) and self.prediction_type == "epsilon":
             raise UserError(
                 "few_step_training_steps cannot train a model of prediction_type epsilon: the first step starts from "
