@@ -1,19 +1,22 @@
-"""A U-Net that samples in few steps, by distribution matching distillation.
+"""A U-Net that samples in few steps, by distillation.
 
 The generator starts as a copy of the teacher and learns to draw in `few_step_counts` steps of a deterministic sampler
 (first-order DPM-Solver++, which is DDIM; arXiv 2211.01095, 2010.02502), so an image follows from its initial noise
 alone. It learns two things at once:
 
-- The first step, from noise alone to a sample, by distribution matching. The samples are noised again and compared
-  there by two U-Nets: the frozen teacher knows the scores of the data, and the critic learns those of the generator's
-  samples. The difference of the two is the gradient that moves the samples towards the data (DMD, arXiv 2311.18828;
-  DMD2, arXiv 2405.14867).
-- Each later step, from one noise level to the next, by regression: from noised latents of the training set it leads
+- The first step, from noise alone to a sample, by distribution matching, if it shall draw in one step. The samples are
+  noised again and compared there by two U-Nets: the frozen teacher knows the scores of the data, and the critic learns
+  those of the generator's samples. The difference of the two is the gradient that moves the samples towards the data
+  (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867). The network is told a noise level below that of noise alone
+  (`few_step_start`). There, it takes the noise for a picture and answers with one in detail; at the noisiest level, it
+  answers with a mean of all pictures. DMD2 tells timestep 399 of 1,000.
+- Each other step, from one noise level to the next, by regression: from noised latents of the training set it leads
   where the teacher's sampler leads in several small steps (progressive distillation, arXiv 2202.00512; PeRFlow, arXiv
   2405.07510).
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +31,7 @@ from latent_ddpm.data.indexing import digest
 from latent_ddpm.diffusion.conditions import Given, unet_inputs
 from latent_ddpm.diffusion.noise_schedule import make_noise_scheduler, noise_levels, noise_table
 from latent_ddpm.diffusion.objective import TrainingBatch, add_noise, target
+from latent_ddpm.diffusion.quality import Draw
 from latent_ddpm.diffusion.self_guidance import Guide, draw_latents
 from latent_ddpm.diffusion.unet import StockUNet
 from latent_ddpm.random import Stream, first_words, normal, uniform
@@ -38,7 +42,16 @@ from latent_ddpm.training.sharding import load_optimizer, prepare
 from latent_ddpm.training.skipped import SkippedSteps
 
 FEW_STEPS = "few_steps"  # the chapter's name in metrics.jsonl, run.json and the names of checkpoints
-FEW_STEP_KEYS = ("few_step_training_steps", "few_step_counts", "few_step_learning_rate")
+FEW_STEP_KEYS = ("few_step_training_steps", "few_step_counts", "few_step_start", "few_step_learning_rate")
+STARTS = (
+    None,
+    8.0,
+    5.6,
+    4.0,
+    2.8,
+    2.0,
+    1.4,
+)  # noise levels sigma / alpha to try as the first step's; None: noise alone
 CRITIC_RATE = 2.5  # the critic's learning rate over the generator's: it has to follow the generator
 BETAS = (0.5, 0.95)  # of Adam: the gradients change with the other network
 CRITIC_TIMES = (0.02, 0.98)  # of the noise at which samples are compared (DMD, section 4.2)
@@ -49,14 +62,23 @@ SIGMA_REL = 0.1  # width of the chapter's weight average
 # ------------------------------------------------------------------------------------------------- the sampler
 
 
-def few_step_scheduler(config: UNetConfig) -> DPMSolverMultistepScheduler:
-    """The stock scheduler of the few-step pipeline: deterministic, each step from the latest prediction alone."""
-    own = {"solver_order": 1, "prediction_type": config.prediction_type}
+def few_step_scheduler(config: UNetConfig, order: int = 1) -> DPMSolverMultistepScheduler:
+    """The stock scheduler of the few-step pipeline: deterministic, each step from the latest prediction alone.
+
+    Args:
+        config: of the chapter; `few_step_start` is a number, or None for the noisiest level.
+        order: of the solver; the teacher's path has 2.
+    """
+    own = {"solver_order": order, "prediction_type": config.prediction_type}
     if config.prediction_type == "flow_prediction":
         flow = {"use_flow_sigmas": True, "flow_shift": config.noise_shift}
         return DPMSolverMultistepScheduler(num_train_timesteps=config.num_train_timesteps, **own, **flow)
-    diffusion = make_noise_scheduler(config).config
-    return DPMSolverMultistepScheduler.from_config(diffusion, timestep_spacing="trailing", **own)
+    diffusion = make_noise_scheduler(config)
+    if config.few_step_start is not None:  # the scheduler leaves out what is noisier than a log(alpha / sigma)
+        log_snr = torch.logit(diffusion.alphas_cumprod.double()) / 2
+        first = int((log_snr + math.log(config.few_step_start)).abs().argmin())
+        own["lambda_min_clipped"] = float(log_snr[first : first + 2].mean())  # between two, so that rounding is no risk
+    return DPMSolverMultistepScheduler.from_config(diffusion.config, timestep_spacing="linspace", **own)
 
 
 @dataclass
@@ -121,20 +143,46 @@ def next_latents(noisy: torch.Tensor, clean: torch.Tensor, now: Level, then: Lev
     return then.alpha * clean + then.sigma * noise
 
 
+def starts_to_try(teacher: Guide, config: UNetConfig) -> dict[float | None, Draw]:
+    """How the teacher's first guess is drawn from noise at each noise level of a sweep (`quality.compare_draws`).
+
+    Noise alone has unit variance, which is that of noisy latents at all levels of a diffusion, but not of a flow.
+
+    Args:
+        teacher: the predictions.
+        config: of the chapter.
+    """
+
+    def draw_at(start: float | None) -> Draw:
+        scheduler = few_step_scheduler(dataclasses.replace(config, few_step_start=start))
+        return lambda noise, given: draw_latents(teacher, noise, given, scheduler, 1)
+
+    if config.prediction_type == "flow_prediction":
+        return {None: draw_at(None)}
+    return {start: draw_at(start) for start in STARTS}
+
+
 # ------------------------------------------------------------------------------------------------ distribution matching
 
 
-def position_at(config: UNetConfig, step: int) -> tuple[int, int] | None:
-    """Which later step the generator learns in an optimizer step: the number of sampling steps, and which one (from 1).
+def with_matching(config: UNetConfig) -> bool:
+    """Whether the first step learns by distribution matching: one step alone cannot follow the teacher's path."""
+    return 1 in config.few_step_counts
 
-    None if the generator draws in one step only.
+
+def position_at(config: UNetConfig, step: int) -> tuple[int, int] | None:
+    """Which step of the sampler the generator learns by regression in an optimizer step.
+
+    Returns:
+        The number of sampling steps, and the place among them from 0, or from 1 if the first one learns by matching.
+        None if the generator draws in one step only.
     """
     several = [count for count in config.few_step_counts if count > 1]
     if not several:
         return None
-    words = first_words(config.seed, Stream.FEW_STEP_POSITION, step)
+    words, first = first_words(config.seed, Stream.FEW_STEP_POSITION, step), int(with_matching(config))
     count = several[words[0] % len(several)]
-    return count, 1 + words[1] % (count - 1)
+    return count, first + words[1] % (count - first)
 
 
 def comparison_batch(
@@ -213,7 +261,8 @@ class FewStepTraining:
     Args:
         config: of the chapter.
         accelerator: of the run.
-        generator, critic: copies of the teacher, or with the weights of `state`; on their device.
+        networks: "generator" and, if `with_matching`, "critic": copies of the teacher, or with the weights of `state`;
+            on their device.
         teacher: predicts with guidance, where the weights do not hold it yet; its scores are those of the data.
         averaged: of the generator.
         state: a checkpoint of `state_dict`, whose optimizers are loaded here, or None.
@@ -223,14 +272,13 @@ class FewStepTraining:
         self,
         config: UNetConfig,
         accelerator: Accelerator,
-        generator: StockUNet,
-        critic: StockUNet,
+        networks: dict[str, StockUNet],
         teacher: Guide,
         averaged: PowerEMA,
         state: dict[str, Any] | None,
     ) -> None:
         self.config, self.accelerator, self.teacher, self.averaged = config, accelerator, teacher, averaged
-        self.networks = {"generator": generator, "critic": critic}
+        self.networks = networks
         self.rates = {"generator": config.learning_rate, "critic": CRITIC_RATE * config.learning_rate}
         self.models: dict[str, torch.nn.Module] = {}
         self.optimizers: dict[str, AcceleratedOptimizer] = {}
@@ -245,6 +293,7 @@ class FewStepTraining:
             self.skipped[name] = SkippedSteps(name, counts, accelerator.device, scaled=scaled)
         table = noise_table(config)
         self.table = table.to(accelerator.device) if table is not None else None
+        self.path = few_step_scheduler(config, order=2)
         self.levels = {count: [*levels_of(config, count), CLEAN] for count in config.few_step_counts}
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,18 +304,11 @@ class FewStepTraining:
             state[f"{name}_skipped"] = self.skipped[name].counts
         return state
 
-    def predict(self, unet: torch.nn.Module, noisy: torch.Tensor, levels: list[Level], given: Given) -> torch.Tensor:
-        """Predictions float32 (B, D, h, w) for latents of that shape, an equal part of them at each of the levels."""
-        inputs, words = unet_inputs(noisy, given)
-        part = len(noisy) // len(levels)
-        timesteps = torch.cat([torch.full((part,), level.timestep, device=noisy.device) for level in levels])
-        return unet(inputs, timesteps, **words).sample.float()
-
     @torch.no_grad()
-    def later_step(
+    def on_path(
         self, clean: torch.Tensor, numbers: torch.Tensor, count: int, position: int, given: Given
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the generator learns for one of the steps after the first.
+        """What the generator learns for one of the steps by regression.
 
         Args:
             clean: latents of the training set (B, D, h, w).
@@ -275,20 +317,80 @@ class FewStepTraining:
             given: the conditioning.
 
         Returns:
-            Noisy latents at the level where that step begins, and the prediction that leads where the teacher leads
-            from there.
+            Noisy latents at the level where that step begins, noise alone for the first one, and the prediction that
+            leads where the teacher leads from there.
         """
         config, (now, then) = self.config, self.levels[count][position : position + 2]
         noise = normal(config.seed, Stream.FEW_STEP_PATH, numbers, clean.shape[1:])
-        noisy, small = now.alpha * clean + now.sigma * noise, small_steps(count)
+        noisy, small = now.alpha * clean + now.sigma * noise if position else noise, small_steps(count)
         part = slice(small * position, small * (position + 1))
-        reached = draw_latents(self.teacher, noisy, given, config, small * count, part)
+        reached = draw_latents(self.teacher, noisy, given, self.path, small * count, part)
         return noisy, path_target(noisy, reached, now, then, config.prediction_type)
+
+    def matching(self, samples: torch.Tensor, numbers: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of distribution matching.
+
+        Args:
+            samples: of the generator (B, D, h, w), with gradient.
+            numbers: int64 (B,), the example numbers.
+            given: the conditioning.
+
+        Returns:
+            That of the generator, and that of the critic.
+        """
+        config, kind = self.config, self.config.prediction_type
+        batch, alpha, sigma = comparison_batch(samples.detach(), numbers, config, self.table)
+        inputs, words = unet_inputs(batch.noisy, given)
+        of_critic = self.models["critic"](inputs, batch.timesteps, **words).sample
+        critic_loss = batch.loss(of_critic)
+        with self.accelerator.autocast():
+            of_teacher = self.teacher(batch.noisy, batch.timesteps, batch.level, given)
+        of_teacher, of_critic = (
+            clean_latents(batch.noisy, made.detach(), alpha, sigma, kind) for made in (of_teacher, of_critic)
+        )
+        return matching_loss(samples, of_teacher, of_critic), critic_loss
+
+    def losses(
+        self, clean: torch.Tensor, numbers: torch.Tensor, place: tuple[int, int] | None, given: Given
+    ) -> dict[str, torch.Tensor]:
+        """The losses of a micro-batch, with gradient.
+
+        Args:
+            clean: latents of the training set (B, D, h, w).
+            numbers: int64 (B,), their example numbers.
+            place: the step that is learned by regression, as of `position_at`.
+            given: the conditioning.
+
+        Returns:
+            Of `loss` and `critic_loss`, if the first step learns by matching, and `path_loss`, those that there are.
+        """
+        config, matched = self.config, "critic" in self.networks
+        begun, levels, wanted = [], [], None
+        if matched:
+            begun.append(normal(config.seed, Stream.FEW_STEP_NOISE, numbers, clean.shape[1:]))
+            levels.append(self.levels[config.few_step_counts[0]][0])
+        if place is not None:
+            with self.accelerator.autocast():
+                noisy, wanted = self.on_path(clean, numbers, *place, given)
+            begun.append(noisy)
+            levels.append(self.levels[place[0]][place[1]])
+        timesteps = [torch.full((len(clean),), level.timestep, device=clean.device) for level in levels]
+        repeated = {name: torch.cat([value] * len(begun)) for name, value in given.items()}
+        inputs, words = unet_inputs(torch.cat(begun), repeated)
+        predictions = self.models["generator"](inputs, torch.cat(timesteps), **words).sample.float().split(len(clean))
+        found = {}
+        if matched:
+            alpha, sigma = levels[0].alpha, levels[0].sigma
+            samples = clean_latents(begun[0], predictions[0], alpha, sigma, config.prediction_type)
+            found["loss"], found["critic_loss"] = self.matching(samples, numbers, given)
+        if wanted is not None:
+            found["path_loss"] = (predictions[-1] - wanted).square().mean()
+        return found
 
     def step(
         self, step: int, before: int, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor, Given]], rate: float
     ) -> dict[str, torch.Tensor]:
-        """One optimizer step of both networks.
+        """One optimizer step of the networks.
 
         Args:
             step: of the chapter, from 0.
@@ -297,54 +399,38 @@ class FewStepTraining:
             rate: the learning rate as a share of its peak.
 
         Returns:
-            The losses of this process, `loss`, `path_loss` and `critic_loss`, and the norm of the generator's gradient,
-            scalars.
+            The losses of this process, as of `losses`, and the norm of the generator's gradient, scalars. `loss` is
+            `path_loss` if there is no matching.
         """
-        config, accelerator, kind = self.config, self.accelerator, self.config.prediction_type
-        later, first = position_at(config, before + step), self.levels[config.few_step_counts[0]][0]
+        config, accelerator = self.config, self.accelerator
+        place = position_at(config, before + step)
         for name, optimizer in self.optimizers.items():
             set_learning_rate(optimizer, rate * self.rates[name])
-        names = ("loss", "path_loss", "critic_loss", "grad_norm")
-        totals = {name: torch.zeros((), device=accelerator.device) for name in names}
+        totals: dict[str, torch.Tensor] = {}
         for numbers, clean, given in micro_batches:
-            noise = normal(config.seed, Stream.FEW_STEP_NOISE, numbers, clean.shape[1:])
-            noisy, levels, both = noise, [first], given
-            if later is not None:
-                with accelerator.autocast():
-                    begun, wanted = self.later_step(clean, numbers, *later, given)
-                noisy, levels = torch.cat((noise, begun)), [first, self.levels[later[0]][later[1]]]
-                both = {name: torch.cat((value, value)) for name, value in given.items()}
             with accelerator.accumulate(*self.models.values()):
-                prediction, *of_path = self.predict(self.models["generator"], noisy, levels, both).split(len(noise))
-                samples = clean_latents(noise, prediction, first.alpha, first.sigma, kind)
-                path_loss = (of_path[0] - wanted).square().mean() if of_path else torch.zeros_like(totals["loss"])
-                batch, alpha, sigma = comparison_batch(samples.detach(), numbers, config, self.table)
-                inputs, words = unet_inputs(batch.noisy, given)
-                of_critic = self.models["critic"](inputs, batch.timesteps, **words).sample
-                critic_loss = batch.loss(of_critic)
-                with accelerator.autocast():
-                    of_teacher = self.teacher(batch.noisy, batch.timesteps, batch.level, given)
-                of_teacher, of_critic = (
-                    clean_latents(batch.noisy, made.detach(), alpha, sigma, kind) for made in (of_teacher, of_critic)
-                )
-                loss = matching_loss(samples, of_teacher, of_critic)
+                losses = self.losses(clean, numbers, place, given)
+                shown = {name: value.detach() for name, value in losses.items()}
                 with strict(config):
-                    accelerator.backward(critic_loss)
-                    accelerator.backward(loss + path_loss)
+                    if "critic_loss" in losses:
+                        accelerator.backward(losses.pop("critic_loss"))
+                    accelerator.backward(sum(losses.values()))
                 if accelerator.sync_gradients:
                     for name, optimizer in self.optimizers.items():
                         accelerator.unscale_gradients(optimizer)
                         norm, kept = clip_gradients(optimizer.optimizer, config.max_grad_norm)
                         self.skipped[name].add(kept)
                         if name == "generator":
-                            totals["grad_norm"] = norm
+                            grad_norm = norm
                 for optimizer in self.optimizers.values():
                     optimizer.step()
                     optimizer.zero_grad()
-            for name, value in (("loss", loss), ("path_loss", path_loss), ("critic_loss", critic_loss)):
-                totals[name] += value.detach() / config.gradient_accumulation_steps
+            for name, value in shown.items():
+                totals[name] = totals.get(name, 0) + value / config.gradient_accumulation_steps
         self.averaged.update(self.networks["generator"], step)
-        return totals
+        if "loss" not in totals:
+            totals["loss"] = totals.pop("path_loss")
+        return {**totals, "grad_norm": grad_norm}
 
 
 # --------------------------------------------------------------------------------------------------- the chapter
@@ -376,7 +462,7 @@ def passes_of_few_steps(config: UNetConfig, of_teacher: int) -> float:
         config: with the numbers of sampling steps.
         of_teacher: passes of the teacher's prediction.
     """
-    matching = 3 + 3 + of_teacher  # the generator, the critic, the teacher
+    matching = 3 + 3 + of_teacher if with_matching(config) else 0  # the generator, the critic, the teacher
     several = [count for count in config.few_step_counts if count > 1]
     if not several:
         return matching
