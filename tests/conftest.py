@@ -97,6 +97,16 @@ def launch(script, output_dir, expect=0, processes=None, **flags):
     return text
 
 
+def launch_cut(kind, output_dir, expect=0, **flags):
+    """Stage 2 as two processes on the CPU, by configs/accelerate/KIND.yaml."""
+    words = command("train_unet.py", output_dir, **flags)[1:]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{kind}.yaml"]
+    launcher += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    done = finished([*launcher, *words], env=environment())
+    assert done.returncode == expect, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
 def run_script(name, *words, expect=0, folder="scripts"):
     """Run one of scripts/ to its end; returns it with what it wrote."""
     done = Script([f"{folder}/{name}", *words]).finish()

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import assert_same_tensors, checkpoint_tensors, launch, launch_and_stop, losses
+from conftest import assert_same_tensors, checkpoint_tensors, launch, launch_and_stop, launch_cut, losses
 from diffusers import DiffusionPipeline
 
 STEPS = {"max_train_steps": 8, "self_guidance_steps": 6, "few_step_training_steps": 6}
@@ -86,6 +86,38 @@ def test_two_processes_learn_what_one_learns(chapters, tmp_path):
     for stage in CHAPTERS:
         one, two = (losses(tmp_path / name, stage) for name in ("one", "two"))
         assert len(one) == 4 and one == pytest.approx(two, rel=1e-3, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def short(chapters, tmp_path_factory):
+    """A run of all chapters with 12 images a step, and its options."""
+    options = {**chapters[1], "unet_dropout": 0, **dict.fromkeys(STEPS, 4), "train_batch_size": 12}
+    output_dir = tmp_path_factory.mktemp("short")
+    launch("train_unet.py", output_dir, **options)
+    return output_dir, options
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"train_batch_size": 6, "gradient_accumulation_steps": 2},
+        {"mixed_precision": "bf16"},
+        {"torch_compile": "default"},
+        {"gradient_checkpointing": "true"},
+        {"sharded": True, "train_batch_size": 6},
+        {"sharded": True, "train_batch_size": 3, "gradient_accumulation_steps": 2, "torch_compile": "default"},
+    ],
+    ids=lambda flags: ",".join(flags),
+)
+def test_the_chapters_learn_the_same_however_they_are_trained(short, tmp_path, monkeypatch, flags):
+    monkeypatch.setenv("LATENT_DDPM_COMPILE_BACKEND", "aot_eager")
+    sharded, flags = flags.get("sharded"), {key: value for key, value in flags.items() if key != "sharded"}
+    options = {**short[1], **flags}
+    launch_cut("fsdp2", tmp_path, **options) if sharded else launch("train_unet.py", tmp_path, **options)
+    for stage in CHAPTERS:
+        one, other = (losses(output_dir, stage) for output_dir in (short[0], tmp_path))
+        assert len(one) == 4 and one == pytest.approx(other, rel=0.02 if "mixed_precision" in flags else 1e-3, abs=1e-5)
 
 
 def test_a_changed_chapter_starts_anew_and_one_that_is_not_asked_for_is_forgotten(chapters, tmp_path):

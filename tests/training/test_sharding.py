@@ -1,17 +1,14 @@
 """Sharding: a run with sharded weights gives the same result as one without."""
 
 import re
-import sys
 
 import pytest
 import torch
 from conftest import (
     ROOT,
     checkpoint_tensors,
-    command,
-    environment,
-    finished,
     launch,
+    launch_cut,
     losses,
     run_in_one_and_two_processes,
 )
@@ -21,16 +18,6 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.training.sharding import Sharding, gather, part_of, whole_tensor, whole_unet
 
 STEPS = {"max_train_steps": 6, "checkpointing_steps": 3, "validation_steps": 3, "unet_dropout": 0, "ema_snapshots": 2}
-
-
-def launch_cut(kind, output_dir, expect=0, **flags):
-    """Stage 2 as two processes on the CPU, by configs/accelerate/KIND.yaml."""
-    words = command("train_unet.py", output_dir, **flags)[1:]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{kind}.yaml"]
-    launcher += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
-    done = finished([*launcher, *words], env=environment())
-    assert done.returncode == expect, (done.stdout + done.stderr)[-4000:]
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
