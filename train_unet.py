@@ -41,19 +41,17 @@ from latent_ddpm.diffusion.few_steps import (
     few_step_config,
     few_step_origin,
     few_step_scheduler,
-    starts_to_try,
     with_matching,
 )
 from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
 from latent_ddpm.diffusion.objective import training_batch
-from latent_ddpm.diffusion.quality import Draw, compare_draws
 from latent_ddpm.diffusion.sampling import draw_film
 from latent_ddpm.diffusion.self_guidance import (
     SELF_GUIDANCE,
     Guide,
-    scales_to_try,
     self_guidance_config,
     self_guidance_origin,
+    sweep_scales,
     weak_step,
 )
 from latent_ddpm.diffusion.unet import StockUNet, check_latents_fit, make_unet
@@ -61,7 +59,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.grids import make_grid
 from latent_ddpm.files import save_png
 from latent_ddpm.planning.batch import fitting_images
-from latent_ddpm.publishing.curves import draw_distances
+from latent_ddpm.publishing.curves import draw_scales
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
 from latent_ddpm.random import Stream, normal, permutation, seed_for_step, uniform
@@ -357,9 +355,7 @@ def self_guide(training: TrainingRun, data: Data, averaged: StockUNet) -> tuple[
 
     scale, distances = config.self_guidance_scale, None
     if scale == "auto":
-        distances = (run.state or {}).get("distances") or try_settings(
-            run, data, frozen[0], scales_to_try(guide_of, config), "scales", "guidance scale"
-        )
+        distances = run.state["distances"] if run.state else try_scales(run, data, frozen[0], guide_of)
         scale = float(min(distances, key=distances.get))
     logger.info("self-guidance: scale %g away from the average after %d steps", scale, step)
     facts = {"scale": scale, "distances": distances, "weak_step": step}
@@ -371,19 +367,8 @@ def self_guide(training: TrainingRun, data: Data, averaged: StockUNet) -> tuple[
     return guided, status
 
 
-def try_settings(
-    run: TrainingRun, data: Data, strong: StockUNet, draws: dict[Any, Draw], what: str, label: str
-) -> dict[str, float]:
-    """The distance of samples to real latents by setting, from a short sweep; draws it in samples/.
-
-    Args:
-        run: the chapter.
-        data: its latents and their conditions.
-        strong: the U-Net whose features are compared.
-        draws: how samples are drawn, by setting.
-        what: the settings, for the log and the picture's name.
-        label: of the picture's axis.
-    """
+def try_scales(run: TrainingRun, data: Data, strong: StockUNet, guide_of: Callable[[float], Guide]) -> dict[str, float]:
+    """The distance of samples to real latents by guidance scale, from a short sweep; draws it in samples/."""
     held_out, latents, device = data.held_out, data.latents, run.accelerator.device
     order = permutation(run.config.seed, 0, len(latents))
 
@@ -401,12 +386,12 @@ def try_settings(
         given = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
         return torch.cat([part[0] for part in parts]).to(device), to_device(given, device)
 
-    logger.info("%s: trying %s", run.stage, what)
-    found = compare_draws(draws, strong, reals, run.config, device)
-    distances = {"none" if key is None else f"{key:g}": round(value, 4) for key, value in found.items()}
-    logger.info("distance by %s: %s", label, ", ".join(f"{key}: {value:.2f}" for key, value in distances.items()))
+    logger.info("self-guidance: trying scales")
+    found = sweep_scales(guide_of, strong, reals, run.config, device)
+    distances = {f"{scale:g}": round(value, 4) for scale, value in found.items()}
+    logger.info("distance by scale: %s", ", ".join(f"{scale}: {value:.2f}" for scale, value in distances.items()))
     if run.accelerator.is_main_process:
-        draw_distances(distances, label, run.output_dir / "samples" / f"{run.stage}-{what}.png")
+        draw_scales(distances, run.output_dir / "samples" / f"{SELF_GUIDANCE}-scales.png")
     return distances
 
 
@@ -422,23 +407,11 @@ def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int:
         0, or the exit status of a run that was told to stop.
     """
     accelerator, device = training.accelerator, training.accelerator.device
-    origin = few_step_origin(training.config, self_guidance_origin(training.config))
-    run = training.chapter(FEW_STEPS, few_step_config(training.config), origin)
+    config = few_step_config(training.config)
+    run = training.chapter(FEW_STEPS, config, few_step_origin(training.config, self_guidance_origin(training.config)))
     exported = run.was_finished(FEW_STEP_PIPELINE)
     weights, state = whole_weights(averaged), run.state or {}
     accelerator.free_memory()
-    nothing = data.conditions.nothing if data.conditions else None
-    frozen = data.frozen(weights, run.config, device)
-    teacher = Guide(frozen, guidance_scale=training.config.sampling_guidance_scale, nothing=nothing)
-    distances = state.get("distances")
-    if not with_matching(run.config):
-        run.config = dataclasses.replace(run.config, few_step_start=None)
-    elif run.config.few_step_start == "auto":
-        draws = starts_to_try(teacher, run.config)
-        distances = distances or try_settings(run, data, frozen, draws, "starts", "noise level of the first step")
-        best = min(distances, key=distances.get)
-        run.config = dataclasses.replace(run.config, few_step_start=None if best == "none" else float(best))
-    config = run.config
     made = {name: data.new_unet(config) for name in ("generator", *["critic"] * with_matching(config))}
     for name, network in made.items():
         network.load_state_dict(state.get(name, weights))
@@ -449,13 +422,15 @@ def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int:
         data.place(network, config, device)
     for network in made.values():
         compile_networks(data.parts_of(network), config)
+    nothing = data.conditions.nothing if data.conditions else None
+    scale = training.config.sampling_guidance_scale
+    teacher = Guide(data.frozen(weights, config, device), guidance_scale=scale, nothing=nothing)
     networks = FewStepTraining(config, accelerator, made, teacher, ema, state)
     run.restore_scaler()
     del state, weights
     counts = ", ".join(map(str, config.few_step_counts))
     tracker = run.start_tracking(len(data.latents), len(data.held_out), f"sampling in {counts} steps by distillation")
-    facts = {"start": config.few_step_start, "distances": distances}
-    tracker.note(counts=config.few_step_counts, **facts)
+    tracker.note(counts=config.few_step_counts)
     accumulation = config.gradient_accumulation_steps
     micro_batches = read_ahead(
         examples_of(run, data.latents, data.conditions),
@@ -486,9 +461,9 @@ def distill(training: TrainingRun, data: Data, averaged: StockUNet) -> int:
         if run.is_due(config.validation_steps):
             validate(run, data, ema.model, with_loss=False)
         if run.should_stop():
-            return run.stop(gather(networks.state_dict() | facts, keep=accelerator.is_main_process))
+            return run.stop(gather(networks.state_dict(), keep=accelerator.is_main_process))
         if run.is_due(config.checkpointing_steps):
-            run.save(gather(networks.state_dict() | facts, keep=accelerator.is_main_process))
+            run.save(gather(networks.state_dict(), keep=accelerator.is_main_process))
             tracker.pause()
     tracker.close()
     if not exported:

@@ -669,10 +669,6 @@ class UNetConfig(RunConfig):
     """the numbers of sampling steps that it is trained for; the last one is the pipeline's default. Numbers that divide
     each other share noise levels, where the network learns a mean of both. Without 1, a step of training takes half as
     long."""
-    few_step_start: float | Literal["auto"] | None = "auto"
-    """noise level sigma / alpha that the first step is told if 1 is in few_step_counts, though it starts from noise
-    alone. auto takes the one at which the first guess before training is nearest to real latents; null takes the
-    noisiest, as flow_prediction always does."""
     few_step_learning_rate: float = 2e-4
     """peak learning rate of this chapter, with AdamW and a linear decay to 0."""
 
@@ -694,10 +690,6 @@ class UNetConfig(RunConfig):
             raise UserError(
                 "self_guidance_steps needs an early average: set ema_snapshots above 1, or self_guidance_steps 0."
             )
-        start = self.few_step_start
-        _require(start in (None, "auto") or start > 0, "few_step_start", start, "above 0, auto or null")
-        if isinstance(start, float) and self.prediction_type == "flow_prediction":
-            raise UserError("few_step_start must be auto or null with prediction_type flow_prediction.")
         counts = self.few_step_counts
         fits = counts and counts == sorted(set(counts)) and counts[0] > 0 and counts[-1] <= self.num_train_timesteps
         _require(fits, "few_step_counts", counts, "a list of different numbers of steps, rising, from 1")
@@ -1003,8 +995,7 @@ FREE_KEYS = {
     # a chapter whose keys change is trained again
     *("self_guidance_steps", "self_guidance_images", "self_guidance_scale", "self_guidance_weak"),
     *("self_guidance_interval", "self_guidance_learning_rate"),
-    *("few_step_training_steps", "few_step_training_images", "few_step_counts", "few_step_start"),
-    "few_step_learning_rate",
+    *("few_step_training_steps", "few_step_training_images", "few_step_counts", "few_step_learning_rate"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_variants", "hub_license"),
     *("gradient_checkpointing", "torch_compile", "channels_last", "deterministic"),  # only the last bits differ
 }

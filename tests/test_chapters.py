@@ -37,11 +37,6 @@ def test_the_chapters_leave_two_stock_pipelines(chapters):
         assert noted(output_dir)[stage]["finished_at"] == steps
         assert (output_dir / "samples" / f"{stage}-{6:08d}.png").exists()
     assert noted(output_dir)["self_guidance"]["scale"] == 2.0 and noted(output_dir)["few_steps"]["counts"] == [1, 4]
-    few = noted(output_dir)["few_steps"]
-    assert len(few["distances"]) == 7 and few["start"] in (
-        None,
-        *(float(one) for one in few["distances"] if one != "none"),
-    )
     images = []
     for folder, steps in (("pipeline", 3), ("pipeline-few-steps", 1), ("pipeline-few-steps", 4)):
         stock = DiffusionPipeline.from_pretrained(output_dir / folder)
@@ -126,8 +121,8 @@ def test_a_changed_chapter_starts_anew_and_one_that_is_not_asked_for_is_forgotte
     guided, few = ((tmp_path / weights).read_bytes() for weights in WEIGHTS)
     text = launch("train_unet.py", tmp_path, **{**options, "few_step_counts": "[4]"})
     assert "few_steps starts from scratch" in text and "self_guidance starts from scratch" not in text
-    assert "trying starts" not in text and (tmp_path / WEIGHTS[1]).read_bytes() != few
-    assert noted(tmp_path)["few_steps"]["start"] is None and not losses(tmp_path, "few_steps", "critic_loss")
+    assert (tmp_path / WEIGHTS[1]).read_bytes() != few
+    assert losses(tmp_path, "few_steps") and not losses(tmp_path, "few_steps", "critic_loss")
     text = launch("train_unet.py", tmp_path, **{**options, "self_guidance_scale": 3.0})
     assert "self_guidance starts from scratch" in text and "few_steps starts from scratch" in text
     assert noted(tmp_path)["self_guidance"]["scale"] == 3.0

@@ -7,16 +7,13 @@ alone. It learns two things at once:
 - The first step, from noise alone to a sample, by distribution matching, if it shall draw in one step. The samples are
   noised again and compared there by two U-Nets: the frozen teacher knows the scores of the data, and the critic learns
   those of the generator's samples. The difference of the two is the gradient that moves the samples towards the data
-  (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867). The network is told a noise level below that of noise alone
-  (`few_step_start`). There, it takes the noise for a picture and answers with one in detail; at the noisiest level, it
-  answers with a mean of all pictures. DMD2 tells timestep 399 of 1,000.
+  (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867).
 - Each other step, from one noise level to the next, by regression: from noised latents of the training set it leads
   where the teacher's sampler leads in several small steps (progressive distillation, arXiv 2202.00512; PeRFlow, arXiv
   2405.07510).
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +28,6 @@ from latent_ddpm.data.indexing import digest
 from latent_ddpm.diffusion.conditions import Given, unet_inputs
 from latent_ddpm.diffusion.noise_schedule import make_noise_scheduler, noise_levels, noise_table
 from latent_ddpm.diffusion.objective import TrainingBatch, add_noise, target
-from latent_ddpm.diffusion.quality import Draw
 from latent_ddpm.diffusion.self_guidance import Guide, draw_latents
 from latent_ddpm.diffusion.unet import StockUNet
 from latent_ddpm.random import Stream, first_words, normal, uniform
@@ -42,8 +38,7 @@ from latent_ddpm.training.sharding import load_optimizer, prepare
 from latent_ddpm.training.skipped import SkippedSteps
 
 FEW_STEPS = "few_steps"  # the chapter's name in metrics.jsonl, run.json and the names of checkpoints
-FEW_STEP_KEYS = ("few_step_training_steps", "few_step_counts", "few_step_start", "few_step_learning_rate")
-STARTS = (
+FEW_STEP_KEYS = ("few_step_training_steps", "few_step_counts", "few_step_learning_rate")
     None,
     8.0,
     5.6,
@@ -62,23 +57,14 @@ SIGMA_REL = 0.1  # width of the chapter's weight average
 # ------------------------------------------------------------------------------------------------- the sampler
 
 
-def few_step_scheduler(config: UNetConfig, order: int = 1) -> DPMSolverMultistepScheduler:
-    """The stock scheduler of the few-step pipeline: deterministic, each step from the latest prediction alone.
-
-    Args:
-        config: of the chapter; `few_step_start` is a number, or None for the noisiest level.
-        order: of the solver; the teacher's path has 2.
-    """
-    own = {"solver_order": order, "prediction_type": config.prediction_type}
+def few_step_scheduler(config: UNetConfig) -> DPMSolverMultistepScheduler:
+    """The stock scheduler of the few-step pipeline: deterministic, each step from the latest prediction alone."""
+    own = {"solver_order": 1, "prediction_type": config.prediction_type}
     if config.prediction_type == "flow_prediction":
         flow = {"use_flow_sigmas": True, "flow_shift": config.noise_shift}
         return DPMSolverMultistepScheduler(num_train_timesteps=config.num_train_timesteps, **own, **flow)
-    diffusion = make_noise_scheduler(config)
-    if config.few_step_start is not None:  # the scheduler leaves out what is noisier than a log(alpha / sigma)
-        log_snr = torch.logit(diffusion.alphas_cumprod.double()) / 2
-        first = int((log_snr + math.log(config.few_step_start)).abs().argmin())
-        own["lambda_min_clipped"] = float(log_snr[first : first + 2].mean())  # between two, so that rounding is no risk
-    return DPMSolverMultistepScheduler.from_config(diffusion.config, timestep_spacing="linspace", **own)
+    diffusion = make_noise_scheduler(config).config
+    return DPMSolverMultistepScheduler.from_config(diffusion, timestep_spacing="trailing", **own)
 
 
 @dataclass
@@ -141,25 +127,6 @@ def next_latents(noisy: torch.Tensor, clean: torch.Tensor, now: Level, then: Lev
     """A step of DDIM (arXiv 2010.02502, equation 12 without noise) from one level to the next."""
     noise = (noisy - now.alpha * clean) / now.sigma
     return then.alpha * clean + then.sigma * noise
-
-
-def starts_to_try(teacher: Guide, config: UNetConfig) -> dict[float | None, Draw]:
-    """How the teacher's first guess is drawn from noise at each noise level of a sweep (`quality.compare_draws`).
-
-    Noise alone has unit variance, which is that of noisy latents at all levels of a diffusion, but not of a flow.
-
-    Args:
-        teacher: the predictions.
-        config: of the chapter.
-    """
-
-    def draw_at(start: float | None) -> Draw:
-        scheduler = few_step_scheduler(dataclasses.replace(config, few_step_start=start))
-        return lambda noise, given: draw_latents(teacher, noise, given, scheduler, 1)
-
-    if config.prediction_type == "flow_prediction":
-        return {None: draw_at(None)}
-    return {start: draw_at(start) for start in STARTS}
 
 
 # ------------------------------------------------------------------------------------------------ distribution matching
@@ -293,7 +260,6 @@ class FewStepTraining:
             self.skipped[name] = SkippedSteps(name, counts, accelerator.device, scaled=scaled)
         table = noise_table(config)
         self.table = table.to(accelerator.device) if table is not None else None
-        self.path = few_step_scheduler(config, order=2)
         self.levels = {count: [*levels_of(config, count), CLEAN] for count in config.few_step_counts}
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,7 +290,7 @@ class FewStepTraining:
         noise = normal(config.seed, Stream.FEW_STEP_PATH, numbers, clean.shape[1:])
         noisy, small = now.alpha * clean + now.sigma * noise if position else noise, small_steps(count)
         part = slice(small * position, small * (position + 1))
-        reached = draw_latents(self.teacher, noisy, given, self.path, small * count, part)
+        reached = draw_latents(self.teacher, noisy, given, config, small * count, part)
         return noisy, path_target(noisy, reached, now, then, config.prediction_type)
 
     def matching(self, samples: torch.Tensor, numbers: torch.Tensor, given: Given) -> tuple[torch.Tensor, torch.Tensor]:

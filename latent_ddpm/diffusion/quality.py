@@ -3,26 +3,16 @@
 It serves to choose between settings of one run, without another network. scripts/evaluate.py measures models.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.diffusion.conditions import Given, unet_inputs
-from latent_ddpm.diffusion.noise_schedule import noise_levels, noise_table
+from latent_ddpm.diffusion.noise_schedule import noise_levels
 from latent_ddpm.diffusion.objective import add_noise
 from latent_ddpm.diffusion.unet import StockUNet
-from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import Stream, normal
-from latent_ddpm.training.acceleration import uncompiled
-from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
 
 FEATURE_TIME = 0.1  # of the noise at which features are taken
-SWEEP_IMAGES, SWEEP_BATCH = 512, 64
-
-Draw = Callable[[torch.Tensor, Given], torch.Tensor]  # from standard normal noise (B, D, h, w) to latents
-Setting = TypeVar("Setting")
 
 
 def gaussian_distance(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -77,44 +67,3 @@ def latent_features(
     finally:
         hook.remove()
     return kept[0].float().mean((2, 3)).cpu()
-
-
-@torch.no_grad()
-def compare_draws(
-    draws: dict[Setting, Draw],
-    unet: StockUNet,
-    reals: Callable[[torch.Tensor], tuple[torch.Tensor, Given]],
-    config: UNetConfig,
-    device: torch.device,
-) -> dict[Setting, float]:
-    """How far samples are from real latents with each of several settings; call it in every process.
-
-    The same initial noise is used with every setting. The processes share the work.
-
-    Args:
-        draws: how samples are drawn, by setting.
-        unet: the U-Net whose features are compared.
-        reals: real latents (B, D, h, w) and their conditioning, on the device, for int64 numbers (B,) from 0 on.
-        config: config of the run.
-        device: of the networks.
-
-    Returns:
-        The distance by setting, the same in every process.
-    """
-    table = noise_table(config)
-    table = table if table is None else table.to(device)
-    per_round = SWEEP_BATCH * process_count()
-    of_reals, found = [], {setting: [] for setting in draws}
-    with uncompiled():
-        starts = range(0, SWEEP_IMAGES, per_round)
-        for start in progress_bar(starts, "comparing", unit="round", disable=process_index() > 0, leave=False):
-            numbers = start + SWEEP_BATCH * process_index() + torch.arange(SWEEP_BATCH)
-            clean, given = reals(numbers)
-            numbers = numbers.to(device)
-            noise = normal(config.seed, Stream.SWEEP, numbers, clean.shape[1:])
-            drawn = [(found[setting], draw(noise, given)) for setting, draw in draws.items()]
-            for kept, latents in ((of_reals, clean), *drawn):
-                features = latent_features(unet, latents, numbers, given, config, table)
-                kept.append(all_gather_rows(features.to(device)).cpu())
-    real = torch.cat(of_reals)
-    return {setting: gaussian_distance(torch.cat(features), real) for setting, features in found.items()}

@@ -7,17 +7,20 @@ one network that predicts the guided result.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import SchedulerMixin
 
 from latent_ddpm.config import UNetConfig
 from latent_ddpm.data.indexing import digest
 from latent_ddpm.diffusion.conditions import Given, unet_inputs
-from latent_ddpm.diffusion.noise_schedule import sampling_scheduler
-from latent_ddpm.diffusion.quality import Draw
+from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
+from latent_ddpm.diffusion.quality import gaussian_distance, latent_features
 from latent_ddpm.diffusion.unet import StockUNet
+from latent_ddpm.progress import progress_bar
+from latent_ddpm.random import Stream, normal
+from latent_ddpm.training.acceleration import uncompiled
+from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
 from pipeline_latent_ddpm import noise_level
 
 SELF_GUIDANCE = "self_guidance"  # the chapter's name in metrics.jsonl, run.json and the names of checkpoints
@@ -88,14 +91,57 @@ class Guide:
         return unet(inputs, timesteps, **words).sample.float()
 
 
-# ------------------------------------------------------------------------------------------------ drawing with guidance
+# ------------------------------------------------------------------------------------------------ the scale
 
 SWEEP_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0)
-SWEEP_STEPS = 10  # of the sampler
+SWEEP_IMAGES, SWEEP_BATCH, SWEEP_STEPS = 512, 64, 10
+
+
+@torch.no_grad()
+def sweep_scales(
+    guide_of: Callable[[float], Guide],
+    strong: StockUNet,
+    reals: Callable[[torch.Tensor], tuple[torch.Tensor, Given]],
+    config: UNetConfig,
+    device: torch.device,
+    scales: Sequence[float] = SWEEP_SCALES,
+) -> dict[float, float]:
+    """How far samples are from real latents with each scale of the guidance; call it in every process.
+
+    The same initial noise is used with every scale. The processes share the work.
+
+    Args:
+        guide_of: the guided predictions with a scale.
+        strong: the U-Net whose features are compared (latent_ddpm/diffusion/quality.py).
+        reals: real latents (B, D, h, w) and their conditioning, on the device, for int64 numbers (B,) from 0 on.
+        config: config of the run.
+        device: of the networks.
+        scales: that are tried.
+
+    Returns:
+        The distance by scale, the same in every process.
+    """
+    table = noise_table(config)
+    table = table if table is None else table.to(device)
+    per_round = SWEEP_BATCH * process_count()
+    found: dict[float | None, list[torch.Tensor]] = {}
+    with uncompiled():
+        starts = range(0, SWEEP_IMAGES, per_round)
+        for start in progress_bar(starts, "trying scales", unit="round", disable=process_index() > 0, leave=False):
+            numbers = start + SWEEP_BATCH * process_index() + torch.arange(SWEEP_BATCH)
+            clean, given = reals(numbers)
+            numbers = numbers.to(device)
+            noise = normal(config.seed, Stream.SWEEP, numbers, clean.shape[1:])
+            for scale in (None, *scales):
+                drawn = clean if scale is None else draw_latents(guide_of(scale), noise, given, config, SWEEP_STEPS)
+                features = latent_features(strong, drawn, numbers, given, config, table)
+                found.setdefault(scale, []).append(all_gather_rows(features.to(device)).cpu())
+    real = torch.cat(found.pop(None))
+    return {scale: gaussian_distance(torch.cat(features), real) for scale, features in found.items() if scale}
 
 
 def draw_latents(
-    guide: Guide, noisy: torch.Tensor, given: Given, scheduler: SchedulerMixin, steps: int, part: slice = slice(None)
+    guide: Guide, noisy: torch.Tensor, given: Given, config: UNetConfig, steps: int, part: slice = slice(None)
 ) -> torch.Tensor:
     """Latents (B, D, h, w) drawn with guidance.
 
@@ -103,34 +149,20 @@ def draw_latents(
         guide: the predictions.
         noisy: (B, D, h, w): standard normal noise, or latents at the noise level of the first step of `part`.
         given: the conditioning, on the same device.
-        scheduler: of diffusers; its steps are set here.
+        config: config of the run.
         steps: of the sampler.
         part: of these steps.
     """
+    scheduler, latents = sampling_scheduler(config), noisy
     scheduler.set_timesteps(steps, device=noisy.device)
     if hasattr(scheduler, "set_begin_index"):  # others, such as DDIM, find their place by the timestep
         scheduler.set_begin_index(part.start or 0)
-    latents = noisy
     for t in scheduler.timesteps[part]:
         keep, spread = noise_level(scheduler, t)
         level = noisy.new_full((len(noisy),), spread / keep if keep else float("inf"))
         prediction = guide(latents, t.expand(len(noisy)), level, given)
         latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
     return latents
-
-
-def scales_to_try(guide_of: Callable[[float], Guide], config: UNetConfig) -> dict[float, Draw]:
-    """How samples are drawn with each scale of a sweep (`quality.compare_draws`).
-
-    Args:
-        guide_of: the guided predictions with a scale.
-        config: config of the run.
-    """
-
-    def draw_with(guide: Guide) -> Draw:
-        return lambda noise, given: draw_latents(guide, noise, given, sampling_scheduler(config), SWEEP_STEPS)
-
-    return {scale: draw_with(guide_of(scale)) for scale in SWEEP_SCALES}
 
 
 # ---------------------------------------------------------------------------------------------- the chapter

@@ -9,8 +9,7 @@ from typing import Any
 
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig
 from latent_ddpm.diffusion.few_steps import passes_of_few_steps
-from latent_ddpm.diffusion.quality import SWEEP_IMAGES
-from latent_ddpm.diffusion.self_guidance import SWEEP_SCALES, SWEEP_STEPS
+from latent_ddpm.diffusion.self_guidance import SWEEP_IMAGES, SWEEP_SCALES, SWEEP_STEPS
 from latent_ddpm.planning.rehearsal import images_per_step, phases_of
 
 

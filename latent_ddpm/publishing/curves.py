@@ -90,19 +90,18 @@ def draw_curves(runs: dict[str, Path], picture: Path) -> Path | None:
     return picture
 
 
-def draw_distances(distances: dict[str, float], label: str, picture: Path) -> None:
-    """Draw the distance of samples over the settings that were tried; a dot marks the best one.
+def draw_scales(distances: dict[str, float], picture: Path) -> None:
+    """Draw the distance of samples over the guidance scale; a dot marks the best one.
 
     Args:
-        distances: by setting.
-        label: of the settings.
+        distances: by scale.
         picture: a .png, .svg or .pdf to be written.
     """
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes, best = figure.add_subplot(), min(distances, key=distances.get)
-    axes.plot(list(distances), list(distances.values()), marker=".")
-    axes.plot([best], [distances[best]], marker="o")
-    axes.set_xlabel(label)
+    axes.plot([float(scale) for scale in distances], list(distances.values()), marker=".")
+    axes.plot([float(best)], [distances[best]], marker="o")
+    axes.set_xlabel("guidance scale (1 is none)")
     axes.set_ylabel("distance of samples to real latents")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)

@@ -1,7 +1,6 @@
 """Few steps: the sampler against diffusers' scheduler, the gradient in closed form, a toy that learns the data."""
 
 import dataclasses
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +24,6 @@ from latent_ddpm.diffusion.few_steps import (
     next_latents,
     path_target,
     position_at,
-    starts_to_try,
 )
 from latent_ddpm.diffusion.noise_schedule import noise_table
 from latent_ddpm.diffusion.objective import add_noise, target
@@ -36,8 +34,8 @@ LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0
 TYPES = ["epsilon", "sample", "v_prediction", "flow_prediction"]
 
 
-def config_of(prediction_type="v_prediction", few_step_start=None, **keys):
-    return UNetConfig(dataset_name="x", prediction_type=prediction_type, few_step_start=few_step_start, **keys)
+def config_of(prediction_type="v_prediction", **keys):
+    return UNetConfig(dataset_name="x", prediction_type=prediction_type, **keys)
 
 
 @settings(deadline=None, max_examples=40)
@@ -53,14 +51,11 @@ def test_clean_latents_invert_the_target(prediction_type, share):
     assert torch.allclose(found, clean, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("prediction_type", "start"),
-    [*((one, None) for one in TYPES[1:]), ("v_prediction", 4.0), ("sample", 1.4), ("v_prediction", 1e9)],
-)
+@pytest.mark.parametrize("prediction_type", TYPES[1:])
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 @pytest.mark.parametrize("count", [1, 2, 4, 7])
-def test_the_training_s_sampler_is_the_pipeline_s(prediction_type, start, shift, count):
-    config = config_of(prediction_type, start, noise_shift=shift)
+def test_the_training_s_sampler_is_the_pipeline_s(prediction_type, shift, count):
+    config = config_of(prediction_type, noise_shift=shift)
     levels, scheduler = levels_of(config, count), few_step_scheduler(config)
     scheduler.set_timesteps(count)
     assert [level.timestep for level in levels] == scheduler.timesteps.tolist() and len(levels) == count
@@ -72,37 +67,6 @@ def test_the_training_s_sampler_is_the_pipeline_s(prediction_type, start, shift,
         ours = clean if i == count - 1 else next_latents(ours, clean, level, levels[i + 1])
         theirs = scheduler.step(prediction, t, theirs).prev_sample
         assert torch.allclose(ours, theirs, atol=2e-4), i
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.floats(0.3, 30), st.sampled_from([1, 2, 4]), st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"])
-)
-def test_the_first_step_starts_at_the_level_that_is_asked_for(start, count, schedule):
-    first = levels_of(config_of(few_step_start=start, beta_schedule=schedule), count)[0]
-    table = noise_table(config_of(beta_schedule=schedule))
-    ratios = ((1 - table) / table).sqrt()
-    assert first.timestep == int((ratios.log() - math.log(start)).abs().argmin())
-    assert first.sigma / first.alpha == pytest.approx(float(ratios[first.timestep]), rel=1e-3)
-
-
-def test_the_levels_of_many_steps_contain_those_of_few():
-    for start in (None, 4.0):
-        many, few = (levels_of(config_of(few_step_start=start), count) for count in (20, 4))
-        assert many[::5] == few
-
-
-def test_the_starts_that_are_tried_are_the_teacher_s_first_guesses():
-    """A level below that of noise alone is told, where the guess has more detail: here a larger share of the noise."""
-    config, noise = config_of(**LINEAR), torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    teacher = Guide(ExactUNet(config, 0.7, 0.4))
-    draws = starts_to_try(teacher, config)
-    drawn = {start: draw(noise, {}) for start, draw in draws.items()}
-    for start, made in drawn.items():
-        level = levels_of(dataclasses.replace(config, few_step_start=start), 1)[0]
-        assert torch.allclose(made, best_guess(noise, level.alpha, level.sigma, 0.7, 0.4), atol=1e-3)
-    assert drawn[1.4].std() > 2 * drawn[8.0].std() > 2 * drawn[None].std()
-    assert list(starts_to_try(teacher, config_of("flow_prediction"))) == [None]
 
 
 def test_sampling_starts_from_the_noisiest_level_and_flow_levels_are_shifted():
@@ -196,18 +160,18 @@ class ExactUNet:
         return SimpleNamespace(sample=(alpha * noisy - clean) / sigma)
 
 
-@pytest.mark.parametrize("start", [None, 4.0])
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc", "ddim"])
 @pytest.mark.parametrize("position", range(4))
-def test_the_teacher_goes_from_one_level_to_the_next(start, position):
+def test_the_teacher_goes_from_one_level_to_the_next(scheduler, position):
     """Along the flow of normal data, (x - alpha mean) / (alpha^2 deviation^2 + sigma^2)^(1/2) is constant."""
-    config, (mean, deviation) = config_of(few_step_start=start, **LINEAR), (0.7, 0.4)
+    config, (mean, deviation) = config_of(inference_scheduler=scheduler, **LINEAR), (0.7, 0.4)
     constant = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     now, then = [*levels_of(config, 4), CLEAN][position : position + 2]
     begun, wanted = (
         level.alpha * mean + (level.alpha**2 * deviation**2 + level.sigma**2) ** 0.5 * constant for level in (now, then)
     )
     part = slice(50 * position, 50 * (position + 1))
-    ended = draw_latents(Guide(ExactUNet(config, mean, deviation)), begun, {}, few_step_scheduler(config, 2), 200, part)
+    ended = draw_latents(Guide(ExactUNet(config, mean, deviation)), begun, {}, config, 200, part)
     assert (ended - wanted).abs().max() < 0.05
     assert (begun - wanted).abs().max() > 0.1
 
@@ -218,7 +182,7 @@ def test_what_is_learned_on_the_path_leads_where_the_teacher_leads(position):
     config, (mean, deviation) = config_of(**LINEAR), (0.7, 0.4)
     levels = [*levels_of(config, 4), CLEAN]
     teacher = Guide(ExactUNet(config, mean, deviation))
-    training = SimpleNamespace(config=config, levels={4: levels}, teacher=teacher, path=few_step_scheduler(config, 2))
+    training = SimpleNamespace(config=config, levels={4: levels}, teacher=teacher)
     clean, numbers, (now, then) = torch.full((64, 1, 4, 4), 0.5), torch.arange(64), levels[position : position + 2]
     noisy, learned = FewStepTraining.on_path(training, clean, numbers, 4, position, {})
     noise = (noisy - now.alpha * clean) / now.sigma if position else noisy  # the first step starts from noise alone
@@ -233,8 +197,7 @@ def test_the_chapter_begins_anew_when_its_keys_or_its_start_change():
     config = config_of(few_step_training_steps=8)
     origin = few_step_origin(config, "a")
     assert few_step_origin(config, "b") != origin
-    others = {"few_step_training_steps": 9, "few_step_counts": [1], "few_step_learning_rate": 1e-4}
-    for key, value in {**others, "few_step_start": 4.0}.items():
+    for key, value in {"few_step_training_steps": 9, "few_step_counts": [1], "few_step_learning_rate": 1e-4}.items():
         assert few_step_origin(dataclasses.replace(config, **{key: value}), "a") != origin
     few_step_config(config).validate()
 

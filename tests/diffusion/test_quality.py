@@ -4,11 +4,11 @@ import torch
 from small_pipeline import save_pipeline
 
 from latent_ddpm.config import UNetConfig
-from latent_ddpm.diffusion import quality, self_guidance
+from latent_ddpm.diffusion import self_guidance
 from latent_ddpm.diffusion.noise_schedule import noise_table, sampling_scheduler
-from latent_ddpm.diffusion.quality import compare_draws, gaussian_distance, latent_features
-from latent_ddpm.diffusion.self_guidance import Guide, draw_latents, scales_to_try
-from latent_ddpm.publishing.curves import draw_distances
+from latent_ddpm.diffusion.quality import gaussian_distance, latent_features
+from latent_ddpm.diffusion.self_guidance import Guide, draw_latents, sweep_scales
+from latent_ddpm.publishing.curves import draw_scales
 from latent_ddpm.random import Stream, normal
 from pipeline_latent_ddpm import LatentDDPMPipeline
 
@@ -56,7 +56,7 @@ def test_guided_latents_are_those_of_the_pipeline(tmp_path):
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for interval in (None, (0.3, 5.0)):
         with torch.no_grad():
-            ours = draw_latents(Guide(pipe.unet, weaker, 2.5, interval), noise, {}, sampling_scheduler(CONFIG), 4)
+            ours = draw_latents(Guide(pipe.unet, weaker, 2.5, interval), noise, {}, CONFIG, 4)
         words = {"guidance_unet": weaker, "guidance_scale": 2.5, "guidance_interval": interval, "output_type": "latent"}
         theirs = pipe(batch_size=2, latents=noise, num_inference_steps=4, **words).images
         assert torch.allclose(ours, theirs, atol=1e-4)
@@ -75,17 +75,17 @@ def test_features_are_those_of_the_middle_block_and_leave_no_hook(tmp_path):
 
 def test_the_sweep_finds_the_scale_that_the_reals_were_drawn_with(tmp_path, monkeypatch):
     pipe, weaker = unets(tmp_path)
-    monkeypatch.setattr(quality, "SWEEP_IMAGES", 64)
-    monkeypatch.setattr(quality, "SWEEP_BATCH", 32)
+    monkeypatch.setattr(self_guidance, "SWEEP_IMAGES", 64)
+    monkeypatch.setattr(self_guidance, "SWEEP_BATCH", 32)
     monkeypatch.setattr(self_guidance, "SWEEP_STEPS", 3)
 
     def reals(numbers):
         noise = normal(CONFIG.seed, Stream.SWEEP, numbers, (3, 8, 8))
-        return draw_latents(Guide(pipe.unet, weaker, 2.0), noise, {}, sampling_scheduler(CONFIG), 3), {}
+        return draw_latents(Guide(pipe.unet, weaker, 2.0), noise, {}, CONFIG, 3), {}
 
-    draws = scales_to_try(lambda scale: Guide(pipe.unet, weaker, scale), CONFIG)
-    distances = compare_draws(draws, pipe.unet, reals, CONFIG, torch.device("cpu"))
+    distances = sweep_scales(
+        lambda scale: Guide(pipe.unet, weaker, scale), pipe.unet, reals, CONFIG, torch.device("cpu")
+    )
     assert list(distances) == [1.0, 1.5, 2.0, 2.5, 3.0] and min(distances, key=distances.get) == 2.0
-    named = {f"{scale:g}": value for scale, value in distances.items()}
-    draw_distances(named, "guidance scale", tmp_path / "new" / "scales.png")
+    draw_scales({f"{scale:g}": value for scale, value in distances.items()}, tmp_path / "new" / "scales.png")
     assert (tmp_path / "new" / "scales.png").stat().st_size > 5000
