@@ -39,14 +39,6 @@ from latent_ddpm.training.skipped import SkippedSteps
 
 FEW_STEPS = "few_steps"  # the chapter's name in metrics.jsonl, run.json and the names of checkpoints
 FEW_STEP_KEYS = ("few_step_training_steps", "few_step_counts", "few_step_learning_rate")
-    None,
-    8.0,
-    5.6,
-    4.0,
-    2.8,
-    2.0,
-    1.4,
-)  # noise levels sigma / alpha to try as the first step's; None: noise alone
 CRITIC_RATE = 2.5  # the critic's learning rate over the generator's: it has to follow the generator
 BETAS = (0.5, 0.95)  # of Adam: the gradients change with the other network
 CRITIC_TIMES = (0.02, 0.98)  # of the noise at which samples are compared (DMD, section 4.2)
