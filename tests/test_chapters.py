@@ -51,7 +51,11 @@ def test_the_chapters_leave_two_stock_pipelines(chapters):
 
 @pytest.mark.parametrize(
     ("stage", "signum"),
-    [("self_guidance", signal.SIGKILL), ("few_steps", signal.SIGKILL), ("few_steps", signal.SIGTERM)],
+    [
+        ("self_guidance", signal.SIGKILL),
+        ("few_steps", signal.SIGKILL),
+        pytest.param("few_steps", signal.SIGTERM, marks=pytest.mark.long),
+    ],
 )
 def test_a_chapter_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_one(chapters, tmp_path, stage, signum):
     output_dir, options, _ = chapters
