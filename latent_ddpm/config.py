@@ -665,9 +665,9 @@ class UNetConfig(RunConfig):
     regression on the sampler's path. 0 leaves it out."""
     few_step_training_images: int | None = None
     """the same in images."""
-    few_step_counts: list[int] = dataclasses.field(default_factory=lambda: [1, 4])
+    few_step_counts: list[int] = dataclasses.field(default_factory=lambda: [4])
     """the numbers of sampling steps that it is trained for; the last one is the pipeline's default. Numbers that divide
-    each other share noise levels, where the network learns a mean of both. Without 1, a step of training takes half as
+    each other share noise levels, where the network learns a mean of both. With 1, a step of training takes twice as
     long."""
     few_step_learning_rate: float = 2e-4
     """peak learning rate of this chapter, with AdamW and a linear decay to 0."""

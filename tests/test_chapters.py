@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 STEPS = {"max_train_steps": 8, "self_guidance_steps": 6, "few_step_training_steps": 6}
 CHAPTERS = {"unet": 8, "self_guidance": 6, "few_steps": 6}
 FLAGS = {"resolution": 16, "random_flip": "true", "self_guidance_scale": 2.0, "ema_snapshots": 4, **STEPS}
-FLAGS |= {"checkpointing_steps": 2, "validation_steps": 6}
+FLAGS |= {"few_step_counts": "[1,4]", "checkpointing_steps": 2, "validation_steps": 6}
 WEIGHTS = [f"{folder}/unet/diffusion_pytorch_model.safetensors" for folder in ("pipeline", "pipeline-few-steps")]
 
 
