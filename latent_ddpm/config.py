@@ -692,7 +692,12 @@ class UNetConfig(RunConfig):
             )
         counts = self.few_step_counts
         fits = counts and counts == sorted(set(counts)) and counts[0] > 0 and counts[-1] <= self.num_train_timesteps
-        _require(fits, "few_step_counts", counts, "a list of different numbers of steps, rising, from 1")
+        _require(
+            fits,
+            "few_step_counts",
+            counts,
+            f"a list of different numbers of steps, rising, from 1 to {self.num_train_timesteps}",
+        )
         trained = self.few_step_training_steps or self.few_step_training_images
         if trained and 1 in counts and self.prediction_type == "epsilon":
             raise UserError(

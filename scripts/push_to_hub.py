@@ -32,6 +32,10 @@ from latent_ddpm.training.launch import run
 from latent_ddpm.training.tracking import noted_of
 
 
+def say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_folder", type=Path)
@@ -49,7 +53,10 @@ def main(argv: list[str]) -> int:
     check_repo_id(options.run_folder, options.hub_model_id)
     check_license(options.hub_license)
     few = (options.run_folder / "pipeline-few-steps" / "model_index.json").exists()
-    few = few and bool(noted_of(options.run_folder, FEW_STEPS))  # else it is of a chapter that was taken back
+    chapter = noted_of(options.run_folder, FEW_STEPS)  # nothing if it was taken back
+    if few and chapter and "finished_at" not in chapter:
+        say("pipeline-few-steps is not published: its training is not finished. Run the training again.")
+    few = few and "finished_at" in chapter
     stages = [None, FEW_STEPS] if few else [None]
     if options.laid_out is not None:
         stages = [FEW_STEPS if FEW_STEP_HUB in options.laid_out.parts else None]
@@ -70,9 +77,6 @@ def main(argv: list[str]) -> int:
     names = (few_step_repo_id(options.run_folder, options.hub_model_id) if s else options.hub_model_id for s in stages)
     for name in names:
         check_can_publish(options.run_folder, name, options.hub_private_repo, options.hub_license)
-
-    def say(sentence: str) -> None:
-        print(sentence, file=sys.stderr, flush=True)
 
     done = []
     for stage in stages:

@@ -13,7 +13,7 @@ from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig
 from latent_ddpm.data.latents import record_type
 from latent_ddpm.errors import UserError
 from latent_ddpm.planning.counting import GIB, count_autoencoder, count_unet, largest_batch
-from latent_ddpm.planning.forecast import chapter_steps, times_due, units_of_run
+from latent_ddpm.planning.forecast import chapter_steps, checkpoints_of_chapters, times_due, units_of_run
 from latent_ddpm.planning.rehearsal import images_per_step, phases_of
 
 NORMALIZATION_IMAGES = 10_000  # as in train_autoencoder.py
@@ -178,6 +178,8 @@ def forecast_on_card(
         ):
             parts[part] /= gpus  # the others are of each process, or of the first one alone
         parts["steps"] = max(parts["steps"], starts * start)
+        for chapter, equivalent in chapter_steps(config).items():
+            parts[chapter] = equivalent * parts["steps"] / config.max_train_steps
         if "grid" in parts:
             calls = times_due(config, config.validation_steps) * config.num_inference_steps
             parts["grid"] = max(parts["grid"], calls * figures["parameter_tensors"] * start / 3)
@@ -229,6 +231,11 @@ def disk_on_card(
             snapshots = units_of_run(config, images | {"decoded": 0})["snapshot"]
             disk["snapshots of averages"] = snapshots * averages * weights // 2
             disk["pipeline"] = weights + 4 * figures["autoencoder"]["parameters"]
+            of_chapters, size = checkpoints_of_chapters(config, weights)
+            disk |= of_chapters
+            largest = max(largest, size)
+            if config.few_step_training_steps:
+                disk["pipeline-few-steps"] = disk["pipeline"]
         else:
             disk["autoencoder"] = weights
     any_config, total = next(iter(configs.values())), images["train"] + images["validation"]

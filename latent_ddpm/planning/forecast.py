@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig
-from latent_ddpm.diffusion.few_steps import passes_of_few_steps
+from latent_ddpm.diffusion.few_steps import passes_of_few_steps, with_matching
 from latent_ddpm.diffusion.self_guidance import SWEEP_IMAGES, SWEEP_SCALES, SWEEP_STEPS
 from latent_ddpm.planning.rehearsal import images_per_step, phases_of
 
@@ -168,6 +168,26 @@ def bytes_in(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
+def checkpoints_of_chapters(config: UNetConfig, weights: int) -> tuple[dict[str, int], int]:
+    """Bytes of the checkpoints of the chapters after the first one, by kind, and of the largest one.
+
+    Args:
+        config: of stage 2, in steps.
+        weights: bytes of the U-Net's weights.
+    """
+    trained = 1 + with_matching(config)
+    kinds, largest = {}, 0
+    for name, steps, networks in (
+        ("self-guidance", config.self_guidance_steps, 1),
+        ("few steps", config.few_step_training_steps, trained),
+    ):
+        kept = min(config.checkpoints_total_limit, math.ceil(steps / config.checkpointing_steps))
+        size = (3 * networks + 1) * weights  # each network with two moments, and one average
+        kinds[f"checkpoints, {name}"] = kept * size
+        largest = max(largest, size if steps else 0)
+    return kinds, largest
+
+
 def forecast_disk(folder: Path, configs: dict[str, RunConfig], found: dict[str, dict[str, Any]]) -> dict[str, int]:
     """Bytes of a run's folder at its end, by kind.
 
@@ -207,14 +227,9 @@ def forecast_disk(folder: Path, configs: dict[str, RunConfig], found: dict[str, 
             of_one_time = statistics.mean(map(bytes_in, files)) * len(unet.ema_sigma_rels)
             disk["snapshots of averages"] = int(units["snapshot"] * of_one_time)
         weights = bytes_in(folder / "pipeline" / "unet")
-        # networks, averages and two moments of each trained network
-        for name, steps, held in (
-            ("self-guidance", unet.self_guidance_steps, 1 + 1 + 2),
-            ("few steps", unet.few_step_training_steps, 2 + 1 + 4),
-        ):
-            kept = min(unet.checkpoints_total_limit, math.ceil(steps / unet.checkpointing_steps))
-            disk[f"checkpoints, {name}"] = kept * held * weights
-            largest = max(largest, held * weights if steps else 0)
+        of_chapters, size = checkpoints_of_chapters(unet, weights)
+        disk |= of_chapters
+        largest = max(largest, size)
         if unet.few_step_training_steps:
             disk["pipeline-few-steps"] = bytes_in(folder / "pipeline")
     for name in ("autoencoder", "pipeline"):

@@ -442,9 +442,13 @@ def _about(facts: Facts, shape: Shape, repo_id: str) -> str:
             f"A {kind} that draws {shape.pixels} images in {facts.step_counts}. It was distilled from "
             f"{_link(repo_id.removesuffix(FEW_STEP_ENDING))}, which was trained from scratch with latent-ddpm on "
             f"{origin}. "
-            f"The first step was learned by distribution matching (arXiv 2405.14867, without its discriminator), later "
-            f"ones on the path of that model's sampler."
         )
+        counts = facts.training.get("few_steps", {}).get("counts", [])
+        if 1 in counts:
+            text += "The first step was learned by distribution matching (arXiv 2405.14867, without its discriminator)"
+            text += ", later ones on the path of that model's sampler." if len(counts) > 1 else "."
+        else:
+            text += "Each step was learned on the path of that model's sampler (arXiv 2202.00512)."
     else:
         text = f"A {kind} for {shape.pixels} images, trained from scratch with latent-ddpm on {origin}."
         if "unet" in facts.configs and (guidance := _guidance(facts)):

@@ -168,6 +168,27 @@ def test_disk_of_a_run(on_card):
     assert disk["snapshots of averages"] == 8 * 2 * unet // 2 and disk["decoded images"] == 420 * 32 * 32 * 3
 
 
+def test_the_other_chapters_on_a_card_take_as_long_as_their_steps_and_keep_checkpoints(on_card):
+    config = dataclasses.replace(UNET, self_guidance_steps=300, few_step_training_steps=600)
+    plan, figures = on_card(config)
+    for name, equivalent in chapter_steps(config).items():
+        assert plan["parts"][name] == pytest.approx(equivalent * plan["seconds_per_step"])
+    of_autoencoder, shape = on_card(AUTOENCODER)[1], cards.latent_shape(AUTOENCODER)
+    disks = [
+        cards.disk_on_card(
+            {"unet": each}, {"unet": figures, "autoencoder": of_autoencoder}, IMAGES | {"latent_shape": shape}
+        )
+        for each in (UNET, config, dataclasses.replace(config, few_step_counts=[1, 4]))
+    ]
+    weights = 4 * figures["parameters"]
+    assert "checkpoints, few steps" not in disks[0]
+    assert disks[1]["checkpoints, self-guidance"] == 4 * weights
+    assert (
+        disks[1]["checkpoints, few steps"] == 2 * 4 * weights and disks[1]["pipeline-few-steps"] == disks[1]["pipeline"]
+    )
+    assert disks[2]["checkpoints, few steps"] == 2 * 7 * weights
+
+
 def test_names_of_cards():
     assert cards.card_of("rtx4090").name == "RTX 4090" and cards.card_of("NVIDIA A100 80GB").name == "A100-80"
     assert cards.card_of("A100").memory_gib == 80

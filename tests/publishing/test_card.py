@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_ddpm.publishing.card import Facts, figures, make_card, merge_cards, read_facts
+from pipeline_latent_ddpm import RECORDED_STEPS
 
 VQVAE = {"_class_name": "VQModel", "num_vq_embeddings": 512, "sample_size": 32, "block_out_channels": [16, 32, 64]}
 VQVAE |= {"latent_channels": 4}
@@ -95,6 +96,22 @@ def test_without_measurements_there_are_no_figures():
     card = make_card(facts, "someone/digits")
     assert "model-index" not in head_of(card) and "## Evaluation" not in card and figures(facts) == []
     assert "license" not in head_of(card)
+
+
+@pytest.mark.parametrize(
+    ("counts", "said", "unsaid"),
+    [
+        ([4], ["in 4 steps.", "Each step was learned on the path"], "matching"),
+        ([1], ["in 1 step.", "The first step was learned by distribution matching"], "path"),
+        ([1, 4], ["in 1 or 4 steps.", "by distribution matching", "later ones on the path"], "Each step"),
+    ],
+)
+def test_a_few_step_card_says_how_its_steps_were_learned(counts, said, unsaid):
+    scheduler = {**FACTS.configs.get("scheduler", {}), RECORDED_STEPS: counts[-1]}
+    training = {**FACTS.training, "few_steps": {**FACTS.training["unet"], "counts": counts, "finished_at": 8}}
+    facts = dataclasses.replace(FACTS, configs={**FACTS.configs, "scheduler": scheduler}, training=training)
+    about = make_card(facts, "someone/digits-few-steps").partition("## ")[0]
+    assert all(words in about for words in said) and unsaid not in about
 
 
 def test_a_new_card_replaces_an_unedited_one():

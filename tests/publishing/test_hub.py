@@ -430,6 +430,7 @@ def test_their_cards_name_each_other_and_the_chapters(both):
     assert "The weights hold autoguidance of scale 2 away from their average after 2 steps" in of_pipeline
     assert f"[{FEW}](https://huggingface.co/{FEW}) draws in 1 or 3 steps." in of_pipeline
     assert f"distilled from [{NAME}](https://huggingface.co/{NAME})" in of_few
+    assert "The first step was learned by distribution matching" in of_few and "later ones on the path" in of_few
     assert "It is made for 1 or 3 steps" in of_few and "num_inference_steps=3" in of_few
     assert f'from_pretrained("{FEW}")' in of_few and "Few steps**: 2 steps" in of_few
     assert "Guidance in the weights**: 2 steps" in of_pipeline and "Diffusion loss" not in of_pipeline + of_few
@@ -443,6 +444,13 @@ def test_a_finished_run_is_published_as_two_with_what_was_measured(both, tmp_pat
     dry = [sys.executable, "scripts/push_to_hub.py", str(output_dir), "--dry_run", str(tmp_path / "there")]
     text = with_hub(hub, home, dry)
     assert f"published as USER/chapters: {tmp_path / 'there'}" in text and (tmp_path / "there-few-steps").is_dir()
+    noted = json.loads((output_dir / "run.json").read_text())
+    unfinished = {**noted, "few_steps": {k: v for k, v in noted["few_steps"].items() if k != "finished_at"}}
+    (output_dir / "run.json").write_text(json.dumps(unfinished))
+    text = with_hub(hub, home, [*dry[:-1], str(tmp_path / "other")])
+    assert "pipeline-few-steps is not published: its training is not finished" in text
+    assert (tmp_path / "other").is_dir() and not (tmp_path / "other-few-steps").exists()
+    (output_dir / "run.json").write_text(json.dumps(noted))
     publish(hub, home, output_dir, "--hub_model_id", NAME)
     card = hub.content(FEW, "README.md").decode()
     assert "50 samples, DPMSolverMultistepScheduler, 1 step) | 2.50 |" in card and "3 steps) | 1.00 |" in card
