@@ -188,6 +188,7 @@ def test_every_example_of_kl_has_noise_of_its_own(trained_kl, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == list(range(64))  # 8 steps of 2 micro-batches of 4; 46 images
 
 
+@pytest.mark.long
 def test_two_processes_train_the_kl_vae_of_one(trained_kl, tmp_path):
     output_dir, _, kl = trained_kl
     launch("train_autoencoder.py", tmp_path, processes=2, **{**kl, "train_batch_size": 2})
@@ -266,7 +267,7 @@ def test_stage_2_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_run(traine
 
 @pytest.mark.parametrize(
     ("processes", "signum", "group"),
-    [(2, signal.SIGINT, True), (1, signal.SIGTERM, False)],
+    [(2, signal.SIGINT, True), pytest.param(1, signal.SIGTERM, False, marks=pytest.mark.long)],
     ids=["Ctrl-C on two processes", "SIGTERM to the launcher alone"],
 )
 def test_accelerates_processes_save_and_leave(trained, tmp_path, processes, signum, group):

@@ -68,11 +68,12 @@ def test_the_same_command_starts_goes_on_and_is_finished(trained, tmp_path):
     assert (tmp_path / "pipeline" / "model_index.json").exists()
 
 
-def test_two_then_one_then_three_processes_are_one_run(trained, tmp_path):
+@pytest.mark.parametrize(("last", "batch"), [(2, 3), pytest.param(3, 2, marks=pytest.mark.long)])
+def test_two_processes_then_one_then_several_are_one_run(trained, tmp_path, last, batch):
     output_dir, flags = trained
     launch("train_unet.py", tmp_path, processes=2, **{**flags, "train_batch_size": 6, "max_train_steps": 2})
     launch("train_unet.py", tmp_path, **{**flags, "train_batch_size": 4, "max_train_steps": 4})  # accumulates 3
-    launch("train_unet.py", tmp_path, processes=3, **{**flags, "train_batch_size": 2})  # accumulates 2
+    launch("train_unet.py", tmp_path, processes=last, **{**flags, "train_batch_size": batch})  # accumulates 2
     for key in ("loss", "grad_norm"):
         one, many = (losses(folder, "unet", key) for folder in (output_dir, tmp_path))
         assert list(many) == list(range(1, 7)) and max(abs(one[s] - many[s]) / one[s] for s in one) < 1e-4

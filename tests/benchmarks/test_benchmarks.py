@@ -297,6 +297,7 @@ def test_fuzz_images(tmp_path):
     assert all(name.startswith("TIFF-YCbCr") for name in result["undamaged_refused"])
 
 
+@pytest.mark.long
 def test_chaos_by_sigkill(tmp_path):
     script("chaos.py", "--kills", 2, "--json", tmp_path / "k.json")
     result = json.loads((tmp_path / "k.json").read_text())

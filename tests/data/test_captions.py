@@ -329,6 +329,7 @@ def test_a_run_that_is_killed_and_gone_on_with_ends_in_the_same_bits(trained, tm
     assert_same_tensors(checkpoint_tensors(output_dir, "unet", 4), checkpoint_tensors(tmp_path, "unet", 4))
 
 
+@pytest.mark.long
 def test_two_processes_see_the_same_captions(trained, tmp_path):
     output_dir, flags = trained
     launch("train_unet.py", tmp_path, processes=2, **{**flags, "train_batch_size": 4})

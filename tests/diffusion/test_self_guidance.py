@@ -101,7 +101,11 @@ def test_the_chapter_has_its_own_length_and_rate_and_keeps_the_noise():
         ({"self_guidance_weak": 1.0}, "self_guidance_weak is 1.0"),
         ({"self_guidance_interval": [2.0, 1.0]}, "self_guidance_interval"),
         ({"self_guidance_steps": 10, "ema_snapshots": 1}, "needs an early average"),
-        ({"few_step_training_images": 10, "prediction_type": "epsilon"}, "cannot train a model of prediction_type eps"),
+        (
+            {"few_step_training_images": 10, "prediction_type": "epsilon", "few_step_counts": [1, 4]},
+            "epsilon cannot learn to draw in one step",
+        ),
+        ({"few_step_counts": [4, 2000]}, "rising, from 1 to 1000"),
         ({"few_step_counts": [4, 1]}, "few_step_counts"),
         ({"few_step_counts": []}, "few_step_counts"),
         ({"few_step_counts": [0, 1]}, "few_step_counts"),
@@ -111,6 +115,10 @@ def test_the_chapter_has_its_own_length_and_rate_and_keeps_the_noise():
 def test_impossible_keys_are_named(keys, message):
     with pytest.raises(UserError, match=message):
         UNetConfig(dataset_name="x", **keys).validate()
+
+
+def test_models_that_predict_the_noise_learn_several_steps():
+    UNetConfig(dataset_name="x", few_step_training_steps=10, prediction_type="epsilon").validate()
 
 
 def test_guided_weights_are_sampled_without_guidance():

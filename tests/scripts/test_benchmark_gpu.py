@@ -10,16 +10,21 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from gpu_correctness import cause, waits
 
 
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory):
-    out = tmp_path_factory.mktemp("gpu")
-    done = finished([sys.executable, "scripts/benchmark_gpu.py", "--out", str(out), "--rehearse"])
+def rehearse(out, *parts):
+    words = [sys.executable, "scripts/benchmark_gpu.py", "--out", str(out), "--rehearse", "--parts", *parts]
+    done = finished(words)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return out
 
 
-def test_correctness(rehearsed):
-    found = json.loads((rehearsed / "correctness.json").read_text())
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    return rehearse(tmp_path_factory.mktemp("gpu"), "throughput", "quality", "sampling")
+
+
+@pytest.mark.long
+def test_correctness(tmp_path):
+    found = json.loads((rehearse(tmp_path, "correctness") / "correctness.json").read_text())
     assert not any("error" in part for part in (*found["mathematics"].values(), *found["runs"].values()))
     for name in ("uniform", "integers"):
         assert found["mathematics"]["random_numbers"][name]["equal"]
