@@ -144,10 +144,19 @@ def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=N
     raise AssertionError(f"{script} did not reach step {step}; it ended with {process.poll()}")
 
 
+# a process that finds the other one gone aborts
+LEAVE_TOGETHER = """
+import torch.distributed
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
+
 def run_in_one_and_two_processes(source, folder):
     """Run a script's text with the words COUNT and FOLDER: in one process, then in two that meet over gloo."""
     script = folder / "script.py"
-    script.write_text(source)
+    script.write_text(source + LEAVE_TOGETHER)
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for count, launcher in (("1", [sys.executable]), ("2", two)):
         subprocess.run([*launcher, str(script), count, str(folder)], env=environment(), check=True)

@@ -309,6 +309,7 @@ def test_a_masked_image_keeps_its_other_pixels(pipeline, photo, tmp_path):
 # ---------------------------------------------------------------------------------- several processes
 
 
+@pytest.mark.long
 def test_two_processes_write_the_files_of_one(pipeline, photo, tmp_path):
     words = [str(pipeline), "--num_images", "7", "--batch_size", "2", "--num_inference_steps", "3", "--film_strip"]
     words += ["--scheduler", "dpmsolver++-sde", "--interpolate", "4", "--image", str(photo / "photo.png")]
