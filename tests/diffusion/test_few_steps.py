@@ -185,6 +185,8 @@ def test_what_is_learned_on_the_path_leads_where_the_teacher_leads(position):
     training = SimpleNamespace(config=config, levels={4: levels}, teacher=teacher)
     clean, numbers, (now, then) = torch.full((64, 1, 4, 4), 0.5), torch.arange(64), levels[position : position + 2]
     noisy, learned = FewStepTraining.on_path(training, clean, numbers, 4, position, {})
+    if position == 0:
+        assert torch.equal(noisy, FewStepTraining.on_path(training, clean + 9, numbers, 4, position, {})[0])
     noise = (noisy - now.alpha * clean) / now.sigma if position else noisy  # the first step starts from noise alone
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
     spread = [(level.alpha**2 * deviation**2 + level.sigma**2) ** 0.5 for level in (now, then)]
