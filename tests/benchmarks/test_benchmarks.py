@@ -122,7 +122,6 @@ SMALL_UNET += ["--unet_layers_per_block", "1", "--train_batch_size", "8", "--dat
 SMALL_UNET += ["--resolution", "16", "--num_inference_steps", "2", "--lr_warmup_steps", "2"]
 
 
-@pytest.mark.long
 def test_benchmark_diffusion_and_that_it_measures_what_was_trained(photos, small_autoencoder, tmp_path):
     ours = "ours --prediction_type flow_prediction --inference_scheduler unipc --ema_sigma_rels [0.2]"
     words = ["--minutes", 0.05, "--turn", 1.5, "--recipes", "stock", ours, "--num_images", 12, "--work_dir", tmp_path,
@@ -235,7 +234,6 @@ def test_benchmark_checkpoint(photos, tmp_path):
     assert len(result["seconds"]) == 1 and result["seconds_to_verify_and_load"] > 0
 
 
-@pytest.mark.long
 def test_benchmark_processes(photos, small_autoencoder, tmp_path, monkeypatch):
     """With scripts that are run plainly, whatever number of processes they are asked for."""
     spec = importlib.util.spec_from_file_location("benchmark_processes", ROOT / "benchmarks" / "benchmark_processes.py")

@@ -36,7 +36,6 @@ def test_correctness(tmp_path):
         assert found["runs"]["float32"][stage]["waits_per_step"] == {}
 
 
-@pytest.mark.long
 def test_throughput(rehearsed):
     found = json.loads((rehearsed / "throughput.json").read_text())
     assert set(found["cases"]) == {"unet", "autoencoder"}
@@ -47,7 +46,6 @@ def test_throughput(rehearsed):
     assert (rehearsed / "gpu.png").stat().st_size > 5000
 
 
-@pytest.mark.long
 def test_quality_and_sampling(rehearsed):
     quality, sampling = (json.loads((rehearsed / f"{name}.json").read_text()) for name in ("quality", "sampling"))
     assert quality["autoencoder"]["metrics"]["validation_psnr"] > 0 and quality["unet"]["metrics"]["loss"] > 0
