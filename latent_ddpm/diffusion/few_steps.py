@@ -2,9 +2,9 @@
 
 The generator starts as a copy of the teacher and learns to draw in `few_step_counts` steps of a deterministic sampler
 (first-order DPM-Solver++, which is DDIM; arXiv 2211.01095, 2010.02502), so an image follows from its initial noise
-alone. It learns two things at once:
+alone. It learns its steps in two ways, at once where it needs both:
 
-- The first step, from noise alone to a sample, by distribution matching, if it shall draw in one step. The samples are
+- The first step, from noise alone to a sample, by distribution matching, if 1 is among the counts. The samples are
   noised again and compared there by two U-Nets: the frozen teacher knows the scores of the data, and the critic learns
   those of the generator's samples. The difference of the two is the gradient that moves the samples towards the data
   (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867).
