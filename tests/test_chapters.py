@@ -71,6 +71,17 @@ def test_a_chapter_stopped_and_resumed_is_bit_for_bit_the_uninterrupted_one(chap
     assert "all 8 steps are done" in launch("train_unet.py", tmp_path, **options)
 
 
+def test_four_steps_without_a_single_one_killed_and_resumed_are_the_uninterrupted_ones(chapters, tmp_path):
+    options = {**chapters[1], "few_step_counts": "[4]", "self_guidance_steps": 0, "max_train_steps": 4}
+    launch("train_unet.py", tmp_path / "whole", **options)
+    launch_and_stop("train_unet.py", tmp_path / "killed", 3, stage="few_steps", **options)
+    launch("train_unet.py", tmp_path / "killed", **options)
+    whole, killed = (checkpoint_tensors(tmp_path / name, "few_steps", 6) for name in ("whole", "killed"))
+    assert_same_tensors(whole, killed)
+    assert not any(name.startswith("critic") for name in whole)
+    assert losses(tmp_path / "whole", "few_steps") == losses(tmp_path / "killed", "few_steps")
+
+
 def test_two_processes_learn_what_one_learns(chapters, tmp_path):
     output_dir, options, _ = chapters
     options = {
