@@ -41,6 +41,7 @@ from latent_ddpm.evaluation.grids import reconstruction_grid
 from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder
 from latent_ddpm.files import replace_folder
 from latent_ddpm.planning.batch import fitting_images
+from latent_ddpm.planning.minutes import plan
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
 from latent_ddpm.training.acceleration import pinned
 from latent_ddpm.training.launch import run
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------------------------------------------- data
     sources = None if config.streaming else open_sources(config)
-    config = training.start_processes(lambda config, free, _: fitting_images(config, None, free))
+    config = training.start_processes(lambda config, free, _: fitting_images(config, None, free), plan)
     accelerator, device = training.accelerator, training.accelerator.device
     process = (accelerator.process_index, accelerator.num_processes)
     if config.codebook_start >= config.max_train_steps:  # which may have been given in images
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
         train_set,
         order,
         training.first_step,
-        config.max_train_steps,
+        training.steps_at_most,
         config.train_batch_size,
         *process,
         accumulation=config.gradient_accumulation_steps,

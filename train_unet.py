@@ -59,6 +59,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.grids import make_grid
 from latent_ddpm.files import save_png
 from latent_ddpm.planning.batch import fitting_images
+from latent_ddpm.planning.minutes import plan
 from latent_ddpm.publishing.curves import draw_scales
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
     sharding = Sharding.take_request()
     latent_shape = (autoencoder.config.latent_channels, latent_size)
     config = training.start_processes(
-        lambda config, free, processes: fitting_images(config, latent_shape, free, processes if sharding else 1)
+        lambda config, free, processes: fitting_images(config, latent_shape, free, processes if sharding else 1), plan
     )
     if is_finished(training):
         return 0
@@ -275,7 +276,7 @@ def train(
     accumulation = config.gradient_accumulation_steps
     snapshot_steps = -(-config.max_train_steps // config.ema_snapshots) if config.ema_snapshots else None
     micro_batches = read_ahead(
-        examples_of(run, latents, conditions), run.first_step * accumulation, config.max_train_steps * accumulation
+        examples_of(run, latents, conditions), run.first_step * accumulation, run.steps_at_most * accumulation
     )
     for step in run.steps():
         rate = learning_rate_factor(step, config)

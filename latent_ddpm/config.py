@@ -166,6 +166,13 @@ class RunConfig:
     max_train_images: int | None = None
     """total number of training images; overrides max_train_steps, so that the length of the run does not depend on the
     number of processes. lr_warmup_images and lr_decay_images do the same for their keys."""
+    train_minutes: float | None = None
+    """minutes that both stages may take together on this machine, from start to end. The run first measures its own
+    speed; max_train_steps and the keys that go with it then only give the proportions."""
+    train_hours: float | None = None
+    """the same in hours."""
+    autoencoder_time_share: float = 0.4
+    """share of train_minutes for stage 1; stage 2 gets what is left."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """no, bf16 or fp16; unset uses the setting of `accelerate launch`."""
     gradient_checkpointing: bool = False
@@ -184,6 +191,24 @@ class RunConfig:
         if self.images_per_step is not None and self.gradient_accumulation_steps != 1:
             raise UserError("images_per_step sets gradient_accumulation_steps; leave one of them out.")
         _require_nonnegative(self, "heartbeat_timeout")
+        self._check_time()
+
+    def _check_time(self) -> None:
+        _require_positive_or_null(self, "train_minutes", "train_hours")
+        share = self.autoencoder_time_share
+        _require(0 < share < 1, "autoencoder_time_share", share, "between 0 and 1")
+        if self.train_minutes is not None and self.train_hours is not None:
+            raise UserError("Set one of train_minutes and train_hours.")
+        if self.minutes is not None and self.streaming:
+            raise UserError(
+                "streaming reads the whole dataset before the first step, so the run cannot plan its time: set "
+                "max_train_steps instead of train_minutes, or streaming false."
+            )
+
+    @property
+    def minutes(self) -> float | None:
+        """The minutes that both stages may take together; None without such a limit."""
+        return self.train_minutes if self.train_hours is None else 60 * self.train_hours
 
     # ------------------------------------------------------------------------------------------------------ speed
 
@@ -990,7 +1015,7 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 # Keys that may change when a run resumes. All others determine its result.
 FREE_KEYS = {
     *("output_dir", "resume_from_checkpoint", "report_to", "tracker_project_name", "autoencoder", "latents_dir"),
-    *("max_train_steps", "max_train_images"),
+    *("max_train_steps", "max_train_images", "train_minutes", "train_hours", "autoencoder_time_share"),
     # same_batch keeps their product with the processes
     *("train_batch_size", "gradient_accumulation_steps", "images_per_step"),
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
@@ -1011,6 +1036,39 @@ def save_config(config: RunConfig, path: Path) -> None:
     section = SECTION_OF[type(config)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, yaml.safe_dump({section: dataclasses.asdict(config)}, sort_keys=False))
+
+
+# Keys that a run with train_minutes sets itself. Its saved config holds what it chose.
+PLANNED_KEYS = (
+    *("max_train_steps", "max_train_images", "lr_warmup_steps", "lr_warmup_images", "lr_decay_steps"),
+    *("lr_decay_images", "validation_steps", "checkpointing_steps", "codebook_start", "disc_start"),
+    *("disc_ramp_steps", "disc_adaptive_steps", "self_guidance_steps", "self_guidance_images"),
+    *("few_step_training_steps", "few_step_training_images"),
+)
+
+
+def with_saved_plan(config: Config, path: Path) -> tuple[Config, bool]:
+    """A config of a run with train_minutes, with what the run in its folder has chosen; and whether it has.
+
+    Args:
+        config: as it was asked for.
+        path: the saved config of the run.
+
+    Raises:
+        UserError: that run was planned for another time.
+    """
+    if config.minutes is None or not path.exists():
+        return config, False
+    saved = read_yaml(path, type(config))
+    before = saved.get("train_minutes") or 60 * (saved.get("train_hours") or 0)
+    if not before:
+        return config, False
+    if not math.isclose(before, config.minutes):
+        raise UserError(
+            f"{path.parent} holds a run of {before:g} minutes, not of {config.minutes:g}. Use another --output_dir; or "
+            f"train that one longer with --config {path} --train_minutes null --train_hours null --max_train_steps N."
+        )
+    return dataclasses.replace(config, **{key: saved[key] for key in PLANNED_KEYS if key in saved}), True
 
 
 PLACE_KEYS = ("train_data_dir", "dataset_name", "conditioning_image_dir")  # the same data may lie elsewhere

@@ -16,19 +16,16 @@ trackers stay untouched.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
 import json
 import logging
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +35,11 @@ import torch
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, in_steps, parse_config, same_batch
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
-from latent_ddpm.system import kill_with_children
+from latent_ddpm.planning import measuring
+from latent_ddpm.planning.measuring import NAMES, duration, folder_beside
 from latent_ddpm.training.launch import of_stage, run
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {"autoencoder": "Stage 1, the autoencoder", "unet": "Stage 2, the U-Net"}
-LAUNCHER = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
-LAUNCHER += ["--dynamo_backend", "no"]  # as docs/quickstart.md launches
 LEAST_SHARE = 0.9  # of the memory, that a plan may fill
 GIB = 2**30
 
@@ -79,80 +74,11 @@ def configs_of(words: Sequence[str], processes: int = 1) -> dict[str, RunConfig]
 # ----------------------------------------------------------------------------------------------------- measuring
 
 
-@contextlib.contextmanager
-def folder_beside(output_dir: Path) -> Iterator[Path]:
-    """A temporary folder on the disk of output_dir; it is removed at the end, also after Ctrl-C, SIGTERM or SIGHUP."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    parent = next(path for path in output_dir.resolve().parents if path.is_dir())
-    before = {name: signal.signal(name, stop) for name in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))}
-    try:
-        with tempfile.TemporaryDirectory(
-            prefix=".plan-", dir=parent if os.access(parent, os.W_OK) else None, ignore_cleanup_errors=True
-        ) as name:
-            yield Path(name)
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
-def launched(config: RunConfig, device: str | None, words: list[str]) -> list[str]:
-    """The words that run this script in a process of its own, as `accelerate launch` runs a training script."""
-    launcher = [*LAUNCHER, "--mixed_precision", config.mixed_precision or "no", *(["--cpu"] if device == "cpu" else [])]
-    return [sys.executable, *launcher, str(Path(__file__).resolve()), *words]
-
-
 def measure(
     stage: str, config: RunConfig, words: Sequence[str], folder: Path, seconds: float, decode: dict, device: str | None
 ) -> dict[str, Any]:
-    """Rehearse a stage in a process of its own; returns what it measured, and the time of the process.
-
-    Args:
-        stage: "autoencoder" or "unet".
-        config: of the stage.
-        words: the user's command line.
-        folder: the temporary folder.
-        seconds: that it may take.
-        decode: see `Rehearsal`.
-        device: "cpu", "cuda" or None.
-
-    Raises:
-        UserError: the script failed; with its own sentence where it has one.
-    """
-    result, log = folder / f"{stage}.json", folder / f"{stage}.log"
-    own = [*of_stage(words, stage), "--output_dir", str(folder / "run"), "--report_to", "none"]
-    own += ["--push_to_hub", "false", "--resume_from_checkpoint", "latest"]
-    if stage == "unet":  # the other chapters are forecast from the first one's steps
-        own += ["--latents_dir", "null"]
-        for key in ("self_guidance", "few_step_training"):
-            own += [f"--{key}_steps", "0", f"--{key}_images", "null"]
-    about = json.dumps({"stage": stage, "seconds": seconds, "decode": decode, "result": str(result)})
-    begun, worked = time.monotonic(), child_seconds()
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            launched(config, device, ["--rehearse", about, *own]),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C ends this process first, which then ends that one
-        )
-        try:
-            status = process.wait()
-        finally:
-            kill_with_children(process)
-            process.wait()
-    taken = {"seconds": time.monotonic() - begun, "processor_seconds": child_seconds() - worked}
-    said = log.read_text(encoding="utf-8", errors="replace")
-    if status or not result.exists():
-        sentences = [line for line in said.splitlines() if line.startswith("error: ")]
-        if "out of memory" in said.lower():
-            raise UserError(
-                f"{NAMES[stage]} does not fit into the memory of this machine. Halve train_batch_size "
-                f"({config.train_batch_size}) and double gradient_accumulation_steps."
-            )
-        raise UserError(sentences[-1].removeprefix("error: ") if sentences else f"{stage} failed: {said[-2000:]}")
-    return json.loads(result.read_text(encoding="utf-8")) | {"process": taken}
+    """`measuring.measure` for a command line of both stages."""
+    return measuring.measure(stage, config, of_stage(words, stage), folder, seconds, decode, device)
 
 
 def rehearse_here(words: list[str]) -> int:
@@ -163,12 +89,6 @@ def rehearse_here(words: list[str]) -> int:
     sys.path.insert(0, str(ROOT))
     script = importlib.import_module(f"train_{about['stage']}")
     return rehearse(script, about["stage"], words[1:], about["seconds"], about["decode"], Path(about["result"]))
-
-
-def child_seconds() -> float:
-    """Seconds of the processor that the processes started here have used, of those that have ended."""
-    used = os.times()
-    return used.children_user + used.children_system
 
 
 def busy_seconds() -> float:
@@ -329,14 +249,6 @@ def proposal(
 
 
 # --------------------------------------------------------------------------------------------------------- report
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: "42 s", "3.5 minutes", "2.1 hours", "4.0 days"."""
-    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.3g} s"
 
 
 def size(count: float) -> str:

@@ -1,7 +1,7 @@
 """What both training loops share: a run is opened, resumed, counted, logged, saved, stopped, published and finished.
 
 run = TrainingRun(parse_config(...), "unet")      # checks the config, reads the newest checkpoint
-config = run.start_processes(fitting)             # accelerate; everything in steps
+config = run.start_processes(fitting, plan)       # accelerate; everything in steps
 if run.is_finished(...): return 0
 tracker = run.start_tracking(...)                 # progress bar, metrics.jsonl, trackers
 for step in run.steps():
@@ -13,15 +13,21 @@ return run.finish(...)
 """
 
 import copy
+import dataclasses
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-from latent_ddpm.config import RunConfig, another_run, save_config
+from latent_ddpm.config import RunConfig, another_run, save_config, with_saved_plan
+from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
 from latent_ddpm.training.checkpoint import CheckpointFolder
 from latent_ddpm.training.distributed import StopSignal
@@ -31,6 +37,9 @@ from latent_ddpm.training.tracking import Tracker, is_finished, noted_of
 
 # in commit messages of the Hub
 NAMES = {"autoencoder": "Autoencoder", "unet": "U-Net", "few_steps": "U-Net for few steps"}
+MOST_CHANGE = 2.0  # of the steps that are left, when a run with train_minutes is corrected
+ENDLESS = 10**12  # steps
+PLANNED_STEPS = "planned_steps"  # in checkpoints of a run with train_minutes
 ORIGIN = "origin"  # in checkpoints of a chapter and in run.json
 
 
@@ -42,6 +51,24 @@ class Publishes(Protocol):
 
     def finish(self, wait: bool = True) -> bool:
         """Wait for the uploads; returns whether everything is published."""
+
+
+@dataclasses.dataclass
+class Plan:
+    """The lengths of a stage with train_minutes.
+
+    Attributes:
+        keys: of the config, with their values.
+        seconds: that the stage may take, from the start of its process.
+        seconds_after: that it takes after its last step, further chapters included.
+    """
+
+    keys: dict[str, Any]
+    seconds: float
+    seconds_after: float
+
+
+Planning = Callable[[RunConfig, str, Accelerator], Plan]
 
 
 class TrainingRun:
@@ -76,31 +103,79 @@ class TrainingRun:
     _signal: StopSignal | None
 
     def __init__(self, config: RunConfig, stage: str) -> None:
-        self.config = self._asked = config
         self.stage, self.output_dir = stage, Path(config.output_dir)
+        config, self._planned = with_saved_plan(config, self.output_dir / f"train_{stage}.yaml")
+        self.config = self._asked = config
         self._saved_config, self._moved = check_before_loading(config, stage)
         self._data, self.data_changed = "", None
         self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", stage, config.checkpoints_total_limit)
         self.state = self.checkpoints.resume(config.resume_from_checkpoint)
         self.first_step = self.step = self.state["step"] if self.state else 0
+        if self._planned and self.state:
+            self._set_steps(self.state.get(PLANNED_STEPS, config.max_train_steps))
+        self._plan: Plan | None = None
+        self._first_step_began = 0.0
         self.publisher: Publishes | None = None
         self.origin, self.before, self._signal = "", 0, None
 
     # ------------------------------------------------------------------------------------------------ beginning
 
-    def start_processes(self, fitting: Fitting) -> Any:
+    def start_processes(self, fitting: Fitting, plan: Planning) -> Any:
         """Create the accelerator; returns the config with all lengths in steps, and the batch size as a number.
 
         Args:
             fitting: how many images fit a GPU, for train_batch_size auto.
+            plan: chooses the lengths of a run with train_minutes, in the main process.
+
+        Raises:
+            UserError: the config does not fit these processes, or the time is too short.
         """
         self.accelerator = make_accelerator(self.config)
         if self._asked.source_note:
             self.logger.info(self._asked.source_note)
         self.config = fit_to_processes(self.config, self.state, self.accelerator, fitting)
+        if self.config.minutes is not None and not self._planned:
+            self._take(plan)
         batch = self.config.train_batch_size * self.accelerator.num_processes
         self.images_per_step = batch * self.config.gradient_accumulation_steps
         return self.config
+
+    def _take(self, planning: Planning) -> None:
+        """Let the main process choose the lengths of this run; all processes take them."""
+        made: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            self.logger.info("measuring the speed of this machine, to plan %g minutes", self.config.minutes)
+            try:
+                made = [planning(self.config, self.stage, self.accelerator)]
+            except UserError as error:
+                made = [str(error)]
+        broadcast_object_list(made)
+        if isinstance(made[0], str):
+            raise UserError(made[0])
+        self._plan, before = made[0], self.config
+        self._asked = dataclasses.replace(self._asked, **self._plan.keys)
+        self.config = dataclasses.replace(self.config, **self._plan.keys)
+        changed = [f"{key} {value}" for key, value in self._plan.keys.items() if value != getattr(before, key)]
+        self.logger.info("planned: %s", ", ".join(changed) or "the steps of the config")
+
+    def _set_steps(self, steps: int) -> None:
+        """Change the length of the run; the training loop reads it from `config`."""
+        self.config.max_train_steps = steps
+        self._asked = dataclasses.replace(self._asked, max_train_steps=steps)
+
+    def _correct(self) -> None:
+        """Correct the length of a run with train_minutes by the time that its steps have taken."""
+        now = time.time()
+        each = (now - self._first_step_began) / self.step
+        left = self._plan.seconds - (now - _process_began()) - self._plan.seconds_after
+        planned = self.config.max_train_steps - self.step
+        rest = max(1, round(min(max(left / each, planned / MOST_CHANGE), planned * MOST_CHANGE)))
+        chosen = [self.step + rest]
+        broadcast_object_list(chosen)
+        self._set_steps(chosen[0])
+        self.tracker.set_last_step(chosen[0])
+        if self.accelerator.is_main_process:
+            save_config(self._asked, self._saved_config)
 
     def check_data(self, identity: str, notes: Sequence[str] = ()) -> None:
         """Compare the data with those that the run began with, by their content and not by their place.
@@ -241,12 +316,21 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """The optimizer steps that are left. From the first one on, a signal stops the run at the end of a step."""
         self._signal = self._signal or StopSignal()
-        yield from range(self.first_step, self.config.max_train_steps)
+        self._first_step_began = time.time()
+        for step in itertools.count(self.first_step):
+            if step >= self.config.max_train_steps:  # which `_correct` may change
+                return
+            yield step
 
     def advance(self) -> None:
         """Count an optimizer step that is done."""
         self.tracker.advance()
         self.step += 1
+
+    @property
+    def steps_at_most(self) -> int:
+        """A bound on the number of steps, for what supplies their batches."""
+        return self.config.max_train_steps if self._plan is None or self.origin else ENDLESS
 
     @property
     def is_last(self) -> bool:
@@ -260,15 +344,21 @@ class TrainingRun:
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint; call it in every process.
 
+        A run with train_minutes first corrects its length. The checkpoint holds it, so that a resumed run has the same.
+        After that, it stays: the time of the earlier steps is not known.
+
         Args:
             state: what the stage needs to resume, with whole tensors in the main process.
         """
+        if self._plan is not None and not self.is_last and not self.origin:
+            self._correct()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             counted = {"step": self.step, "images_per_step": self.images_per_step}
             counted["train_batch_size"] = self.config.train_batch_size
             scale = {"scaler": scaler.state_dict() if scaler is not None else {}}
             scale |= {ORIGIN: self.origin} if self.origin else {}
+            scale |= {PLANNED_STEPS: self.config.max_train_steps} if self.config.minutes is not None else {}
             self.checkpoints.save(self.step, counted | state | scale)
         self.accelerator.wait_for_everyone()
 
@@ -307,7 +397,10 @@ class TrainingRun:
 
     def note_finished(self) -> None:
         """Note in run.json that all steps are done and the result is exported."""
-        self.tracker.finish(**({ORIGIN: self.origin} if self.origin else {}))
+        facts: dict[str, Any] = {ORIGIN: self.origin} if self.origin else {}
+        if not self.first_step:  # what an interrupted run took is not known
+            facts["seconds"] = round(time.time() - _process_began(), 1)
+        self.tracker.finish(**facts)
 
     def finish(self, result: str, from_chapter: bool = False) -> int:
         """Publish the exported result and end; returns exit status 0.
@@ -325,3 +418,8 @@ class TrainingRun:
             self.publisher.finish()
         self.accelerator.wait_for_everyone()
         return 0
+
+
+def _process_began() -> float:
+    """When this process was started, in seconds since the epoch."""
+    return psutil.Process().create_time()

@@ -269,6 +269,11 @@ class Tracker:
         self._append({key: float(f"{value:.6g}") for key, value in metrics.items()})
         self.accelerator.log({f"{self.stage}/{key}": value for key, value in metrics.items()}, step=self.step)
 
+    def set_last_step(self, step: int) -> None:
+        """Move the end of the progress bar."""
+        self.bar.total = step
+        self.bar.refresh()
+
     def say(self, sentence: str) -> None:
         """Print a line above the bar, from the main process."""
         if self.main:

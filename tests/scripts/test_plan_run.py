@@ -12,6 +12,7 @@ from conftest import ROOT, STAGE_1, STAGE_2
 from preloaded import PATIENCE, Script
 
 from latent_ddpm.errors import UserError
+from latent_ddpm.planning import measuring
 from latent_ddpm.planning.forecast import bytes_in
 
 spec = importlib.util.spec_from_file_location("plan_run_script", ROOT / "scripts" / "plan_run.py")
@@ -53,7 +54,7 @@ class Preloaded(Script):
 
 @pytest.fixture
 def preloaded(monkeypatch):
-    monkeypatch.setattr(plan_run.subprocess, "Popen", Preloaded)
+    monkeypatch.setattr(measuring.subprocess, "Popen", Preloaded)
 
 
 def test_plan_agrees_with_the_run_and_leaves_nothing(config, tmp_path, preloaded, capsys, monkeypatch):
