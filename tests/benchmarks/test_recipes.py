@@ -8,7 +8,7 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from PIL import Image
 
 from latent_ddpm.config import AutoencoderConfig, UNetConfig, parse_config
@@ -113,3 +113,39 @@ def test_a_failed_script_is_one_sentence(tmp_path):
         recipes.call("scripts/evaluate.py", ["pipeline", "--no_such_key", "1"], tmp_path / "none", tmp_path / "x.log")
     (tmp_path / "there").write_text("")
     assert recipes.call("no_such.py", [], tmp_path / "there", tmp_path / "x.log") is None
+
+
+JOBS = """
+minutes: [1, 1]
+autoencoders:
+  late:
+    {block_out_channels: [8, 8], latent_channels: 4, train_batch_size: 4, ms: 100,
+     late: {from: 0.5, noise: 0.2, half: 0.5}}
+  stock: {stock: true, block_out_channels: [8, 8], latent_channels: 3, train_batch_size: 4, ms: 100}
+unets:
+  every: &every
+    {unet_block_out_channels: [32], unet_layers_per_block: 1, unet_attention_levels: [], train_batch_size: 4, ms: 100,
+     noises: 3, learned_weights: true, dispersive: 0.2}
+  stock: {<<: *every, stock: true}
+  impossible: {<<: *every, unet_block_out_channels: [33]}
+runs:
+  - {sets: [digits], autoencoder: late, unets: [every, impossible]}
+  - {sets: [digits], autoencoder: stock, unets: [stock]}
+"""
+
+
+def test_search_runs_every_recipe(tmp_path):
+    (tmp_path / "jobs.yaml").write_text(JOBS)
+    words = ["--jobs", tmp_path / "jobs.yaml", "--json", tmp_path / "found.json", "--steps", 6, "--num_images", 8]
+    run_script("search_recipes.py", *words, folder="benchmarks")
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert result["left_out"] == 0 and result["jobs"]["minutes"] == [1, 1]
+    by_name = {(found["autoencoder"], found.get("unet"), "guided" in found): found for found in result["results"]}
+    assert set(by_name) == {
+        ("late", None, False), ("late", "every", False), ("late", "every", True), ("late", "impossible", False),
+        ("stock", None, False), ("stock", "stock", False),
+    }  # fmt: skip
+    assert by_name["late", None, False]["rfd"] > 0 and by_name["late", "every", True]["fd"] > 0
+    assert "fd" in by_name["stock", "stock", False] and "33" in by_name["late", "impossible", False]["error"]
+    with Image.open(tmp_path / "found.png") as picture:
+        assert picture.size == (16 * 34 + 2, 5 * 36)
