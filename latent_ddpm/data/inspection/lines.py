@@ -205,12 +205,13 @@ def _of_length(facts: dict[str, Any], configs: Sequence[RunConfig]) -> Iterator[
         if not images or seen is None:
             continue
         name = NAMES[isinstance(config, UNetConfig)]
+        key = "max_train_steps" if config.minutes is None else "train_minutes or train_hours"
         if seen > MANY_EPOCHS * images:
             yield Line(62, f"{name} sees each of the {images:,} images {seen // images:,} times, and may learn "
-                           "them by heart: lower max_train_steps, or add images.")  # fmt: skip
+                           f"them by heart: lower {key}, or add images.")  # fmt: skip
         elif seen < images:
             yield Line(30, f"{name} ends after {percent(seen / images)} of the {number(images, 'images')}: raise "
-                           "max_train_steps to see all.")  # fmt: skip
+                           f"{key} to see all.")  # fmt: skip
 
 
 def images_seen(config: RunConfig) -> int | None:
