@@ -274,7 +274,7 @@ def train(
 
     # ---------------------------------------------------------------------------------------------- the loop
     accumulation = config.gradient_accumulation_steps
-    snapshot_steps = -(-config.max_train_steps // config.ema_snapshots) if config.ema_snapshots else None
+    snapshot_steps = -(-run.first_planned // config.ema_snapshots) if config.ema_snapshots else None
     micro_batches = read_ahead(
         examples_of(run, latents, conditions), run.first_step * accumulation, run.steps_at_most * accumulation
     )

@@ -195,6 +195,8 @@ class RunConfig:
 
     def _check_time(self) -> None:
         _require_positive_or_null(self, "train_minutes", "train_hours")
+        if self.minutes is not None:
+            _require(math.isfinite(self.minutes), "train_minutes", self.minutes, "a number")
         share = self.autoencoder_time_share
         _require(0 < share < 1, "autoencoder_time_share", share, "between 0 and 1")
         if self.train_minutes is not None and self.train_hours is not None:
@@ -1047,28 +1049,53 @@ PLANNED_KEYS = (
 )
 
 
-def with_saved_plan(config: Config, path: Path) -> tuple[Config, bool]:
-    """A config of a run with train_minutes, with what the run in its folder has chosen; and whether it has.
+def changed(config: Config, **values: object) -> Config:
+    """A copy with other values, and with the note on its source."""
+    made = dataclasses.replace(config, **values)
+    made.source_note = config.source_note
+    return made
+
+
+def with_saved_plan(config: Config, path: Path) -> tuple[Config, float | None]:
+    """A config of a run with train_minutes, with what the run in its folder has chosen.
 
     Args:
         config: as it was asked for.
         path: the saved config of the run.
 
-    Raises:
-        UserError: that run was planned for another time.
+    Returns:
+        The config, and the minutes that the run in the folder was planned for; None if there is no such plan.
     """
     if config.minutes is None or not path.exists():
-        return config, False
+        return config, None
     saved = read_yaml(path, type(config))
-    before = saved.get("train_minutes") or 60 * (saved.get("train_hours") or 0)
-    if not before:
-        return config, False
-    if not math.isclose(before, config.minutes):
+    minutes = saved.get("train_minutes") or 60 * (saved.get("train_hours") or 0)
+    if not minutes:
+        return config, None
+    return changed(config, **{key: saved[key] for key in PLANNED_KEYS if key in saved}), minutes
+
+
+def check_plan(config: RunConfig, minutes: float | None, path: Path) -> None:
+    """Check that a run that is resumed was planned for this time.
+
+    Args:
+        config: as it was asked for, with a time.
+        minutes: of the plan, or None; see `with_saved_plan`.
+        path: the saved config of the run.
+
+    Raises:
+        UserError: it has no plan, or one for another time.
+    """
+    if minutes is None:
         raise UserError(
-            f"{path.parent} holds a run of {before:g} minutes, not of {config.minutes:g}. Use another --output_dir; or "
-            f"train that one longer with --config {path} --train_minutes null --train_hours null --max_train_steps N."
+            f"{path.parent} holds a run without train_minutes, which cannot be planned afterwards: give it "
+            f"max_train_steps, or use another --output_dir."
         )
-    return dataclasses.replace(config, **{key: saved[key] for key in PLANNED_KEYS if key in saved}), True
+    if not math.isclose(minutes, config.minutes):
+        raise UserError(
+            f"{path.parent} holds a run of {minutes:g} minutes, not of {config.minutes:g}: use another --output_dir, "
+            f"or train it longer with --config {path} --train_minutes null --train_hours null --max_train_steps N."
+        )
 
 
 PLACE_KEYS = ("train_data_dir", "dataset_name", "conditioning_image_dir")  # the same data may lie elsewhere

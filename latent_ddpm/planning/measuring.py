@@ -108,11 +108,11 @@ def measure(
         own += ["--latents_dir", "null"]
         for key in ("self_guidance", "few_step_training"):
             own += [f"--{key}_steps", "0", f"--{key}_images", "null"]
-    about = json.dumps({"stage": stage, "seconds": seconds, "decode": decode, "result": str(result)})
+    about = {"stage": stage, "seconds": seconds, "decode": decode, "result": str(result), "parent": os.getpid()}
     begun, worked = time.monotonic(), child_seconds()
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            launched(config, device, ["--rehearse", about, *own], with_launcher),
+            launched(config, device, ["--rehearse", json.dumps(about), *own], with_launcher),
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment(),

@@ -13,13 +13,15 @@ from latent_ddpm.config import PLANNED_KEYS, AutoencoderConfig, RunConfig, UNetC
 from latent_ddpm.errors import UserError
 from latent_ddpm.planning.forecast import fitting_share, forecast_seconds
 from latent_ddpm.planning.measuring import duration, folder_beside, measure
-from latent_ddpm.training.loop import Plan
+from latent_ddpm.planning.rehearsal import phases_of
+from latent_ddpm.training.plan import Plan
 from latent_ddpm.training.tracking import noted_of
 
 LEAST_SECONDS, MOST_SECONDS, SECONDS_SHARE = 15.0, 60.0, 0.06  # of the rehearsal, and as a share of the stage's time
 SECONDS_BETWEEN_CHECKPOINTS = 900.0  # what a killed run loses at most
 WARMUP_SHARE = 0.1  # of the steps, at most
-AFTER_THE_STEPS = ("last evaluation", "normalization", "export", "self-guidance", "few steps")  # parts of a forecast
+RECURRING = ("evaluation", "validation", "grid", "checkpoint", "snapshot")  # parts of a forecast
+AFTER_THE_STEPS = ("last evaluation", "normalization", "export", "self-guidance", "few steps")
 TRIED = 1e-6  # share of the config's steps for "hardly any steps"
 
 
@@ -132,15 +134,21 @@ def plan(config: RunConfig, stage: str, accelerator: Accelerator) -> Plan:
     left = limit - (time.monotonic() - begun)
     share = fitting_share(needed, left)
     if share == 0:
-        least = (needed(TRIED) + limit - left) / limit * config.minutes
+        has, of_first = duration(max(limit, 0)), config.autoencoder_time_share
+        of_stage = of_first if stage == "autoencoder" else 1 - of_first
+        missing = needed(TRIED) - left
         raise UserError(
-            f"{config.minutes:g} minutes are too short: starting, measuring, decoding, validating and exporting take "
-            f"{duration(needed(TRIED) + limit - left)} of the {duration(max(limit, 0))} of this stage. Set "
-            f"train_minutes to {math.ceil(2 * least)} or more."
+            f"{config.minutes:g} minutes are too short: this stage has {has} of them, and starting, "
+            f"measuring, decoding, validating and exporting take {duration(limit + missing)}. Set train_minutes above "
+            f"{config.minutes + missing / 60 / of_stage:.1f}."
         )
     chosen = scaled_run(config, share)
     parts = forecast_seconds(chosen, found)
     per_step = parts["steps"] / chosen.max_train_steps
     chosen.checkpointing_steps = min(chosen.checkpointing_steps, math.ceil(SECONDS_BETWEEN_CHECKPOINTS / per_step))
     keys = {key: getattr(chosen, key) for key in PLANNED_KEYS if hasattr(chosen, key)}
-    return Plan(keys, limit, sum(parts.get(name, 0.0) for name in AFTER_THE_STEPS))
+    recurring = sum(parts.get(name, 0.0) for name in RECURRING) / chosen.max_train_steps
+    rates = {name: phase["seconds"] for name, phase in found["phases"].items()}
+    last = list(rates.values())[-1]
+    phases = [(steps.start, rates.get(name, last) + recurring) for name, steps in phases_of(chosen).items()]
+    return Plan(keys, limit, sum(parts.get(name, 0.0) for name in AFTER_THE_STEPS), phases)

@@ -26,20 +26,29 @@ import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from latent_ddpm.config import RunConfig, another_run, save_config, with_saved_plan
+from latent_ddpm.config import (
+    PLANNED_KEYS,
+    RunConfig,
+    another_run,
+    changed,
+    check_plan,
+    save_config,
+    with_saved_plan,
+)
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
 from latent_ddpm.training.checkpoint import CheckpointFolder
 from latent_ddpm.training.distributed import StopSignal
 from latent_ddpm.training.launch import Fitting, check_before_loading, claim, fit_to_processes, make_accelerator
 from latent_ddpm.training.metrics import is_best
+from latent_ddpm.training.plan import Plan
 from latent_ddpm.training.tracking import Tracker, is_finished, noted_of
 
 # in commit messages of the Hub
 NAMES = {"autoencoder": "Autoencoder", "unet": "U-Net", "few_steps": "U-Net for few steps"}
-MOST_CHANGE = 2.0  # of the steps that are left, when a run with train_minutes is corrected
 ENDLESS = 10**12  # steps
-PLANNED_STEPS = "planned_steps"  # in checkpoints of a run with train_minutes
+WORTH_SAYING = 0.02  # of the steps, that a correction changes
+PLANNED_STEPS = "planned_steps"  # in checkpoints of a run with train_minutes: as first planned, and as corrected
 ORIGIN = "origin"  # in checkpoints of a chapter and in run.json
 
 
@@ -51,21 +60,6 @@ class Publishes(Protocol):
 
     def finish(self, wait: bool = True) -> bool:
         """Wait for the uploads; returns whether everything is published."""
-
-
-@dataclasses.dataclass
-class Plan:
-    """The lengths of a stage with train_minutes.
-
-    Attributes:
-        keys: of the config, with their values.
-        seconds: that the stage may take, from the start of its process.
-        seconds_after: that it takes after its last step, further chapters included.
-    """
-
-    keys: dict[str, Any]
-    seconds: float
-    seconds_after: float
 
 
 Planning = Callable[[RunConfig, str, Accelerator], Plan]
@@ -104,17 +98,23 @@ class TrainingRun:
 
     def __init__(self, config: RunConfig, stage: str) -> None:
         self.stage, self.output_dir = stage, Path(config.output_dir)
-        config, self._planned = with_saved_plan(config, self.output_dir / f"train_{stage}.yaml")
-        self.config = self._asked = config
+        asked, saved = config, self.output_dir / f"train_{stage}.yaml"
+        config, minutes = with_saved_plan(asked, saved)
         self._saved_config, self._moved = check_before_loading(config, stage)
         self._data, self.data_changed = "", None
         self.checkpoints = CheckpointFolder(self.output_dir / "checkpoints", stage, config.checkpoints_total_limit)
         self.state = self.checkpoints.resume(config.resume_from_checkpoint)
         self.first_step = self.step = self.state["step"] if self.state else 0
-        if self._planned and self.state:
-            self._set_steps(self.state.get(PLANNED_STEPS, config.max_train_steps))
+        if minutes is not None and self.state is None:  # it is planned anew
+            config = changed(config, **{key: getattr(asked, key) for key in PLANNED_KEYS if hasattr(asked, key)})
+        self.config = self._asked = config
         self._plan: Plan | None = None
+        self._first_planned: int | None = None
         self._first_step_began = 0.0
+        if self.state is not None and config.minutes is not None:
+            check_plan(config, minutes, saved)
+            self._first_planned, steps = self.state.get(PLANNED_STEPS, [config.max_train_steps] * 2)
+            self._set_steps(steps)
         self.publisher: Publishes | None = None
         self.origin, self.before, self._signal = "", 0, None
 
@@ -134,8 +134,10 @@ class TrainingRun:
         if self._asked.source_note:
             self.logger.info(self._asked.source_note)
         self.config = fit_to_processes(self.config, self.state, self.accelerator, fitting)
-        if self.config.minutes is not None and not self._planned:
+        if self.config.minutes is not None and self.state is None:
             self._take(plan)
+        elif self.config.minutes is not None:
+            self.logger.info("the lengths stay as the run has planned them: %d steps", self.config.max_train_steps)
         batch = self.config.train_batch_size * self.accelerator.num_processes
         self.images_per_step = batch * self.config.gradient_accumulation_steps
         return self.config
@@ -143,20 +145,25 @@ class TrainingRun:
     def _take(self, planning: Planning) -> None:
         """Let the main process choose the lengths of this run; all processes take them."""
         made: list[Any] = [None]
+        problem: Exception | None = None
         if self.accelerator.is_main_process:
-            self.logger.info("measuring the speed of this machine, to plan %g minutes", self.config.minutes)
             try:
+                claim(self.output_dir, self.stage)
+                self.logger.info("measuring the speed of this machine, to plan %g minutes", self.config.minutes)
                 made = [planning(self.config, self.stage, self.accelerator)]
-            except UserError as error:
-                made = [str(error)]
+            except Exception as error:  # the other processes wait for an answer
+                problem, made = error, [str(error)]
         broadcast_object_list(made)
+        if problem is not None:
+            raise problem
         if isinstance(made[0], str):
             raise UserError(made[0])
         self._plan, before = made[0], self.config
         self._asked = dataclasses.replace(self._asked, **self._plan.keys)
         self.config = dataclasses.replace(self.config, **self._plan.keys)
-        changed = [f"{key} {value}" for key, value in self._plan.keys.items() if value != getattr(before, key)]
-        self.logger.info("planned: %s", ", ".join(changed) or "the steps of the config")
+        self._first_planned = self.config.max_train_steps
+        differing = [f"{key} {value}" for key, value in self._plan.keys.items() if value != getattr(before, key)]
+        self.logger.info("planned: %s", ", ".join(differing) or "the steps of the config")
 
     def _set_steps(self, steps: int) -> None:
         """Change the length of the run; the training loop reads it from `config`."""
@@ -165,15 +172,14 @@ class TrainingRun:
 
     def _correct(self) -> None:
         """Correct the length of a run with train_minutes by the time that its steps have taken."""
-        now = time.time()
-        each = (now - self._first_step_began) / self.step
-        left = self._plan.seconds - (now - _process_began()) - self._plan.seconds_after
-        planned = self.config.max_train_steps - self.step
-        rest = max(1, round(min(max(left / each, planned / MOST_CHANGE), planned * MOST_CHANGE)))
-        chosen = [self.step + rest]
+        now, before = time.time(), self.config.max_train_steps
+        times = now - self._first_step_began, now - _process_began()
+        chosen = [self._plan.corrected(self.step, before, *times)]
         broadcast_object_list(chosen)
         self._set_steps(chosen[0])
         self.tracker.set_last_step(chosen[0])
+        if abs(chosen[0] - before) > WORTH_SAYING * before:
+            self.tracker.say(f"{chosen[0]} steps in all will fit the time, instead of {before}.")
         if self.accelerator.is_main_process:
             save_config(self._asked, self._saved_config)
 
@@ -333,6 +339,12 @@ class TrainingRun:
         return self.config.max_train_steps if self._plan is None or self.origin else ENDLESS
 
     @property
+    def first_planned(self) -> int:
+        """The number of steps without the corrections of train_minutes; a resumed run has the same."""
+        corrected = self._first_planned is not None and not self.origin
+        return self._first_planned if corrected else self.config.max_train_steps
+
+    @property
     def is_last(self) -> bool:
         """Whether all steps are done."""
         return self.step == self.config.max_train_steps
@@ -350,7 +362,8 @@ class TrainingRun:
         Args:
             state: what the stage needs to resume, with whole tensors in the main process.
         """
-        if self._plan is not None and not self.is_last and not self.origin:
+        due = self.step % self.config.checkpointing_steps == 0  # and not because a signal stops the run
+        if self._plan is not None and due and not self.is_last and not self.origin:
             self._correct()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -358,7 +371,8 @@ class TrainingRun:
             counted["train_batch_size"] = self.config.train_batch_size
             scale = {"scaler": scaler.state_dict() if scaler is not None else {}}
             scale |= {ORIGIN: self.origin} if self.origin else {}
-            scale |= {PLANNED_STEPS: self.config.max_train_steps} if self.config.minutes is not None else {}
+            if self._first_planned is not None:
+                scale[PLANNED_STEPS] = [self._first_planned, self.config.max_train_steps]
             self.checkpoints.save(self.step, counted | state | scale)
         self.accelerator.wait_for_everyone()
 
