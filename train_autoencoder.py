@@ -8,6 +8,7 @@ folder. Any key of the config can be overridden (--learning_rate 2e-4). The same
 says that it is finished.
 """
 
+import functools
 import itertools
 import logging
 import math
@@ -42,6 +43,7 @@ from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder
 from latent_ddpm.files import replace_folder
 from latent_ddpm.planning.batch import fitting_images
 from latent_ddpm.planning.minutes import plan
+from latent_ddpm.planning.sizes import choose_sizes
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
 from latent_ddpm.training.acceleration import pinned
 from latent_ddpm.training.launch import run
@@ -61,7 +63,11 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------------------------------------------- data
     sources = None if config.streaming else open_sources(config)
-    config = training.start_processes(lambda config, free, _: fitting_images(config, None, free), plan)
+    config = training.start_processes(
+        lambda config, free, _: fitting_images(config, None, free),
+        plan,
+        functools.partial(choose_sizes, latent_shape=None),
+    )
     accelerator, device = training.accelerator, training.accelerator.device
     process = (accelerator.process_index, accelerator.num_processes)
     if config.codebook_start >= config.max_train_steps:  # which may have been given in images

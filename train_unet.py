@@ -60,6 +60,7 @@ from latent_ddpm.evaluation.grids import make_grid
 from latent_ddpm.files import save_png
 from latent_ddpm.planning.batch import fitting_images
 from latent_ddpm.planning.minutes import plan
+from latent_ddpm.planning.sizes import choose_sizes
 from latent_ddpm.publishing.curves import draw_scales
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
@@ -99,7 +100,9 @@ def main(argv: list[str]) -> int:
     sharding = Sharding.take_request()
     latent_shape = (autoencoder.config.latent_channels, latent_size)
     config = training.start_processes(
-        lambda config, free, processes: fitting_images(config, latent_shape, free, processes if sharding else 1), plan
+        lambda config, free, processes: fitting_images(config, latent_shape, free, processes if sharding else 1),
+        plan,
+        functools.partial(choose_sizes, latent_shape=latent_shape),
     )
     if is_finished(training):
         return 0
@@ -508,7 +511,8 @@ def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_
             f"{config.autoencoder_dir}. Give that one with --autoencoder, or use a new --output_dir."
         )
     latent_size = check_autoencoder_fits(autoencoder, config)
-    check_latents_fit(config, latent_size)
+    if not config.auto_sizes:  # which chooses levels that fit
+        check_latents_fit(config, latent_size)
     return latent_size
 
 

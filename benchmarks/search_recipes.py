@@ -4,7 +4,8 @@
         --json docs/results/recipes/NAME.json --seconds 400
 
 Each training step, with optimizer and averages, is one CUDA graph, and each run has a stream of its own, so that the
-small kernels of many runs fill the GPU. On a CPU it does the same without graphs, for a try (`--steps 4`).
+small kernels of many runs fill the GPU. On a CPU it does the same without graphs: `--at_once 1`, and `--steps 4` for a
+try. `--only digits icons` trains the runs of these sets.
 
 The jobs are a YAML file. `autoencoders` and `unets` hold named recipes: the keys of a training script, and `ms`, the
 milliseconds of a step on two CPU cores. `minutes` are those of both stages; a recipe gets as many steps as fit them,
@@ -553,6 +554,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--at_once", type=int, default=12, help="runs side by side")
     parser.add_argument("--num_images", type=int, default=2000, help="of each Frechet distance")
+    parser.add_argument("--only", nargs="+", help="sets")
     parser.add_argument("--steps", type=int, help="instead of those that fit the minutes, for a try")
     options = parser.parse_args()
     begun = time.monotonic()
@@ -562,6 +564,8 @@ def main() -> int:
         len(numbers), *shape, device=numbers.device
     )
     plan = yaml.safe_load(options.jobs.read_text(encoding="utf-8"))
+    for entry in plan["runs"] if options.only else ():
+        entry["sets"] = [name for name in entry["sets"] if name in options.only]
     sets = load_sets(sorted({name for entry in plan["runs"] for name in entry["sets"]}), options.sets_dir)
     judge = Judge(sets, options.num_images)
     waiting, active = jobs_of(plan, sets, options.steps), []
@@ -572,6 +576,18 @@ def main() -> int:
     def note(job: Job, figures: dict[str, Any]) -> None:
         results.append(job.names | figures | {"at": round(time.monotonic() - begun, 1)})
         print(json.dumps(results[-1]), flush=True)
+        result = {
+            "command": f"python benchmarks/search_recipes.py {' '.join(sys.argv[1:])}",
+            "device": torch.cuda.get_device_name()
+            if DEVICE.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "steps_per_second": steps / max(seconds_of_steps, 1e-9),
+            "left_out": len(waiting) + len(active),
+            "jobs": yaml.safe_load(options.jobs.read_text(encoding="utf-8")),
+            "results": results,
+        }
+        write_json(options.json, result)
 
     while (waiting or active) and time.monotonic() - begun < options.seconds:
         while waiting and len(active) < options.at_once:
@@ -602,16 +618,6 @@ def main() -> int:
                 names = job.names | {"guided": True}
                 following = [Job(lambda run=job.run: GuidanceRun(run), job.set_name, names, [])]
             waiting[:0] = following
-    result = {
-        "command": f"python benchmarks/search_recipes.py {' '.join(sys.argv[1:])}",
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "steps_per_second": steps / max(seconds_of_steps, 1e-9),
-        "left_out": len(waiting) + len(active),
-        "jobs": yaml.safe_load(options.jobs.read_text(encoding="utf-8")),
-        "results": results,
-    }
-    write_json(options.json, result)
     draw_pictures(pictures, options.json.with_suffix(".png"))
     return 0
 

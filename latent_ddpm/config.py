@@ -76,6 +76,7 @@ class RunConfig:
     """The keys that both stages share."""
 
     source_note = ""  # what `parse_config` replaced, for the log; not a key
+    given_keys = frozenset()  # of the file and the command line; not a key
 
     # ---------------------------------------------------------------------------------------------------------- run
 
@@ -173,6 +174,9 @@ class RunConfig:
     """the same in hours."""
     autoencoder_time_share: float = 0.4
     """share of train_minutes for stage 1; stage 2 gets what is left."""
+    auto_sizes: bool = False
+    """choose networks, batch size and learning rate by the images, the speed of this machine and train_minutes, which
+    it needs (docs/which-recipe.md). Keys that you give stay as they are."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """no, bf16 or fp16; unset uses the setting of `accelerate launch`."""
     gradient_checkpointing: bool = False
@@ -201,6 +205,8 @@ class RunConfig:
         _require(0 < share < 1, "autoencoder_time_share", share, "between 0 and 1")
         if self.train_minutes is not None and self.train_hours is not None:
             raise UserError("Set one of train_minutes and train_hours.")
+        if keys_to_size(self) and self.minutes is None:
+            raise UserError("auto_sizes chooses networks by the time that they have: set train_minutes or train_hours.")
         if self.minutes is not None and self.streaming:
             raise UserError(
                 "streaming reads the whole dataset before the first step, so the run cannot plan its time: set "
@@ -966,6 +972,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str]) -> Config:
             setattr(config, key, expand(getattr(config, key), key))
     config.train_data_dir, config.dataset_name = config.train_data_dir or None, config.dataset_name or None
     config.source_note = note
+    config.given_keys = frozenset(values) | frozenset(given)
     config.class_names = None if config.class_names is None else list(map(str, config.class_names))
     config.validate()
     if config.image_resize is None:
@@ -1018,6 +1025,7 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 FREE_KEYS = {
     *("output_dir", "resume_from_checkpoint", "report_to", "tracker_project_name", "autoencoder", "latents_dir"),
     *("max_train_steps", "max_train_images", "train_minutes", "train_hours", "autoencoder_time_share"),
+    "auto_sizes",  # the keys that it sets may not change
     # same_batch keeps their product with the processes
     *("train_batch_size", "gradient_accumulation_steps", "images_per_step"),
     *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
@@ -1048,12 +1056,30 @@ PLANNED_KEYS = (
     *("few_step_training_steps", "few_step_training_images"),
 )
 
+# Keys that auto_sizes sets, unless they are given. The saved config holds what it chose.
+SIZED_KEYS = (
+    *("train_batch_size", "learning_rate", "block_out_channels", "norm_num_groups", "latent_channels"),
+    *("unet_block_out_channels", "unet_layers_per_block", "unet_attention_levels", "unet_attention_head_dim"),
+    "unet_norm_num_groups",
+)
+
 
 def changed(config: Config, **values: object) -> Config:
-    """A copy with other values, and with the note on its source."""
+    """A copy with other values, and with the notes on its source."""
     made = dataclasses.replace(config, **values)
-    made.source_note = config.source_note
+    made.source_note, made.given_keys = config.source_note, config.given_keys
     return made
+
+
+def keys_to_size(config: RunConfig) -> list[str]:
+    """The keys that auto_sizes chooses for this config: those of SIZED_KEYS that were not given."""
+    left = config.auto_sizes and [key for key in SIZED_KEYS if key not in config.given_keys]
+    return [key for key in left or () if hasattr(config, key)]
+
+
+def planned_keys(config: RunConfig) -> list[str]:
+    """The keys that a run with train_minutes sets itself."""
+    return [*(key for key in PLANNED_KEYS if hasattr(config, key)), *keys_to_size(config)]
 
 
 def with_saved_plan(config: Config, path: Path) -> tuple[Config, float | None]:
@@ -1072,7 +1098,7 @@ def with_saved_plan(config: Config, path: Path) -> tuple[Config, float | None]:
     minutes = saved.get("train_minutes") or 60 * (saved.get("train_hours") or 0)
     if not minutes:
         return config, None
-    return changed(config, **{key: saved[key] for key in PLANNED_KEYS if key in saved}), minutes
+    return changed(config, **{key: saved[key] for key in planned_keys(config) if key in saved}), minutes
 
 
 def check_plan(config: RunConfig, minutes: float | None, path: Path) -> None:

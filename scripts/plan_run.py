@@ -34,7 +34,15 @@ from typing import Any
 import psutil
 import torch
 
-from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, in_steps, parse_config, same_batch
+from latent_ddpm.config import (
+    AutoencoderConfig,
+    RunConfig,
+    UNetConfig,
+    in_steps,
+    keys_to_size,
+    parse_config,
+    same_batch,
+)
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import write_json
 from latent_ddpm.planning import measuring
@@ -67,6 +75,11 @@ def configs_of(words: Sequence[str], processes: int = 1) -> dict[str, RunConfig]
     if unet.autoencoder is None:
         configs["autoencoder"] = parse_config(AutoencoderConfig, of_stage(words, "autoencoder"))
     configs["unet"] = unet
+    if any(keys_to_size(config) for config in configs.values()):
+        raise UserError(
+            "With auto_sizes, a run chooses its networks when it starts, and takes train_minutes. Start it: then the "
+            "configs that it saves in output_dir can be planned with."
+        )
     for name, config in configs.items():
         if config.train_batch_size != "auto":
             configs[name] = in_steps(same_batch(config, None, processes), processes)

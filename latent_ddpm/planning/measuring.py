@@ -103,7 +103,7 @@ def measure(
     result, log = folder / f"{stage}.json", folder / f"{stage}.log"
     own = [*words, "--output_dir", str(folder / "run"), "--report_to", "none"]
     own += ["--push_to_hub", "false", "--resume_from_checkpoint", "latest"]
-    own += ["--train_minutes", "null", "--train_hours", "null"]  # a rehearsal plans nothing
+    own += ["--train_minutes", "null", "--train_hours", "null", "--auto_sizes", "false"]  # it plans nothing
     if stage == "unet":  # the other chapters are forecast from the first one's steps
         own += ["--latents_dir", "null"]
         for key in ("self_guidance", "few_step_training"):

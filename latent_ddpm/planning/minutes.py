@@ -100,13 +100,14 @@ def of_these_processes(found: dict[str, Any], processes: int, on_cpu: bool) -> d
     return found | {"phases": phases, "events": events}
 
 
-def plan(config: RunConfig, stage: str, accelerator: Accelerator) -> Plan:
+def plan(config: RunConfig, stage: str, accelerator: Accelerator, used: float = 0.0) -> Plan:
     """Rehearse a stage and choose its lengths; call it in the main process alone.
 
     Args:
         config: of the stage, in steps and with its batch size; its train_minutes or train_hours are set.
         stage: "autoencoder" or "unet".
         accelerator: of the run.
+        used: seconds of the stage's time that are spent already.
 
     Raises:
         UserError: the time is too short for any step, or the rehearsal failed.
@@ -118,7 +119,7 @@ def plan(config: RunConfig, stage: str, accelerator: Accelerator) -> Plan:
     with folder_beside(Path(config.output_dir)) as folder:
         precision = accelerator.mixed_precision
         rehearsed = dataclasses.replace(config, train_minutes=None, train_hours=None, mixed_precision=precision)
-        rehearsed = dataclasses.replace(rehearsed, images_per_step=None)
+        rehearsed = dataclasses.replace(rehearsed, images_per_step=None, auto_sizes=False)
         if isinstance(rehearsed, UNetConfig):
             rehearsed.autoencoder = str(config.autoencoder_dir)
         save_config(scaled_run(rehearsed, 1.0), folder / "config.yaml")
@@ -131,7 +132,7 @@ def plan(config: RunConfig, stage: str, accelerator: Accelerator) -> Plan:
     def needed(share: float) -> float:
         return sum(forecast_seconds(scaled_run(config, share), found).values())
 
-    left = limit - (time.monotonic() - begun)
+    left = limit - used - (time.monotonic() - begun)
     share = fitting_share(needed, left)
     if share == 0:
         has, of_first = duration(max(limit, 0)), config.autoencoder_time_share

@@ -27,11 +27,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from latent_ddpm.config import (
-    PLANNED_KEYS,
     RunConfig,
     another_run,
     changed,
     check_plan,
+    keys_to_size,
+    planned_keys,
     save_config,
     with_saved_plan,
 )
@@ -62,7 +63,8 @@ class Publishes(Protocol):
         """Wait for the uploads; returns whether everything is published."""
 
 
-Planning = Callable[[RunConfig, str, Accelerator], Plan]
+Planning = Callable[[RunConfig, str, Accelerator, float], Plan]
+Sizing = Callable[[RunConfig, Accelerator], dict[str, Any]]
 
 
 class TrainingRun:
@@ -106,7 +108,7 @@ class TrainingRun:
         self.state = self.checkpoints.resume(config.resume_from_checkpoint)
         self.first_step = self.step = self.state["step"] if self.state else 0
         if minutes is not None and self.state is None:  # it is planned anew
-            config = changed(config, **{key: getattr(asked, key) for key in PLANNED_KEYS if hasattr(asked, key)})
+            config = changed(config, **{key: getattr(asked, key) for key in planned_keys(asked)})
         self.config = self._asked = config
         self._plan: Plan | None = None
         self._first_planned: int | None = None
@@ -120,12 +122,13 @@ class TrainingRun:
 
     # ------------------------------------------------------------------------------------------------ beginning
 
-    def start_processes(self, fitting: Fitting, plan: Planning) -> Any:
+    def start_processes(self, fitting: Fitting, plan: Planning, sizes: Sizing) -> Any:
         """Create the accelerator; returns the config with all lengths in steps, and the batch size as a number.
 
         Args:
             fitting: how many images fit a GPU, for train_batch_size auto.
             plan: chooses the lengths of a run with train_minutes, in the main process.
+            sizes: chooses the networks of a run with auto_sizes, in all processes.
 
         Raises:
             UserError: the config does not fit these processes, or the time is too short.
@@ -133,24 +136,40 @@ class TrainingRun:
         self.accelerator = make_accelerator(self.config)
         if self._asked.source_note:
             self.logger.info(self._asked.source_note)
+        begun = time.monotonic()
+        if keys_to_size(self.config) and self.state is None:
+            self._take_sizes(sizes)
         self.config = fit_to_processes(self.config, self.state, self.accelerator, fitting)
         if self.config.minutes is not None and self.state is None:
-            self._take(plan)
+            self._take(plan, time.monotonic() - begun)
         elif self.config.minutes is not None:
             self.logger.info("the lengths stay as the run has planned them: %d steps", self.config.max_train_steps)
         batch = self.config.train_batch_size * self.accelerator.num_processes
         self.images_per_step = batch * self.config.gradient_accumulation_steps
         return self.config
 
-    def _take(self, planning: Planning) -> None:
-        """Let the main process choose the lengths of this run; all processes take them."""
+    def _take_sizes(self, sizing: Sizing) -> None:
+        """Let all processes time networks; they take what the main process chooses."""
+        self.logger.info("auto_sizes: timing networks on this machine")
+        chosen = [sizing(self.config, self.accelerator)]
+        broadcast_object_list(chosen)
+        self.config = self._asked = changed(self.config, **chosen[0])
+        self.logger.info("auto_sizes: %s", ", ".join(f"{key} {value}" for key, value in chosen[0].items()))
+
+    def _take(self, planning: Planning, used: float) -> None:
+        """Let the main process choose the lengths of this run; all processes take them.
+
+        Args:
+            planning: see `start_processes`.
+            used: seconds of the run's time that have been spent on what a rehearsal leaves out.
+        """
         made: list[Any] = [None]
         problem: Exception | None = None
         if self.accelerator.is_main_process:
             try:
                 claim(self.output_dir, self.stage)
                 self.logger.info("measuring the speed of this machine, to plan %g minutes", self.config.minutes)
-                made = [planning(self.config, self.stage, self.accelerator)]
+                made = [planning(self.config, self.stage, self.accelerator, used)]
             except Exception as error:  # the other processes wait for an answer
                 problem, made = error, [str(error)]
         broadcast_object_list(made)

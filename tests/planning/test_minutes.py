@@ -160,7 +160,7 @@ import train_autoencoder
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.plan import Plan
 keys = {{"max_train_steps": 12, "checkpointing_steps": 4, "validation_steps": 6, "codebook_start": 0}}
-train_autoencoder.plan = lambda config, stage, accelerator: Plan(keys, 0.0, 0.0, [(0, 0.1)])
+train_autoencoder.plan = lambda config, stage, accelerator, used: Plan(keys, 0.0, 0.0, [(0, 0.1)])
 run(train_autoencoder.main)
 """
 
