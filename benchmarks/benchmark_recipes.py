@@ -5,11 +5,11 @@
         --config configs/auto.yaml --minutes 10 15 --sets digits icons
 
 For each set, `stock` trains diffusers' VQModel for the first and its U-Net for the second number of minutes
-(benchmark_autoencoder.py and benchmark_diffusion.py), with the widths of the config. Ours runs both training scripts
-with `train_minutes` of both together, so its time holds the measuring, the decoding, the encoding, the validations and
-the guidance in the weights, which stock's does not. scripts/evaluate.py then compares samples of both with the training
-images. A second call goes on where the first one stopped. Writes JSON with each set's distances, their ratio, and the
-geometric mean of the ratios.
+(benchmark_autoencoder.py and benchmark_diffusion.py), with the widths of ours. Ours runs both training scripts with
+`train_minutes` of both together, and shares them out as its config says. Its time holds the measuring, the decoding,
+the encoding, the validations and the guidance in the weights, which stock's does not. scripts/evaluate.py then compares
+samples of both with the training images. A second call goes on where the first one stopped. Writes JSON with each set's
+distances, their ratio, and the geometric mean of the ratios.
 
 `--keys` gives further keys of ours, in quotes: `--keys "--quantizer kl"`. `--seed` is the seed of both.
 """
@@ -99,8 +99,14 @@ def compare(name: str, options: argparse.Namespace, config_words: list[str]) -> 
         keys["dataset_name"] = str((options.sets_dir / str(keys["dataset_name"])).resolve())
     data = [*as_words(keys), "--seed", str(options.seed)]
     first, second = options.minutes
-    ours = parse_config(AutoencoderConfig, of_stage([*config_words, *data], "autoencoder"))
-    unet = parse_config(UNetConfig, of_stage([*config_words, *data], "unet"))
+    run_dir = folder / folder_of(options.keys)
+    asked = [*config_words, *data, "--output_dir", str(run_dir), "--train_minutes", str(first + second)]
+    for stage, product in (("autoencoder", "autoencoder/config.json"), ("unet", "pipeline/model_index.json")):
+        words = of_stage(asked, stage)
+        call(f"train_{stage}.py", words, run_dir / product, folder / f"{run_dir.name}-{stage}.log")
+    # what auto_sizes has chosen is in the saved configs
+    ours = parse_config(AutoencoderConfig, ["--config", str(run_dir / "train_autoencoder.yaml")])
+    unet = parse_config(UNetConfig, ["--config", str(run_dir / "train_unet.yaml")])
 
     stock = [*data, "--latent_channels", str(STOCK_CHANNELS), *as_words({key: getattr(ours, key) for key in SHARED})]
     result = folder / "stock-autoencoder.json"
@@ -114,12 +120,6 @@ def compare(name: str, options: argparse.Namespace, config_words: list[str]) -> 
     call("benchmarks/benchmark_diffusion.py", [*words, *of_unet], result, folder / "stock-unet.log")
     of_stock = json.loads(result.read_text(encoding="utf-8"))["results"]["stock"]
 
-    run_dir = folder / folder_of(options.keys)
-    time_keys = {"train_minutes": first + second, "autoencoder_time_share": first / (first + second)}
-    asked = [*config_words, *data, "--output_dir", str(run_dir), *as_words(time_keys)]
-    for stage, product in (("autoencoder", "autoencoder/config.json"), ("unet", "pipeline/model_index.json")):
-        words = of_stage(asked, stage)
-        call(f"train_{stage}.py", words, run_dir / product, folder / f"{run_dir.name}-{stage}.log")
     noted = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     measured = last_metrics(run_dir / "metrics.jsonl", "autoencoder")
     steps = unet.num_inference_steps

@@ -576,11 +576,13 @@ def main() -> int:
     def note(job: Job, figures: dict[str, Any]) -> None:
         results.append(job.names | figures | {"at": round(time.monotonic() - begun, 1)})
         print(json.dumps(results[-1]), flush=True)
+        save()
+
+    def save() -> None:
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
         result = {
             "command": f"python benchmarks/search_recipes.py {' '.join(sys.argv[1:])}",
-            "device": torch.cuda.get_device_name()
-            if DEVICE.type == "cuda"
-            else f"cpu, {torch.get_num_threads()} threads",
+            "device": device,
             "torch": torch.__version__,
             "steps_per_second": steps / max(seconds_of_steps, 1e-9),
             "left_out": len(waiting) + len(active),
@@ -618,6 +620,7 @@ def main() -> int:
                 names = job.names | {"guided": True}
                 following = [Job(lambda run=job.run: GuidanceRun(run), job.set_name, names, [])]
             waiting[:0] = following
+    save()
     draw_pictures(pictures, options.json.with_suffix(".png"))
     return 0
 

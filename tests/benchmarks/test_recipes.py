@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
-from latent_ddpm.config import AutoencoderConfig, UNetConfig, parse_config
+from latent_ddpm.config import AutoencoderConfig, UNetConfig, parse_config, save_config
 from latent_ddpm.errors import UserError
 
 
@@ -71,6 +71,7 @@ def test_recipes_are_compared_in_the_same_time(tmp_path, monkeypatch):
             config = parse_config(AutoencoderConfig if stage == "autoencoder" else UNetConfig, list(map(str, words)))
             assert config.minutes == 25 and config.autoencoder_time_share == 0.4 and config.seed == 3
             run_dir = product.parent.parent
+            save_config(config, run_dir / f"train_{stage}.yaml")
             noted = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").exists() else {}
             (run_dir / "run.json").write_text(json.dumps(noted | {stage: {"finished_at": 70, "seconds": 500.0}}))
             lines = [{"stage": stage, "step": step, "validation_psnr": psnr} for step, psnr in ((5, 20.0), (9, 30.0))]
@@ -95,14 +96,14 @@ def test_recipes_are_compared_in_the_same_time(tmp_path, monkeypatch):
 
     scripts = [script for script, _ in called[:5]]
     assert scripts == [
-        "benchmarks/benchmark_autoencoder.py", "benchmarks/benchmark_diffusion.py", "train_autoencoder.py",
-        "train_unet.py", "scripts/evaluate.py",
+        "train_autoencoder.py", "train_unet.py", "benchmarks/benchmark_autoencoder.py",
+        "benchmarks/benchmark_diffusion.py", "scripts/evaluate.py",
     ]  # fmt: skip
-    minutes = [words[words.index("--minutes") + 1] for script, words in called[:2]]
+    minutes = [words[words.index("--minutes") + 1] for script, words in called[2:4]]
     assert list(map(float, minutes)) == [10, 15]
-    stock = called[0][1]
+    stock = called[2][1]
     assert stock[stock.index("--latent_channels") + 1] == "3" and "[16, 32, 64]" in stock
-    trained = called[2][1]
+    trained = called[0][1]
     assert trained[trained.index("--latent_channels") + 1] == "8"
     assert str(tmp_path / "digits" / "ours-latent_channels-8") in trained
     assert "icons" in called[5][1][called[5][1].index("--dataset_name") + 1]
@@ -130,13 +131,14 @@ unets:
   impossible: {<<: *every, unet_block_out_channels: [33]}
 runs:
   - {sets: [digits], autoencoder: late, unets: [every, impossible]}
-  - {sets: [digits], autoencoder: stock, unets: [stock]}
+  - {sets: [digits, unknown], autoencoder: stock, unets: [stock]}
 """
 
 
 def test_search_runs_every_recipe(tmp_path):
     (tmp_path / "jobs.yaml").write_text(JOBS)
     words = ["--jobs", tmp_path / "jobs.yaml", "--json", tmp_path / "found.json", "--steps", 6, "--num_images", 8]
+    words += ["--only", "digits"]
     run_script("search_recipes.py", *words, folder="benchmarks")
     result = json.loads((tmp_path / "found.json").read_text())
     assert result["left_out"] == 0 and result["jobs"]["minutes"] == [1, 1]
