@@ -69,20 +69,19 @@ def rate_of(rate: float, batch: int, width: int, at_batch: int, at_width: int) -
     return float(f"{rate * math.sqrt(batch / at_batch) / math.sqrt(width / at_width):.2g}")
 
 
-def autoencoder_keys(rung: Rung, resolution: int, image_channels: int) -> dict[str, Any]:
+def autoencoder_keys(rung: Rung, resolution: int) -> dict[str, Any]:
     """The keys of stage 1 for a rung of AUTOENCODERS.
 
     Args:
         rung: of the ladder.
         resolution: pixels per side.
-        image_channels: of the images.
     """
     factor = downsampling_of(resolution)
     widths = [rung.width * min(2**level, 4) for level in range(factor.bit_length())]
     return {
         "block_out_channels": widths,
         "norm_num_groups": min(GROUPS, rung.width // 2),
-        "latent_channels": 4 if factor < 8 and image_channels == 1 else min(16, 2 * factor),
+        "latent_channels": max(4, 2 * factor),
         "train_batch_size": rung.batch,
         "learning_rate": rate_of(AUTOENCODER_RATE, rung.batch, rung.width, AUTOENCODER_BATCH, AUTOENCODER_WIDTH),
     }
@@ -225,7 +224,7 @@ def choose_sizes(config: RunConfig, accelerator: Accelerator, latent_shape: tupl
 
     def keys_for(rung: Rung) -> dict[str, Any]:
         if isinstance(config, AutoencoderConfig):
-            keys = autoencoder_keys(rung, config.resolution, config.image_channels)
+            keys = autoencoder_keys(rung, config.resolution)
         else:
             keys = unet_keys(rung, latent_shape[1])
         keys["train_batch_size"] = max(1, rung.batch // (processes * config.gradient_accumulation_steps))
