@@ -7,9 +7,10 @@ that train. Takes the keys of train_unet.py. A finished cache is left as it is, 
 """
 
 import logging
+from pathlib import Path
 
 from latent_ddpm.autoencoder.stock import check_autoencoder_fits, load_autoencoder
-from latent_ddpm.config import UNetConfig, parse_config
+from latent_ddpm.config import UNetConfig, parse_config, with_saved_plan
 from latent_ddpm.data.latents import images_for_run, latents_for_run
 from latent_ddpm.diffusion.conditions import check_source, load_encoder, make_conditions
 from latent_ddpm.training.launch import check_before_loading, make_accelerator, run
@@ -19,6 +20,7 @@ logger = logging.getLogger("cache_latents")
 
 def main(argv: list[str]) -> int:
     config = parse_config(UNetConfig, argv)
+    config, _ = with_saved_plan(config, Path(config.output_dir) / "train_unet.yaml")
     check_before_loading(config, "unet")
     autoencoder = load_autoencoder(config.autoencoder_dir)
     latent_size = check_autoencoder_fits(autoencoder, config)

@@ -152,6 +152,8 @@ def test_both_stages_save_what_was_chosen_and_resume_with_it(photos, tmp_path):
         assert {key: saved[key] for key in rung} == rung and saved["max_train_steps"] == 4
     again = Script(words).finish()
     assert again.returncode == 0 and "all 4 steps are done" in again.stderr
+    cached = Script(["scripts/cache_latents.py", "--config", tmp_path / "auto.yaml"]).finish()
+    assert cached.returncode == 0 and "latents of" in cached.stderr, cached.stderr[-2000:]
     other = Script([*words, "--learning_rate", "0.5"]).finish()
     assert other.returncode == 2 and "learning_rate was" in other.stderr
     longer = ["--train_minutes", "null", "--max_train_steps", "5"]
