@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     config = training.start_processes(
         lambda config, free, _: fitting_images(config, None, free),
         plan,
-        functools.partial(choose_sizes, latent_shape=None),
+        functools.partial(choose_sizes, latent_shape=None, training_images=lambda: len(sources[0])),
     )
     accelerator, device = training.accelerator, training.accelerator.device
     process = (accelerator.process_index, accelerator.num_processes)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from latent_ddpm.data.dataset import ExampleOrder
 from latent_ddpm.data.inspection.known import say_of_data
 from latent_ddpm.data.latents import LatentCache, hash_folder, images_for_run, latents_for_run, read_ahead
 from latent_ddpm.data.sources.base import ImageSource
+from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.diffusion.conditions import (
     Conditions,
     Given,
@@ -102,7 +104,7 @@ def main(argv: list[str]) -> int:
     config = training.start_processes(
         lambda config, free, processes: fitting_images(config, latent_shape, free, processes if sharding else 1),
         plan,
-        functools.partial(choose_sizes, latent_shape=latent_shape),
+        functools.partial(choose_sizes, latent_shape=latent_shape, training_images=lambda: images_of(config)),
     )
     if is_finished(training):
         return 0
@@ -514,6 +516,12 @@ def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_
     if not config.auto_sizes:  # which chooses levels that fit
         check_latents_fit(config, latent_size)
     return latent_size
+
+
+def images_of(config: UNetConfig) -> int:
+    """The number of training images: as stage 1 has noted it in this folder, or counted."""
+    noted = noted_of(Path(config.output_dir), "autoencoder").get("training_images") if not config.autoencoder else None
+    return noted or len(open_sources(config)[0])
 
 
 def check_images(training: TrainingRun, sources: tuple[ImageSource, ImageSource], config: UNetConfig) -> None:

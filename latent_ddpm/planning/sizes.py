@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING_SHARE = 0.75  # of a stage's time that goes into the steps; the rest decodes, validates, encodes and exports
 TIMED_STEPS, LEAST_TIMED = 3, 0.5  # steps and seconds that a network is timed for, after a first step
+MOST_EPOCHS = 1000  # a network that needs more is likely to memorize the images
 TRIED_IMAGES, HOPELESS = 4, 0.1  # a network that sees less than that share of its least_images is not timed further
 GROUPS = 32  # most groups of a group norm
 
@@ -181,38 +182,52 @@ def _train(loss: torch.Tensor, optimizer: torch.optim.Optimizer, config: RunConf
 
 
 def climb(
-    rungs: Sequence[Rung], images_per_second: Callable[[Rung], float], seconds: float
-) -> tuple[Rung, dict[int, float]]:
-    """The highest rung whose `least_images` fit the time; it stops at the first one that does not.
+    rungs: Sequence[Rung],
+    images_per_second: Callable[[Rung], float],
+    seconds: float,
+    training_images: Callable[[], int],
+) -> Rung:
+    """The highest rung whose `least_images` fit the time and the data; it stops at the first one that does not.
 
     Args:
         rungs: from the smallest network on; the first one is taken in any case.
         images_per_second: training images that a rung sees in a second; called once for each rung but the first, up
             to the first that does not fit.
         seconds: for training steps.
-
-    Returns:
-        The rung, and how many images each rung that was tried sees, by its width.
+        training_images: of the dataset; called only if the time allows more than the first rung.
     """
-    taken, seen = rungs[0], {}
+    taken = rungs[0]
     for rung in rungs[1:]:
-        seen[rung.width] = images_per_second(rung) * seconds
-        if seen[rung.width] < rung.least_images:
+        seen, needed = images_per_second(rung) * seconds, f"{rung.least_images:,}"
+        if seen < rung.least_images:
+            logger.info("auto_sizes: width %d would see %s images, and needs %s", rung.width, f"{int(seen):,}", needed)
+            break
+        if rung.least_images > MOST_EPOCHS * training_images():
+            logger.info(
+                "auto_sizes: width %d needs %s images, more than %d passes over %d images",
+                rung.width, needed, MOST_EPOCHS, training_images(),
+            )  # fmt: skip
             break
         taken = rung
-    return taken, seen
+    return taken
 
 
 # -------------------------------------------------------------------------------------------------------- choosing
 
 
-def choose_sizes(config: RunConfig, accelerator: Accelerator, latent_shape: tuple[int, int] | None) -> dict[str, Any]:
+def choose_sizes(
+    config: RunConfig,
+    accelerator: Accelerator,
+    latent_shape: tuple[int, int] | None,
+    training_images: Callable[[], int],
+) -> dict[str, Any]:
     """The keys that auto_sizes sets; call it in all processes, which are timed together.
 
     Args:
         config: of a stage, with its time and the keys that were given.
         accelerator: of the run.
         latent_shape: channels and side of the latents of stage 2; None for stage 1.
+        training_images: counts the images of the dataset.
 
     Returns:
         Values for the keys of `keys_to_size`.
@@ -260,13 +275,7 @@ def choose_sizes(config: RunConfig, accelerator: Accelerator, latent_shape: tupl
 
     stage, rungs = ("autoencoder", AUTOENCODERS) if latent_shape is None else ("unet", UNETS)
     seconds = TRAINING_SHARE * seconds_of_stage(config, stage)
-    rung, seen = climb(rungs, images_per_second, seconds)
-    for other in rungs[1:]:
-        if other.width in seen:
-            logger.info(
-                "auto_sizes: width %d would see %s images in its time, and is worth it from %s on",
-                other.width, f"{int(seen[other.width]):,}", f"{other.least_images:,}",
-            )  # fmt: skip
+    rung = climb(rungs, images_per_second, seconds, training_images)
     keys = keys_for(rung)
     try:
         dataclasses.replace(config, **keys).validate()

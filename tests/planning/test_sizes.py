@@ -19,6 +19,7 @@ from latent_ddpm.diffusion.unet import make_unet
 from latent_ddpm.errors import UserError
 from latent_ddpm.planning import sizes
 from latent_ddpm.planning.sizes import AUTOENCODERS, UNETS, autoencoder_keys, climb, unet_keys
+from train_unet import images_of
 
 DATA = {"dataset_name": "embedded:mnist", "auto_sizes": True, "train_minutes": 10.0}
 LADDER = AUTOENCODERS[:1] + tuple(
@@ -32,12 +33,17 @@ LADDER = AUTOENCODERS[:1] + tuple(
 @pytest.mark.parametrize(("seconds", "width"), [(0.5, 16), (9, 16), (10, 32), (199, 32), (200, 64), (1e6, 64)])
 def test_the_highest_rung_that_sees_enough_images(seconds, width):
     rates = {32: 10.0, 64: 5.0}
-    assert climb(LADDER, lambda rung: rates[rung.width], seconds)[0].width == width
+    assert climb(LADDER, lambda rung: rates[rung.width], seconds, lambda: 10**9).width == width
+
+
+@pytest.mark.parametrize(("images", "width"), [(1, 64), (0.9, 32), (0.05, 16)])
+def test_few_images_keep_the_network_small(images, width):
+    assert climb(LADDER, lambda rung: 1e9, 1e9, lambda: images).width == width
 
 
 def test_nothing_above_a_rung_that_is_too_slow_is_timed():
     timed = []
-    climb(LADDER, lambda rung: timed.append(rung.width) or 1.0, 50)
+    climb(LADDER, lambda rung: timed.append(rung.width) or 1.0, 50, lambda: pytest.fail("counted without need"))
     assert timed == [32]
 
 
@@ -83,7 +89,7 @@ def chosen(config, monkeypatch, seconds_of_a_step, processes=1, latents=None):
     several = SimpleNamespace(
         device=accelerator.device, num_processes=processes, autocast=accelerator.autocast, gather=accelerator.gather
     )
-    return sizes.choose_sizes(config, several, latents)
+    return sizes.choose_sizes(config, several, latents, lambda: 10**6)
 
 
 @pytest.mark.parametrize(("seconds", "width"), [(10.0, 16), (0.05, 32)])
@@ -108,6 +114,14 @@ def test_given_keys_that_do_not_fit(monkeypatch):
     config = parse_config(UNetConfig, [*words, "--unet_norm_num_groups", "128"])
     with pytest.raises(UserError, match="auto_sizes: unet_norm_num_groups 128 does not divide"):
         chosen(config, monkeypatch, 10.0, latents=(4, 8))
+
+
+def test_images_are_those_that_stage_1_has_noted_or_are_counted(photos, tmp_path):
+    config = UNetConfig(train_data_dir=str(photos), output_dir=str(tmp_path))
+    counted = images_of(config)
+    assert 1 < counted < len(list(photos.rglob("*")))
+    (tmp_path / "run.json").write_text(json.dumps({"autoencoder": {"training_images": 7}}), encoding="utf-8")
+    assert images_of(config) == 7 and images_of(dataclasses.replace(config, autoencoder="other")) == counted
 
 
 def test_it_needs_a_time():
