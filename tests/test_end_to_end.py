@@ -298,6 +298,7 @@ def test_a_checkpoint_whose_adversarial_weight_was_never_held_goes_on_without_ho
     assert len(held) == 1 and len(measured) == 4 and min(measured) > 0
 
 
+@pytest.mark.long
 def test_codes_enter_two_processes_as_they_enter_one(photos, tmp_path):
     flags = {"train_data_dir": photos, "resolution": 16, "random_flip": "true", "max_train_steps": 8}
     flags |= {"codebook_start": 4, "validation_steps": 4}

@@ -235,7 +235,11 @@ def choose_sizes(
     Raises:
         UserError: what was given does not fit the rest.
     """
-    processes = accelerator.num_processes
+    processes, device = accelerator.num_processes, accelerator.device
+
+    def in_all(value: float) -> torch.Tensor:
+        """The value of each process."""
+        return accelerator.gather(torch.tensor([value], dtype=torch.float32, device=device))
 
     def keys_for(rung: Rung) -> dict[str, Any]:
         if isinstance(config, AutoencoderConfig):
@@ -250,7 +254,7 @@ def choose_sizes(
         sized.validate()
         batch = max(1, rung.batch // processes) if sized.train_batch_size == "auto" else sized.train_batch_size
         rate = 0.0
-        first = [min(TRIED_IMAGES, batch)] if accelerator.device.type == "cpu" else []
+        first = [min(TRIED_IMAGES, batch)] if device.type == "cpu" else []
         for count in (*first, batch):  # on a CPU, few images tell whether the network is far too slow
             sized.train_batch_size = count
             rate = processes * count / slowest(sized)
@@ -260,21 +264,22 @@ def choose_sizes(
 
     def slowest(sized: RunConfig) -> float:
         """Seconds of a step in the slowest process."""
-        cuda = accelerator.device.type == "cuda"
-        with torch.random.fork_rng(devices=[accelerator.device] if cuda else []):
+        cuda = device.type == "cuda"
+        with torch.random.fork_rng(devices=[device] if cuda else []):
             try:
                 if isinstance(sized, AutoencoderConfig):
-                    taken = seconds_of_step(autoencoder_step(sized, accelerator), accelerator.device)
+                    taken = seconds_of_step(autoencoder_step(sized, accelerator), device)
                 else:
-                    taken = seconds_of_step(unet_step(sized, latent_shape, accelerator), accelerator.device)
+                    taken = seconds_of_step(unet_step(sized, latent_shape, accelerator), device)
             except torch.OutOfMemoryError:
                 taken = math.inf
         if cuda:
             torch.cuda.empty_cache()
-        return float(accelerator.gather(torch.tensor([taken], device=accelerator.device)).max())
+        return float(in_all(taken).max())
 
     stage, rungs = ("autoencoder", AUTOENCODERS) if latent_shape is None else ("unet", UNETS)
-    seconds = TRAINING_SHARE * seconds_of_stage(config, stage)
+    # the same in all processes, also on a machine that does not see the run's folder
+    seconds = TRAINING_SHARE * float(in_all(seconds_of_stage(config, stage)).min())
     rung = climb(rungs, images_per_second, seconds, training_images)
     keys = keys_for(rung)
     try:

@@ -460,6 +460,7 @@ def test_a_finished_run_is_published_as_two_with_what_was_measured(both, tmp_pat
     assert "does not accept the token" in text
 
 
+@pytest.mark.long
 def test_the_second_repository_is_checked_before_training_as_well(hub, stage_1, tmp_path):
     home, stage_1_dir, _ = stage_1
     publish(hub, home, stage_1_dir, "--hub_model_id", FEW)  # public

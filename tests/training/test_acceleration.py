@@ -288,7 +288,7 @@ def counter(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("quantizer", ["ema", "fsq", "kl"])
+@pytest.mark.parametrize("quantizer", ["ema", pytest.param("fsq", marks=pytest.mark.long), "kl"])
 def test_stage_1_is_the_same_compiled(counter, quantizer):
     """The codebook enters at step 2, the discriminator at 4; a validation lies between 5 and 6."""
     keys = {**DISC, "quantizer": quantizer, "disc_start": 4, "gradient_checkpointing": quantizer == "fsq"}
