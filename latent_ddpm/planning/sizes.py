@@ -96,10 +96,11 @@ def unet_keys(rung: Rung, latent_size: int) -> dict[str, Any]:
         latent_size: side of the latents.
 
     Returns:
-        Levels down to 4x4 latents or an odd side, at most four; attention from 8x8 down, and in the last level.
+        Two to four levels, down to 4x4 latents or an odd side; attention from 8x8 down in networks with two blocks per
+        level, else from 4x4 down, and in the last level.
     """
     sides = [latent_size]
-    while len(sides) < 4 and sides[-1] > 4 and sides[-1] % 2 == 0:
+    while (len(sides) < 2 or (len(sides) < 4 and sides[-1] > 4)) and sides[-1] % 2 == 0:
         sides.append(sides[-1] // 2)
     widths = [rung.width * min(level + 1, 3) for level in range(len(sides))]
     if len(sides) == 2:

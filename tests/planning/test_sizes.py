@@ -75,6 +75,8 @@ def test_the_rungs_are_those_of_the_recipes():
     assert [autoencoder_keys(AUTOENCODERS[0], side)["latent_channels"] for side in (32, 64)] == [8, 16]
     unet = unet_keys(UNETS[0], 8)
     assert (unet["unet_block_out_channels"], unet["learning_rate"]) == ([64, 128], 1.4e-3)
+    levels = {2: 2, 3: 1, 4: 2, 8: 2, 12: 3, 16: 3, 32: 4, 64: 4}
+    assert {side: len(unet_keys(UNETS[0], side)["unet_block_out_channels"]) for side in levels} == levels
     for rungs in (AUTOENCODERS, UNETS):
         assert [rung.width for rung in rungs] == sorted(rung.width for rung in rungs)
         assert [rung.least_images for rung in rungs] == sorted(rung.least_images for rung in rungs)
