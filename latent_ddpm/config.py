@@ -346,7 +346,8 @@ class AutoencoderConfig(RunConfig):
         _require(len(self.block_out_channels) >= 1, "block_out_channels", self.block_out_channels, "a list of channels")
         _require_positive(self, "layers_per_block", "norm_num_groups", "latent_channels")
         _require_below_one(self, "ema_decay")
-        if self.resolution % self._factor:
+        levels_are_chosen = "block_out_channels" in keys_to_size(self)  # so that they fit
+        if self.resolution % self._factor and not levels_are_chosen:
             raise UserError(
                 f"resolution {self.resolution} is not divisible by {self._factor}: the {len(self.block_out_channels)} "
                 f"levels of block_out_channels {self.block_out_channels} halve it {len(self.block_out_channels) - 1} "

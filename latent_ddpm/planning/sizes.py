@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from latent_ddpm.autoencoder.losses import reconstruction_loss
 from latent_ddpm.autoencoder.vqvae import Autoencoder
-from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, keys_to_size
+from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig, changed, keys_to_size
 from latent_ddpm.diffusion.noise_schedule import noise_table
 from latent_ddpm.diffusion.objective import training_batch
 from latent_ddpm.diffusion.unet import make_unet
@@ -251,7 +251,7 @@ def choose_sizes(
         return {key: keys[key] for key in keys_to_size(config)}
 
     def images_per_second(rung: Rung) -> float:
-        sized = dataclasses.replace(config, **keys_for(rung))
+        sized = changed(config, **keys_for(rung))
         sized.validate()
         batch = max(1, rung.batch // processes) if sized.train_batch_size == "auto" else sized.train_batch_size
         rate = 0.0
@@ -284,7 +284,7 @@ def choose_sizes(
     rung = climb(rungs, images_per_second, seconds, training_images)
     keys = keys_for(rung)
     try:
-        dataclasses.replace(config, **keys).validate()
+        changed(config, **keys).validate()
     except UserError as error:
         raise UserError(f"auto_sizes: {error}") from error
     return keys

@@ -126,6 +126,13 @@ def test_images_are_those_that_stage_1_has_noted_or_are_counted(photos, tmp_path
     assert images_of(config) == 7 and images_of(dataclasses.replace(config, autoencoder="other")) == counted
 
 
+def test_any_resolution_is_accepted_where_the_levels_are_chosen():
+    words = [word for key, value in DATA.items() for word in (f"--{key}", str(value).lower())]
+    assert parse_config(AutoencoderConfig, [*words, "--resolution", "31"]).resolution == 31
+    with pytest.raises(UserError, match="resolution 31 is not divisible by 4"):
+        parse_config(AutoencoderConfig, [*words, "--resolution", "31", "--block_out_channels", "[8, 8, 8]"])
+
+
 def test_it_needs_a_time():
     with pytest.raises(UserError, match="set train_minutes or train_hours"):
         parse_config(UNetConfig, ["--dataset_name", "embedded:mnist", "--auto_sizes", "true"])
