@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from preloaded import PATIENCE, ROOT, Script
+from preloaded import PATIENCE, ROOT, Script, run_processes
 from safetensors.torch import load_file
 
 # what the tests' own process, those it starts and the server of scripts see, whatever the shell has
@@ -88,10 +88,16 @@ def environment(threads=1):
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(script, output_dir, expect=0, processes=None, **flags):
-    """Run a training script to its end; returns stdout and stderr together."""
-    words = command(script, output_dir, processes, **flags)
-    done = finished(words) if processes else Script(words[1:]).finish()
+def launch(script, output_dir, expect=0, processes=None, launcher=False, **flags):
+    """Run a training script to its end; returns stdout and stderr together.
+
+    Several processes are started as `accelerate launch` does; with `launcher`, it starts them itself, which takes long.
+    """
+    words = command(script, output_dir, processes if launcher else None, **flags)
+    if launcher:
+        done = finished(words)
+    else:
+        done = run_processes(words[1:], processes) if processes else Script(words[1:]).finish()
     text = done.stdout + done.stderr
     assert done.returncode == expect, text[-4000:]
     return text
@@ -114,10 +120,15 @@ def run_script(name, *words, expect=0, folder="scripts"):
     return done
 
 
-def finished(words, **settings):
-    """A command's end, from Python's start on; `settings` are subprocess.run's."""
-    settings = {"cwd": ROOT, "env": environment(), "timeout": PATIENCE} | settings
-    return subprocess.run(words, capture_output=True, text=True, **settings)
+def finished(words, env=None):
+    """A command's end, from Python's start on, with nothing loaded."""
+    env = environment() if env is None else env
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, env=env)
+
+
+def finished_script(words, env=None):
+    """As `finished`, for Python with a script or "-c"; most libraries are loaded, those that read `env` are not."""
+    return Script(words[1:], environment() if env is None else env, alone=True).finish()
 
 
 def launch_and_stop(script, output_dir, step, signum=signal.SIGKILL, processes=None, group=False, stage=None, **flags):
@@ -157,9 +168,10 @@ def run_in_one_and_two_processes(source, folder):
     """Run a script's text with the words COUNT and FOLDER: in one process, then in two that meet over gloo."""
     script = folder / "script.py"
     script.write_text(source + LEAVE_TOGETHER)
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for count, launcher in (("1", [sys.executable]), ("2", two)):
-        subprocess.run([*launcher, str(script), count, str(folder)], env=environment(), check=True)
+    for count in (1, 2):
+        words = [str(script), str(count), str(folder)]
+        done = run_processes(words, count) if count > 1 else Script(words).finish()
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 def read_metrics(path):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import time
 
 import numpy as np
@@ -13,7 +12,6 @@ from conftest import (
     assert_same_tensors,
     checkpoint_tensors,
     command,
-    finished,
     launch,
     launch_and_stop,
     losses,
@@ -22,6 +20,7 @@ from conftest import (
 )
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel, VQModel
 from PIL import Image
+from preloaded import Script
 
 from latent_ddpm.publishing.card import read_facts
 from latent_ddpm.resizing import PYTORCH_RESIZES
@@ -183,8 +182,8 @@ print(json.dumps(seen))
 def test_every_example_of_kl_has_noise_of_its_own(trained_kl, tmp_path):
     """Also over the end of an epoch, where the images come again."""
     _, _, kl = trained_kl
-    words = [sys.executable, "-c", NUMBERS, *command("train_autoencoder.py", tmp_path, **kl)[2:]]
-    done = finished(words)
+    words = command("train_autoencoder.py", tmp_path, **kl)[2:]
+    done = Script(["-c", NUMBERS, *words]).finish()
     assert json.loads(done.stdout.splitlines()[-1]) == list(range(64))  # 8 steps of 2 micro-batches of 4; 46 images
 
 
@@ -429,7 +428,7 @@ def test_compiled_and_checkpointed_it_is_the_same_run(trained, photos, tmp_path,
     more = {**GAN, "report_to": "tensorboard"} if stage == "autoencoder" else {"gradient_checkpointing": "true"}
     if stage == "unet":
         options["autoencoder"] = output_dir / "autoencoder"
-    launch(f"train_{stage}.py", tmp_path, processes=1, dynamo="eager", **options, **more)
+    launch(f"train_{stage}.py", tmp_path, processes=1, launcher=True, dynamo="eager", **options, **more)
     plain = losses(output_dir, stage)
     for step, loss in losses(tmp_path, stage).items():
         assert loss == pytest.approx(plain[step], rel=1e-4)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from conftest import (
     losses,
     read_metrics,
 )
-from preloaded import ROOT, Script
+from preloaded import ROOT, Script, free_port
 
 from latent_ddpm.config import UNetConfig, same_batch
 from latent_ddpm.errors import UserError
@@ -71,7 +70,8 @@ def test_the_same_command_starts_goes_on_and_is_finished(trained, tmp_path):
 @pytest.mark.parametrize(("last", "batch"), [(2, 3), pytest.param(3, 2, marks=pytest.mark.long)])
 def test_two_processes_then_one_then_several_are_one_run(trained, tmp_path, last, batch):
     output_dir, flags = trained
-    launch("train_unet.py", tmp_path, processes=2, **{**flags, "train_batch_size": 6, "max_train_steps": 2})
+    two = {**flags, "train_batch_size": 6, "max_train_steps": 2}
+    launch("train_unet.py", tmp_path, processes=2, launcher=True, **two)
     launch("train_unet.py", tmp_path, **{**flags, "train_batch_size": 4, "max_train_steps": 4})  # accumulates 3
     launch("train_unet.py", tmp_path, processes=last, **{**flags, "train_batch_size": batch})  # accumulates 2
     for key in ("loss", "grad_norm"):
@@ -206,12 +206,6 @@ def test_a_process_that_dies_or_hangs_ends_the_others(trained, tmp_path, signum,
         sentence = f"error: Process {victim} has shown no sign of life for 5 seconds: it died or hangs."
         assert f"{sentence} Process {1 - victim} ends too." in text
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers.values())
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 MEETING = """

@@ -4,12 +4,11 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 
 import datasets
 import pytest
 import yaml
-from conftest import ROOT, finished, launch, run_script
+from conftest import ROOT, launch, run_script
 from odd_images import picture
 from PIL import Image
 from preloaded import Script
@@ -209,7 +208,7 @@ def test_stage_2_gives_the_dataset_back(photos, small_autoencoder, tmp_path):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "photos.parquet")
     words = ["--dataset_name", tmp_path / "photos.parquet", "--output_dir", tmp_path / "run", "--autoencoder",
              small_autoencoder, "--max_train_steps", 2, "--validation_steps", 1, *SMALL_UNET]  # fmt: skip
-    done = finished([sys.executable, "-c", HELD_AT_THE_END, *map(str, words)])
+    done = Script(["-c", HELD_AT_THE_END, *words]).finish()
     assert done.stdout.splitlines()[-1] == "held 0 [False]", done.stderr[-2000:]
     assert (tmp_path / "run" / "pipeline" / "model_index.json").exists()
 

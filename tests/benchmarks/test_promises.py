@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, finished
+from conftest import ROOT, run_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import promises
@@ -106,10 +106,9 @@ def test_the_runner_measures_what_fits_and_tells_what_falls_short(tmp_path):
     (tmp_path / "needs.json").write_text('{"command": "python x.py outputs/absent/ae --json needs.json", "psnr": 1}')
     entries.append({"file": str(tmp_path / "needs.json"), "about": "a toy", "minutes": 0.1, "figures": []})
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(entries))
-    words = [sys.executable, "benchmarks/promises.py", "--promises", str(tmp_path / "p.yaml"), "--work_dir"]
-    words += [str(tmp_path / "work"), "--json", str(tmp_path / "table.json"), "--minutes", "5"]
-    done = finished(words)
-    assert done.returncode == 1, done.stderr
+    words = ["--promises", tmp_path / "p.yaml", "--work_dir", tmp_path / "work", "--json", tmp_path / "table.json"]
+    words += ["--minutes", "5"]
+    done = run_script("promises.py", *words, expect=1, folder="benchmarks")
     table = json.loads((tmp_path / "table.json").read_text())
     assert {row["promise"]: (row["now"], row["verdict"]) for row in table["rows"]} == {
         "met": (31.0, "holds"),
@@ -119,4 +118,4 @@ def test_the_runner_measures_what_fits_and_tells_what_falls_short(tmp_path):
     assert dict(table["skipped"])["needs"] == "outputs/absent/ae is not there"
     assert dict(table["skipped"])["fails"].startswith("the command failed with exit status 1")
     assert "2 figures measured, 1 fall short, 3 files skipped." in done.stdout
-    assert finished([*words, "--only", "met"]).returncode == 0
+    run_script("promises.py", *words, "--only", "met", folder="benchmarks")

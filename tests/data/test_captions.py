@@ -21,7 +21,7 @@ from conftest import (
     checkpoint_tensors,
     command,
     environment,
-    finished,
+    finished_script,
     launch,
     launch_and_stop,
     losses,
@@ -501,7 +501,8 @@ def test_many_prompts_are_encoded_once_each_and_in_parts(trained, evaluate_scrip
 def test_an_encoder_that_nobody_else_has_is_not_published_by_name(trained, tmp_path):
     flags = {**trained[1], "export_text_encoder": "false", "push_to_hub": "true", "hub_model_id": "me/fish"}
     words = command("train_unet.py", tmp_path, **flags)
-    done = finished(words, env={**environment(), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path)})
+    settings = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path)}
+    done = finished_script(words, {**environment(), **settings})
     assert done.returncode == 2 and "nobody else has the text_encoder" in done.stderr
 
 

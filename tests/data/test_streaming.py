@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import checkpoint_tensors, environment, finished, launch
+from conftest import checkpoint_tensors, environment, finished_script, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_sources import png
@@ -303,7 +303,7 @@ def test_shards_come_from_a_server_that_sometimes_fails(tmp_path):
         # another process: this one is told to stay offline
         online = {key: value for key, value in environment().items() if not key.startswith("HF_")}
         words = [sys.executable, "-c", FROM_A_SERVER, str(tmp_path / "remote"), address]
-        done = finished(words, env=online | {"HF_HOME": str(tmp_path / "home")})
+        done = finished_script(words, online | {"HF_HOME": str(tmp_path / "home")})
         server.shutdown()
     assert done.returncode == 0, done.stderr
     assert handler.failed > 0 and handler.broken > 0

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import finished
+from conftest import run_script
 from PIL import Image
 
 from latent_ddpm.publishing.curves import POINTS, draw_curves, smoothed
@@ -44,10 +44,8 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 
 
 def test_the_command(tmp_path):
-    import sys
-
     write(tmp_path / "a" / "metrics.jsonl", records(3))
-    done = finished([sys.executable, "scripts/plot_run.py", str(tmp_path / "a")])
-    assert done.returncode == 0 and Image.open(tmp_path / "a" / "curves.png").width > 300
-    done = finished([sys.executable, "scripts/plot_run.py", str(tmp_path / "b")])
-    assert done.returncode == 2 and "no metrics.jsonl" in done.stderr
+    run_script("plot_run.py", tmp_path / "a")
+    assert Image.open(tmp_path / "a" / "curves.png").width > 300
+    done = run_script("plot_run.py", tmp_path / "b", expect=2)
+    assert "no metrics.jsonl" in done.stderr

@@ -10,7 +10,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_tensors, checkpoint_tensors, command, environment, finished, launch, losses
+from conftest import (
+    ROOT,
+    assert_same_tensors,
+    checkpoint_tensors,
+    command,
+    environment,
+    finished_script,
+    launch,
+    losses,
+    run_script,
+)
 from hub_server import TOKEN, USER, Drop, HubServer, Slow, Status
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
@@ -72,7 +82,7 @@ def stage_1(photos, tmp_path_factory):
 
 
 def with_hub(hub, home, words, expect=0, **settings):
-    done = finished(words, env={**environment(), **hub.environment(home / "cache"), **settings}, cwd=ROOT)
+    done = finished_script(words, {**environment(), **hub.environment(home / "cache"), **settings})
     assert done.returncode == expect, done.stderr[-4000:]
     assert TOKEN not in done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -273,16 +283,16 @@ def test_what_could_never_be_published_is_refused_before_training(stage_1, tmp_p
     options = {"autoencoder": stage_1_dir / "autoencoder", "push_to_hub": "true", **STEPS, **flags}
     words = command("train_unet.py", tmp_path / "out", hub_model_id="a/b/c", **options)
     env = {**environment(), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-    done = finished(words, env=env)
+    done = finished_script(words, env)
     assert done.returncode == 2 and "cannot be a repository" in done.stderr
     words = command("train_unet.py", tmp_path / "out", **options)
-    done = finished(words, env=env | {"HF_HUB_OFFLINE": "1"})
+    done = finished_script(words, env | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2 and "HF_HUB_OFFLINE" in done.stderr
-    done = finished(words, env=env | {"HF_TOKEN": ""})
+    done = finished_script(words, env | {"HF_TOKEN": ""})
     assert done.returncode == 2 and "hf auth login" in done.stderr
     config = tmp_path / "config.yaml"
     config.write_text(f"dataset_name: embedded:mnist\nhub_token: {TOKEN}\n")
-    done = finished([sys.executable, "train_unet.py", "--config", str(config)])
+    done = finished_script([sys.executable, "train_unet.py", "--config", str(config)])
     assert done.returncode == 2 and "holds a hub_token" in done.stderr and TOKEN not in done.stderr
 
 
@@ -365,15 +375,14 @@ def test_half_the_size(published, drawn, tmp_path):
 
 
 def test_a_dry_run_refuses_what_is_no_name_of_a_repository(tmp_path):
-    words = ["scripts/push_to_hub.py", tmp_path, "--dry_run", tmp_path / "there", "--hub_model_id", "me/o 1/x"]
-    done = finished([sys.executable, *map(str, words)])
-    assert done.returncode == 2 and "'me/o 1/x' cannot be a repository" in done.stderr
+    words = [tmp_path, "--dry_run", tmp_path / "there", "--hub_model_id", "me/o 1/x"]
+    done = run_script("push_to_hub.py", *words, expect=2)
+    assert "'me/o 1/x' cannot be a repository" in done.stderr
 
 
 def test_a_dry_run_writes_what_would_be_published(stage_1, tmp_path):
     home, stage_1_dir, _ = stage_1
-    done = finished([sys.executable, "scripts/push_to_hub.py", str(stage_1_dir), "--dry_run", str(tmp_path / "there")])
-    assert done.returncode == 0, done.stderr
+    run_script("push_to_hub.py", stage_1_dir, "--dry_run", tmp_path / "there")
     assert (tmp_path / "there" / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
     noted = json.loads((tmp_path / "there" / "run.json").read_text())
     assert noted["autoencoder"]["training_images"] == 46

@@ -4,16 +4,14 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, finished
+from conftest import ROOT, run_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from gpu_correctness import cause, waits
 
 
 def rehearse(out, *parts):
-    words = [sys.executable, "scripts/benchmark_gpu.py", "--out", str(out), "--rehearse", "--parts", *parts]
-    done = finished(words)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    run_script("benchmark_gpu.py", "--out", out, "--rehearse", "--parts", *parts)
     return out
 
 

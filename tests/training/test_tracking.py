@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import command, environment, finished, read_metrics
+from conftest import command, environment, finished_script, read_metrics
 
 from latent_ddpm.errors import UserError
 from latent_ddpm.training.tracking import check_tracker
@@ -19,7 +19,7 @@ STEPS = {"checkpointing_steps": 2, "validation_steps": 2, "resolution": 16}
 def train(photos, output_dir, steps, report_to, **settings):
     words = command("train_autoencoder.py", output_dir, train_data_dir=photos, max_train_steps=steps,
                     report_to=report_to, resume_from_checkpoint="latest", **STEPS)  # fmt: skip
-    done = finished(words, env={**environment(), **settings})
+    done = finished_script(words, {**environment(), **settings})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((output_dir / "run.json").read_text())["autoencoder"]["tracker_run"]
 
@@ -164,7 +164,7 @@ def test_wandb_itself_without_a_login(tmp_path):
     pytest.importorskip("wandb")
     code = "from latent_ddpm.training.tracking import check_tracker; check_tracker('wandb', 'x')"
     env = {key: value for key, value in environment().items() if not key.startswith("WANDB_")}
-    done = finished([sys.executable, "-c", code], env=env | {"HOME": str(tmp_path)}, stdin=None)
+    done = finished_script([sys.executable, "-c", code], env | {"HOME": str(tmp_path)})
     assert "UserError: report_to wandb needs a login" in done.stderr
 
 
