@@ -91,26 +91,32 @@ def environment(threads=1):
 def launch(script, output_dir, expect=0, processes=None, launcher=False, **flags):
     """Run a training script to its end; returns stdout and stderr together.
 
-    Several processes are started as `accelerate launch` does; with `launcher`, it starts them itself, which takes long.
+    Several processes begin as `accelerate launch` starts them; with `launcher` it does start them, which takes longer.
     """
     words = command(script, output_dir, processes if launcher else None, **flags)
     if launcher:
-        done = finished(words)
-    else:
-        done = run_processes(words[1:], processes) if processes else Script(words[1:]).finish()
+        return _text_of(finished(words), expect)
+    if processes:
+        return _text_of(run_processes(words[1:], processes, ACCELERATE_USE_CPU="True"), expect)
+    return _text_of(Script(words[1:]).finish(), expect)
+
+
+def launch_cut(kind, output_dir, launcher=False, **flags):
+    """Stage 2 as two processes on the CPU, by configs/accelerate/KIND.yaml; `launcher` as for `launch`."""
+    words = command("train_unet.py", output_dir, **flags)[1:]
+    if launcher:
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{kind}.yaml"]
+        start += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+        return _text_of(finished([*start, *words]))
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    variables["FSDP_RESHARD_AFTER_FORWARD"] = "true" if kind == "fsdp2" else "false"
+    return _text_of(run_processes(words, 2, **variables))
+
+
+def _text_of(done, expect=0):
     text = done.stdout + done.stderr
     assert done.returncode == expect, text[-4000:]
     return text
-
-
-def launch_cut(kind, output_dir, expect=0, **flags):
-    """Stage 2 as two processes on the CPU, by configs/accelerate/KIND.yaml."""
-    words = command("train_unet.py", output_dir, **flags)[1:]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{kind}.yaml"]
-    launcher += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
-    done = finished([*launcher, *words], env=environment())
-    assert done.returncode == expect, (done.stdout + done.stderr)[-4000:]
-    return done.stdout + done.stderr
 
 
 def run_script(name, *words, expect=0, folder="scripts"):

@@ -138,15 +138,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run_processes(words: list[str], count: int) -> subprocess.CompletedProcess:
+def run_processes(words: list[str], count: int, **variables: str) -> subprocess.CompletedProcess:
     """Run a script in `count` processes on the CPU, with the variables that `accelerate launch` and torchrun set.
 
     As with torchrun, a process that fails ends the others. Returns the outputs of all, one after the other, and the
-    exit status of the first one that failed.
+    exit status of the first one that failed. `variables` are set as well.
     """
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
-    shared |= {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+    shared |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "OMP_NUM_THREADS": 1}
+    shared |= {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo", **variables}
     scripts = []
     for rank in range(count):
         environment = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}

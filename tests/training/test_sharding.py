@@ -51,7 +51,9 @@ def test_a_run_whose_weights_are_cut_is_the_same_run(trained, tmp_path, monkeypa
     output_dir, flags = trained
     alone, flags = output_dir / optimizer, {**flags, "optimizer": optimizer}
     two = {**flags, "train_batch_size": 6}
-    assert "parameters, sharded over 2 processes" in launch_cut(kind, tmp_path, **{**two, "max_train_steps": 3})
+    assert "parameters, sharded over 2 processes" in launch_cut(
+        kind, tmp_path, launcher=True, **{**two, "max_train_steps": 3}
+    )
     assert_close(checkpoint_tensors(alone, "unet", 3), checkpoint_tensors(tmp_path, "unet", 3), 2e-5)
     launch("train_unet.py", tmp_path, **{**flags, "train_batch_size": 12, "max_train_steps": 4})
     if kind == "fsdp2":
