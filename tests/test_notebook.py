@@ -26,10 +26,11 @@ NOTEBOOK = ROOT / "notebooks" / "latent_diffusion_step_by_step.ipynb"
 SAMPLES = ROOT / "docs" / "results" / "notebook" / "samples.png"
 MAX_BYTES = 1_500_000
 CHANGED = {  # keys whose values differ from configs/mnist.yaml on purpose
-    *("output_dir", "max_train_steps"),
+    *("output_dir", "max_train_steps", "quantizer", "num_vq_embeddings"),
+    *("beta_schedule", "beta_start", "beta_end"),
     *("disc_weight", "disc_start", "disc_adaptive_steps", "disc_channels", "disc_layers", "ema_sigma_rels"),
     *("validation_steps", "checkpointing_steps"),  # the notebook has neither
-    *("self_guidance_steps", "self_guidance_scale"),  # nor this chapter
+    *("self_guidance_steps", "self_guidance_scale", "self_guidance_interval"),  # nor this chapter
 }
 
 
