@@ -19,20 +19,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Optional, Union
+from typing import Any, ClassVar, NamedTuple, Optional, Union
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
     ImagePipelineOutput,
     LMSDiscreteScheduler,
+    ModelMixin,
     PNDMScheduler,
     SchedulerMixin,
     UNet2DConditionModel,
     UNet2DModel,
-    VQModel,
 )
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
@@ -50,6 +50,97 @@ ENCODER_CLASSES = {
     "siglip": "SiglipTextModel",
 }
 CONDITIONS = ("conditioning_image", "class_labels", "prompt")  # in the order in which guidance adds them
+
+
+class AutoencoderKind(NamedTuple):
+    """What an autoencoder class of diffusers calls its sizes, and how its latents are normalized.
+
+    Attributes:
+        channels: key of its config with the number of latent channels; of several, the first that is set.
+        levels: key of its config with one entry for each level, of which each but one halves the sides; None if the
+            model has a `spatial_compression_ratio`, or its sides are fixed.
+        folds: whether mean and standard deviation of the latents can be written into its weights, so that diffusers'
+            LDMPipeline, which only divides by `scaling_factor`, decodes normalized latents.
+        has_frames: whether it takes images and latents as videos of one frame, (B, C, 1, H, W).
+    """
+
+    channels: tuple[str, ...] = ("latent_channels",)
+    levels: str | None = None
+    folds: bool = False
+    has_frames: bool = False
+
+
+AUTOENCODERS = {
+    "AutoencoderKL": AutoencoderKind(levels="block_out_channels", folds=True),
+    "VQModel": AutoencoderKind(("vq_embed_dim", "latent_channels"), levels="block_out_channels", folds=True),
+    "AsymmetricAutoencoderKL": AutoencoderKind(levels="down_block_out_channels", folds=True),
+    "AutoencoderKLFlux2": AutoencoderKind(levels="block_out_channels", folds=True),
+    "AutoencoderRAE": AutoencoderKind(("encoder_hidden_size",), folds=True),
+    "AutoencoderTiny": AutoencoderKind(levels="encoder_block_out_channels"),
+    "AutoencoderDC": AutoencoderKind(levels="encoder_block_out_channels"),
+    "AutoencoderKLHunyuanImage": AutoencoderKind(),
+    "AutoencoderKLKVAE": AutoencoderKind(("z_channels",), levels="ch_mult"),
+    "AutoencoderKLQwenImage": AutoencoderKind(("z_dim",), has_frames=True),
+}
+# from_pipe of diffusers compares the class of a component with those that the annotation lists
+AnyAutoencoder = Union[tuple(getattr(diffusers, name) for name in AUTOENCODERS if hasattr(diffusers, name))]  # noqa: UP007
+
+
+def kind_of(autoencoder: ModelMixin) -> AutoencoderKind:
+    """The entry of AUTOENCODERS.
+
+    Raises:
+        ValueError: it has none; the message lists those that are there.
+    """
+    name = type(autoencoder).__name__
+    if name not in AUTOENCODERS:
+        raise ValueError(f"{name} is none of the autoencoders that can be used: {', '.join(AUTOENCODERS)}")
+    return AUTOENCODERS[name]
+
+
+def latent_channels_of(autoencoder: ModelMixin) -> int:
+    """Channels of the latents of an autoencoder in AUTOENCODERS."""
+    keys = kind_of(autoencoder).channels
+    return next(autoencoder.config[key] for key in keys if autoencoder.config.get(key) is not None)
+
+
+def image_channels_of(autoencoder: ModelMixin) -> int:
+    """Channels of the images of an autoencoder in AUTOENCODERS."""
+    names = ("in_channels", "num_channels", "input_channels")
+    return next((autoencoder.config[name] for name in names if name in autoencoder.config), 3)
+
+
+def downsampling_of(autoencoder: ModelMixin) -> int:
+    """Pixels per latent along a side, of an autoencoder in AUTOENCODERS."""
+    levels = kind_of(autoencoder).levels
+    if levels is not None:
+        return 2 ** (len(autoencoder.config[levels]) - 1)
+    if "spatial_compression_ratio" in autoencoder.config:
+        return autoencoder.config.spatial_compression_ratio
+    if hasattr(autoencoder, "spatial_compression_ratio"):
+        return autoencoder.spatial_compression_ratio
+    return autoencoder.decoder_image_size // round(autoencoder.num_patches**0.5)
+
+
+def encode_images(autoencoder: ModelMixin, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) in [-1, 1] -> the autoencoder's own latents (B, D, h, w), without `scaling_factor`.
+
+    They are the same at every call: the latents of a VQModel before quantization, the mode of a posterior.
+    """
+    has_frames = kind_of(autoencoder).has_frames
+    encoded = autoencoder.encode(images.unsqueeze(2) if has_frames else images)
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.mode()
+    else:
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return latents.squeeze(2) if has_frames else latents
+
+
+def decode_latents(autoencoder: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """The autoencoder's own latents (B, D, h, w) -> images (B, C, H, W) in about [-1, 1]; a VQModel quantizes first."""
+    if kind_of(autoencoder).has_frames:
+        return autoencoder.decode(latents.unsqueeze(2)).sample.squeeze(2)
+    return autoencoder.decode(latents).sample
 
 
 def class_shares(maps: torch.Tensor, classes: int, size: tuple[int, int]) -> torch.Tensor:
@@ -190,10 +281,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
     """Samples images from a diffusion model trained on the latents of an autoencoder.
 
     Latent diffusion: Rombach et al., arXiv 2112.10752. *Model-space* latents are the inputs of the U-Net, of about unit
-    variance: the autoencoder's latents times `vqvae.config.scaling_factor`.
+    variance: the autoencoder's latents times `vqvae.config.scaling_factor`, or with `latents_std` those less
+    `latents_mean`, divided by it.
 
     Args:
-        vqvae: `VQModel` or `AutoencoderKL`.
+        vqvae: `VQModel`, `AutoencoderKL`, or another autoencoder in AUTOENCODERS.
         unet: `UNet2DModel`, or `UNet2DConditionModel` for text; predicts `scheduler.config.prediction_type`, or the
             velocity of a flow.
         scheduler: any diffusers scheduler that supports this prediction.
@@ -206,6 +298,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
         text_encoder_id: Hub id or folder from which text encoder and tokenizer are loaded when first needed, unless
             they are given.
         max_caption_tokens: prompts are truncated to this many tokens.
+        latents_mean, latents_std: mean and standard deviation of each channel of the autoencoder's latents, where its
+            weights do not hold them.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vqvae"
@@ -220,7 +314,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
     # Union, not |: from_pretrained of diffusers 0.35 reads these annotations and fails on `|`.
     def __init__(
         self,
-        vqvae: Union[VQModel, AutoencoderKL],  # noqa: UP007
+        vqvae: AnyAutoencoder,
         unet: Union[UNet2DModel, UNet2DConditionModel],  # noqa: UP007
         scheduler: SchedulerMixin,
         text_encoder: Any = None,
@@ -229,6 +323,8 @@ class LatentDDPMPipeline(DiffusionPipeline):
         conditioning_classes: Optional[int] = None,  # noqa: UP045
         text_encoder_id: Optional[str] = None,  # noqa: UP045
         max_caption_tokens: Optional[int] = None,  # noqa: UP045
+        latents_mean: Optional[list] = None,  # noqa: UP045
+        latents_std: Optional[list] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -236,6 +332,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
         )
         about = {"class_names": class_names, "conditioning_classes": conditioning_classes}
         about |= {"text_encoder_id": text_encoder_id, "max_caption_tokens": max_caption_tokens}
+        about |= {"latents_mean": latents_mean, "latents_std": latents_std}
         self.register_to_config(**{name: value for name, value in about.items() if value is not None})
 
     @classmethod
@@ -319,10 +416,11 @@ class LatentDDPMPipeline(DiffusionPipeline):
             from diffusers import LDMPipeline  # noqa: F401
         except (ImportError, RuntimeError):  # RuntimeError: a lazy import of diffusers that fails
             return False
-        own = ("class_names", "conditioning_classes", "text_encoder_id", "max_caption_tokens")
+        own = ("class_names", "conditioning_classes", "text_encoder_id", "max_caption_tokens", "latents_std")
         return (
             index["unet"] == ["diffusers", "UNet2DModel"]
-            and index["vqvae"] in (["diffusers", "VQModel"], ["diffusers", "AutoencoderKL"])
+            and index["vqvae"][0] == "diffusers"
+            and kind_of(self.vqvae).folds
             and isinstance(self.unet.config.sample_size, int)
             and not (self.unet.config.num_class_embeds or self.conditioning_channels)
             and not any(index.get(name) for name in own)
@@ -410,9 +508,10 @@ class LatentDDPMPipeline(DiffusionPipeline):
         Returns:
             (B, latent_channels, h, w) in the dtype of the U-Net, of about unit variance, before quantization.
         """
-        images = images.to(self._execution_device, self.vqvae.dtype)
-        encoded = self.vqvae.encode(images)
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        latents = encode_images(self.vqvae, images.to(self._execution_device, self.vqvae.dtype))
+        if self.config.get("latents_std") is not None:
+            mean, std = self._normalization(latents)
+            return ((latents.float() - mean) / std).to(self.unet.dtype)
         return (latents * self.vqvae.config.scaling_factor).to(self.unet.dtype)
 
     @torch.no_grad()
@@ -425,8 +524,18 @@ class LatentDDPMPipeline(DiffusionPipeline):
         Returns:
             (B, C, H, W), clamped to [-1, 1], in the dtype of the autoencoder.
         """
-        latents = latents.to(self._execution_device, self.vqvae.dtype)
-        return self.vqvae.decode(latents / self.vqvae.config.scaling_factor).sample.clamp(-1, 1)
+        if self.config.get("latents_std") is not None:
+            mean, std = self._normalization(latents)
+            latents = (latents.float() * std + mean).to(self._execution_device, self.vqvae.dtype)
+        else:
+            latents = latents.to(self._execution_device, self.vqvae.dtype) / self.vqvae.config.scaling_factor
+        return decode_latents(self.vqvae, latents).clamp(-1, 1)
+
+    def _normalization(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel, float32 (D, 1, 1), on the device of the latents."""
+        values = [self.config.latents_mean, self.config.latents_std]
+        pair = torch.tensor(values, dtype=torch.float32, device=latents.device)
+        return tuple(pair[:, :, None, None])
 
     @torch.no_grad()
     def __call__(
@@ -815,7 +924,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
             options = {"do_convert_rgb": channels == 3, "do_convert_grayscale": channels == 1}
             pixels = self._preprocess("conditioning_image", image, None, channels, **options)
             return image_channels(pixels * 2 - 1, size)
-        factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
+        factor = downsampling_of(self.vqvae)
         pixels = (size[0] * factor, size[1] * factor)
         maps = self._read_maps(image)
         if tuple(maps.shape[1:]) != pixels:
@@ -920,7 +1029,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
 
     def _prepare_image(self, image: PipelineImageInput, batch_size: int) -> torch.Tensor:
         """Float32 (1 or B, C, H, W) in [0, 1], with the size and channels of the autoencoder's images."""
-        channels = self.vqvae.config.in_channels
+        channels = image_channels_of(self.vqvae)
         return self._preprocess(
             "image", image, batch_size, channels, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1
         )
@@ -932,7 +1041,7 @@ class LatentDDPMPipeline(DiffusionPipeline):
     def _preprocess(
         self, name: str, image: PipelineImageInput, batch_size: int | None, channels: int, **options: bool
     ) -> torch.Tensor:
-        factor = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
+        factor = downsampling_of(self.vqvae)
         height, width = (side * factor for side in self._latents_shape(1)[2:])
         # Not normalized: a conversion to [-1, 1] and back could round the pixels that inpainting keeps.
         processor = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, **options)

@@ -1,4 +1,4 @@
-"""Stage 1: train a VQ-VAE or KL-VAE from scratch on your own images.
+"""Stage 1: train a VQ-VAE or KL-VAE on your own images, from scratch or from pretrained weights (--init_from).
 
     accelerate launch train_autoencoder.py --config configs/mnist.yaml
 
@@ -20,6 +20,7 @@ from latent_ddpm.autoencoder.health import Watch, check_images
 from latent_ddpm.autoencoder.losses import load_lpips
 from latent_ddpm.autoencoder.quantizers import images_for_codes, perplexity
 from latent_ddpm.autoencoder.scaling import Moments, fold_normalization, overall_std
+from latent_ddpm.autoencoder.start import load_start, say_of_start, with_architecture, with_decoder_of
 from latent_ddpm.autoencoder.stock import to_stock
 from latent_ddpm.autoencoder.training_step import AutoencoderStep
 from latent_ddpm.config import AutoencoderConfig, parse_config
@@ -49,6 +50,7 @@ from latent_ddpm.training.acceleration import pinned
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.loop import TrainingRun
 from latent_ddpm.training.optim import learning_rate_factor
+from latent_ddpm.training.remote import with_run_of_hub
 
 logger = logging.getLogger("train_autoencoder")
 
@@ -56,7 +58,11 @@ NORMALIZATION_IMAGES = 10_000  # enough for the mean and deviation of the export
 
 
 def main(argv: list[str]) -> int:
-    training = TrainingRun(parse_config(AutoencoderConfig, argv), "autoencoder")
+    config = with_run_of_hub(parse_config(AutoencoderConfig, argv), "autoencoder")
+    start = load_start(config)
+    if start is not None:
+        config = with_architecture(config, start)
+    training = TrainingRun(config, "autoencoder")
     config = training.config
     check_before_training(config)
     lpips = load_lpips(config.lpips_net, config.lpips_weights) if config.lpips_weight > 0 else None
@@ -99,10 +105,12 @@ def main(argv: list[str]) -> int:
     steps_per_epoch = math.ceil(len(train_set) / training.images_per_step)
 
     # --------------------------------------------------------------------------------- networks and optimizers
-    networks = AutoencoderStep(config, accelerator, lpips, training.state, training.first_step)
+    networks = AutoencoderStep(config, accelerator, lpips, training.state, training.first_step, start)
     training.restore_scaler()
     parameters = sum(p.numel() for p in networks.autoencoder.parameters())
     if accelerator.is_main_process:
+        if start is not None:
+            say_of_start(config, start)
         bad = f", {len(bad_images.names())} undecodable ({bad_images.path})" if bad_images.names() else ""
         logger.info("%d training and %d validation images%s", len(train_set), len(validation_set), bad)
     tracker = training.start_tracking(
@@ -241,8 +249,17 @@ def validate(training: TrainingRun, networks: AutoencoderStep, validation_set: I
 
 @torch.no_grad()
 def export(training: TrainingRun, networks: AutoencoderStep, train_set: ImageDataset) -> None:
-    """Write the averaged autoencoder as a stock diffusers model whose scaled latents have zero mean, unit variance."""
+    """Write the averaged autoencoder as a stock diffusers model whose scaled latents have zero mean, unit variance.
+
+    Where its encoder was frozen, the latents stay those of the pretrained autoencoder instead.
+    """
     config, accelerator = training.config, training.accelerator
+    folder = training.output_dir / "autoencoder"
+    if config.freeze_encoder:
+        if accelerator.is_main_process:
+            stock = with_decoder_of(networks.start, networks.ema.model)
+            replace_folder(folder, lambda aside: stock.save_pretrained(aside, safe_serialization=True))
+        return
     process = (accelerator.process_index, accelerator.num_processes)
     moments = Moments(config.latent_channels)
     for batch in eval_batches(train_set, config.train_batch_size, *process):
@@ -255,10 +272,9 @@ def export(training: TrainingRun, networks: AutoencoderStep, train_set: ImageDat
         training.tracker.say("All latents are equal, so scaling_factor stays 1. Stage 1 has failed: look at samples/.")
         std = 1.0
     if accelerator.is_main_process:
-        stock = fold_normalization(to_stock(networks.ema.model, config), mean.cpu(), std)
-        replace_folder(
-            training.output_dir / "autoencoder", lambda aside: stock.save_pretrained(aside, safe_serialization=True)
-        )
+        stock = to_stock(networks.ema.model, config)
+        fold_normalization(stock, mean.cpu(), std)
+        replace_folder(folder, lambda aside: stock.save_pretrained(aside, safe_serialization=True))
 
 
 if __name__ == "__main__":

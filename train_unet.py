@@ -1,11 +1,11 @@
-"""Stage 2: train a UNet2DModel from scratch on the latents of stage 1.
+"""Stage 2: train a UNet2DModel on the latents of stage 1, from scratch or from pretrained weights (--init_unet).
 
     accelerate launch train_unet.py --config configs/mnist.yaml
 
-Takes the autoencoder from <output_dir>/autoencoder/ (or --autoencoder DIR), encodes the training set once, and
-leaves <output_dir>/pipeline/, which DiffusionPipeline.from_pretrained of an unmodified diffusers loads. Any key of
-the config can be overridden (--learning_rate 2e-4). The same command starts a run, resumes it, or says that it is
-finished.
+Takes the autoencoder from <output_dir>/autoencoder/, or another one of diffusers with --autoencoder: a folder or an id
+of the Hub. Encodes the training set once, and leaves <output_dir>/pipeline/, which DiffusionPipeline.from_pretrained of
+an unmodified diffusers loads. Any key of the config can be overridden (--learning_rate 2e-4). The same command starts a
+run, resumes it, or says that it is finished.
 """
 
 import dataclasses
@@ -19,11 +19,21 @@ import torch
 from diffusers import SchedulerMixin
 
 from latent_ddpm.autoencoder.scaling import fold_normalization
-from latent_ddpm.autoencoder.stock import StockAutoencoder, check_autoencoder_fits, load_autoencoder
-from latent_ddpm.config import UNetConfig, parse_config
-from latent_ddpm.data.dataset import ExampleOrder
+from latent_ddpm.autoencoder.stock import (
+    StockAutoencoder,
+    autoencoder_folder,
+    autoencoder_hash,
+    check_autoencoder_fits,
+    is_of_a_run,
+    latents_of,
+    load_autoencoder,
+    normalization_of,
+)
+from latent_ddpm.config import UNetConfig, encoding_batch_size, parse_config
+from latent_ddpm.data.dataset import ExampleOrder, ImageDataset, range_batches
+from latent_ddpm.data.images import to_float
 from latent_ddpm.data.inspection.known import say_of_data
-from latent_ddpm.data.latents import LatentCache, hash_folder, images_for_run, latents_for_run, read_ahead
+from latent_ddpm.data.latents import LatentCache, images_for_run, latents_for_run, read_ahead
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.data.sources.splits import open_sources
 from latent_ddpm.diffusion.conditions import (
@@ -56,13 +66,16 @@ from latent_ddpm.diffusion.self_guidance import (
     sweep_scales,
     weak_step,
 )
+from latent_ddpm.diffusion.start import UNetStart, load_unet_start, new_unet_like, weights_for, with_unet_of
 from latent_ddpm.diffusion.unet import StockUNet, check_latents_fit, make_unet
 from latent_ddpm.errors import UserError
-from latent_ddpm.evaluation.grids import make_grid
+from latent_ddpm.evaluation.grids import make_grid, reconstruction_grid
+from latent_ddpm.evaluation.reconstruction import evaluate_autoencoder
 from latent_ddpm.files import save_png
 from latent_ddpm.planning.batch import fitting_images
 from latent_ddpm.planning.minutes import plan
 from latent_ddpm.planning.sizes import choose_sizes
+from latent_ddpm.pretrained import commit_of
 from latent_ddpm.publishing.curves import draw_scales
 from latent_ddpm.publishing.export import export_pipeline
 from latent_ddpm.publishing.hub import check_before_training, make_publisher
@@ -80,27 +93,35 @@ from latent_ddpm.training.ema import PowerEMA, nearest_snapshot
 from latent_ddpm.training.launch import run as run_script
 from latent_ddpm.training.loop import TrainingRun
 from latent_ddpm.training.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
+from latent_ddpm.training.remote import with_run_of_hub
 from latent_ddpm.training.sharding import Sharding, gather, load_optimizer, prepare, whole_unet, whole_weights
 from latent_ddpm.training.skipped import SkippedSteps
 from latent_ddpm.training.tracking import noted_of
-from pipeline_latent_ddpm import LatentDDPMPipeline
+from pipeline_latent_ddpm import LatentDDPMPipeline, decode_latents, latent_channels_of
 
 logger = logging.getLogger("train_unet")
 
+REPORTED_IMAGES = 200  # on which a pretrained autoencoder is measured
+LOW_PSNR = 22  # dB
 PIPELINE, FEW_STEP_PIPELINE = "pipeline/model_index.json", "pipeline-few-steps/model_index.json"
 
 
 def main(argv: list[str]) -> int:
-    training = TrainingRun(parse_config(UNetConfig, argv), "unet")
+    config = with_run_of_hub(parse_config(UNetConfig, argv), "unet")
+    pretrained = load_unet_start(config)
+    if pretrained is not None:
+        config = with_unet_of(config, pretrained)
+    training = TrainingRun(config, "unet")
     config = training.config
     check_before_training(config)
-    autoencoder = load_autoencoder(config.autoencoder_dir)
-    autoencoder_hash = hash_folder(config.autoencoder_dir)
-    latent_size = check_fit(training, autoencoder, autoencoder_hash)
+    folder = autoencoder_folder(config)
+    autoencoder = load_autoencoder(folder, config.autoencoder)
+    autoencoder_id = autoencoder_hash(folder)
+    latent_size = check_fit(training, autoencoder, autoencoder_id)
 
     # ---------------------------------------------------------------------------------------------- latents
     sharding = Sharding.take_request()
-    latent_shape = (autoencoder.config.latent_channels, latent_size)
+    latent_shape = (latent_channels_of(autoencoder), latent_size)
     config = training.start_processes(
         lambda config, free, processes: fitting_images(config, latent_shape, free, processes if sharding else 1),
         plan,
@@ -114,18 +135,22 @@ def main(argv: list[str]) -> int:
     autoencoder.to(device)
     encoder = load_encoder(config)
     images = images_for_run(config, is_main, wait, functools.partial(check_images, training))
+    about = report_autoencoder(training, autoencoder, images[0])
     latents, held_out = latents_for_run(config, autoencoder, device, is_main, wait, images)
     conditions, of_held_out = make_conditions(config, images, latent_size, latents.flips, device, wait, encoder)
     check_conditions(training, conditions)
-    fold_normalization(autoencoder, latents.mean, latents.std)
+    outside = fold_normalization(autoencoder, latents.mean, latents.std)
     if is_main:
+        stds = torch.as_tensor(latents.std).reshape(-1)
+        shown = f"{stds.min():.3g}" if len(stds) == 1 else f"{stds.min():.3g} to {stds.max():.3g}, by channel,"
         logger.info(
-            "%d images as latents of %s in %s (std %.3g before normalization)",
-            len(latents), "x".join(map(str, latents.shape)), latents.folder, latents.std,
+            "%d images as latents of %s in %s (std %s before normalization)",
+            len(latents), "x".join(map(str, latents.shape)), latents.folder, shown,
         )  # fmt: skip
     for of_split in images:  # their latents are what is trained on
         of_split.source.release()
-    data = Data(autoencoder, autoencoder_hash, latents, held_out, conditions, of_held_out, sharding)
+    of_run = (latents, held_out, conditions, of_held_out)
+    data = Data(autoencoder, autoencoder_id, *of_run, sharding, outside, about, pretrained)
 
     # ---------------------------------------------------------------------------------------------- chapters
     for name, steps in ((SELF_GUIDANCE, config.self_guidance_steps), (FEW_STEPS, config.few_step_training_steps)):
@@ -134,7 +159,7 @@ def main(argv: list[str]) -> int:
     exported = training.was_finished(PIPELINE)
     if not exported:
         training.reopen(SELF_GUIDANCE, FEW_STEPS)
-    averaged, status = train(training, data)
+    averaged, status = train(training, data, data.pretrained_weights(config))
     if averaged is None:
         return status
     if not exported:  # where it was, a later chapter may have replaced it
@@ -158,26 +183,46 @@ class Data:
 
     Attributes:
         autoencoder: with the normalization of the latents folded in, on its device.
-        autoencoder_hash: identifies the autoencoder.
+        autoencoder_id: identifies the autoencoder.
         latents: of the training images.
         held_out: of the held-out images.
         conditions: of the training images.
         of_held_out: of the held-out images.
         sharding: how U-Nets are sharded, or None.
+        outside: the normalization of latents that the autoencoder cannot hold, as arguments of the pipeline.
+        about: what was measured of a pretrained autoencoder, for run.json; empty where that is there already.
+        pretrained: the U-Net that training starts from, or None.
     """
 
     autoencoder: StockAutoencoder
-    autoencoder_hash: str
+    autoencoder_id: str
     latents: LatentCache
     held_out: LatentCache
     conditions: Conditions
     of_held_out: Conditions
     sharding: Sharding | None
+    outside: dict[str, list[float]]
+    about: dict[str, Any]
+    pretrained: UNetStart | None
+
+    @property
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """Arguments of the pipeline that come with the data."""
+        return self.conditions.pipeline_arguments() | self.outside
 
     def new_unet(self, config: UNetConfig) -> StockUNet:
         """A new U-Net on the CPU."""
-        channels, size = self.latents.shape[:2]
-        return make_unet(config, channels, size, **self.conditions.unet_arguments())
+        (channels, size), arguments = self.latents.shape[:2], self.conditions.unet_arguments()
+        if self.pretrained is not None:
+            return new_unet_like(self.pretrained, channels, size, arguments)
+        return make_unet(config, channels, size, **arguments)
+
+    def pretrained_weights(self, config: UNetConfig) -> dict[str, torch.Tensor] | None:
+        """The weights that the first chapter starts with; None from scratch."""
+        if self.pretrained is None:
+            return None
+        names = self.conditions.pipeline_arguments().get("class_names")
+        return weights_for(self.new_unet(config), self.pretrained, names)
 
     def place(self, network: StockUNet, config: UNetConfig, device: torch.device) -> StockUNet:
         """The network on its device, sharded or in its memory layout, in place."""
@@ -213,7 +258,7 @@ def train(
     Args:
         run: the stage, or a chapter of it.
         data: the latents and their conditions.
-        start: whole weights to start from; None starts from scratch.
+        start: whole weights to start from; None starts with random ones.
         guide: gives the predictions that are learned; None learns the targets of the diffusion.
         facts: what a chapter has decided, kept in its checkpoints and in run.json.
 
@@ -261,13 +306,15 @@ def train(
     tracker = run.start_tracking(len(latents), len(data.held_out), description)
     tracker.note(**(facts or {}))
     if guide is None:
+        tracker.note(**data.about)
         run.publisher = make_publisher(config, accelerator, "unet", tracker.say)
 
     def training_state() -> dict[str, Any]:
         """The checkpoint: whole tensors in the main process, None for them in the others."""
         saved = {
             "latents": latents.folder.name,
-            "autoencoder": data.autoencoder_hash,
+            "autoencoder": data.autoencoder_id,
+            "normalization": config.latent_normalization,
             "conditions": conditions.meaning(),
             "model": unet.state_dict(),
             "ema": ema.state_dict(),
@@ -500,22 +547,79 @@ def is_finished(training: TrainingRun) -> bool:
     return training.is_finished(PIPELINE)
 
 
-def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_hash: str) -> int:
+def check_fit(training: TrainingRun, autoencoder: StockAutoencoder, autoencoder_id: str) -> int:
     """Check that config, autoencoder and checkpoint fit together; returns the height of the latents.
+
+    The config then says how the latents are normalized.
 
     Raises:
         UserError: they do not.
     """
     state, config = training.state, training.config
-    if state and state.get("autoencoder", autoencoder_hash) != autoencoder_hash:
+    if state and state.get("autoencoder", autoencoder_id) != autoencoder_id:
+        used = noted_of(training.output_dir, "unet").get("autoencoder", {}).get("revision")
+        revision = f" and --autoencoder_revision {used}" if used else ""
         raise UserError(
             f"The checkpoints in {training.checkpoints.folder} were trained with a different autoencoder than "
-            f"{config.autoencoder_dir}. Give that one with --autoencoder, or use a new --output_dir."
+            f"{config.autoencoder or config.autoencoder_dir}. Give that one with --autoencoder{revision}, or use a new "
+            f"--output_dir."
         )
+    before = state.get("normalization", "overall") if state else normalization_of(config, autoencoder)
+    if config.latent_normalization not in (None, before):
+        raise UserError(
+            f"The checkpoints in {training.checkpoints.folder} were trained with latent_normalization {before}. Set "
+            f"that, or use a new --output_dir."
+        )
+    config.latent_normalization = before
     latent_size = check_autoencoder_fits(autoencoder, config)
     if not config.auto_sizes:  # which chooses levels that fit
         check_latents_fit(config, latent_size)
     return latent_size
+
+
+@torch.no_grad()
+def report_autoencoder(training: TrainingRun, autoencoder: StockAutoencoder, images: ImageDataset) -> dict[str, Any]:
+    """Measure a pretrained autoencoder on some of the images, and draw them over their reconstructions.
+
+    It is only done before the first step, and not for an autoencoder of a run, which stage 1 has measured. Call it in
+    all processes.
+
+    Args:
+        training: the stage.
+        autoencoder: on its device.
+        images: the training images.
+
+    Returns:
+        Facts for run.json.
+    """
+    config, accelerator = training.config, training.accelerator
+    if training.first_step or is_of_a_run(config):
+        return {}
+    chosen = torch.linspace(0, len(images) - 1, min(REPORTED_IMAGES, len(images))).long().unique()
+    mine = chosen[accelerator.process_index :: accelerator.num_processes].tolist()
+
+    def reconstruct(batch: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return decode_latents(autoencoder, latents_of(autoencoder, batch)), None
+
+    batches = range_batches(images, mine, min(16, encoding_batch_size(config)))
+    measured = evaluate_autoencoder(reconstruct, batches, 0, accelerator.device, with_ssim=True)
+    if accelerator.is_main_process:
+        originals = to_float(torch.stack([images.get(i) for i in chosen[:: -(-len(chosen) // 16)].tolist()]))
+        made = torch.cat([reconstruct(one.to(accelerator.device))[0].cpu() for one in originals.split(1)])
+        path = training.output_dir / "samples" / "autoencoder-pretrained.png"
+        save_png(reconstruction_grid(originals, made), path)
+        psnr, ssim = measured["psnr"], measured["ssim"]
+        logger.info(
+            "%s reconstructs %d of the images with PSNR %.2f dB, SSIM %.3f: see %s",
+            config.autoencoder, measured["images"], psnr, ssim, path,
+        )  # fmt: skip
+        if psnr < LOW_PSNR:
+            logger.warning(
+                "Samples cannot be sharper than these reconstructions. Below %d dB, an autoencoder trained on your "
+                "images (train_autoencoder.py) or fine-tuned on them (its --init_from) may serve better.", LOW_PSNR,
+            )  # fmt: skip
+    facts = {"class": type(autoencoder).__name__, "revision": commit_of(autoencoder_folder(config))}
+    return {"autoencoder": facts | {key: measured[key] for key in ("psnr", "ssim", "images")}}
 
 
 def images_of(config: UNetConfig) -> int:
@@ -606,8 +710,7 @@ def validation_loss(training: TrainingRun, averaged: StockUNet, held_out: Latent
 
 def make_sampler(run: TrainingRun, data: Data, unet: StockUNet) -> tuple[LatentDDPMPipeline, dict[str, Any]]:
     """The pipeline that pictures are drawn with, without a progress bar, and the conditions of its samples."""
-    known = data.conditions.pipeline_arguments()
-    pipeline = LatentDDPMPipeline(data.autoencoder, unet, scheduler_of(run), **known)
+    pipeline = LatentDDPMPipeline(data.autoencoder, unet, scheduler_of(run), **data.pipeline_arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, data.of_held_out.shown(data.held_out, run.config.num_validation_samples, run.config.guidance_scale)
 
@@ -639,7 +742,7 @@ def export(run: TrainingRun, data: Data, averaged: StockUNet) -> None:
     whole = whole_unet(averaged, keep=run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
         folder = run.output_dir / (FEW_STEP_PIPELINE if run.stage == FEW_STEPS else PIPELINE)
-        known, steps = data.conditions.pipeline_arguments(), run.config.num_inference_steps
+        known, steps = data.pipeline_arguments, run.config.num_inference_steps
         few = run.stage == FEW_STEPS
         export_pipeline(folder.parent, data.autoencoder, whole, scheduler_of(run), steps, record_steps=few, **known)
 

@@ -127,7 +127,9 @@ class Ours:
         for batch in held_out:
             moments.add(self.ema.model.encode(to_float(batch["image"].to(device))))
         mean, variance = moments.result()
-        return fold_normalization(to_stock(self.ema.model.cpu(), self.config), mean, overall_std(variance))
+        stock = to_stock(self.ema.model.cpu(), self.config)
+        fold_normalization(stock, mean, overall_std(variance))
+        return stock
 
 
 def make_recipe(words: list[str], argv: list[str], device: torch.device) -> tuple[Stock | Ours, AutoencoderConfig]:

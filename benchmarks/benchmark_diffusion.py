@@ -32,7 +32,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from latent_ddpm.autoencoder.scaling import fold_normalization
-from latent_ddpm.autoencoder.stock import check_autoencoder_fits, load_autoencoder
+from latent_ddpm.autoencoder.stock import autoencoder_folder, check_autoencoder_fits, load_autoencoder
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data.dataset import ExampleOrder
 from latent_ddpm.data.latents import images_for_run, latents_for_run
@@ -49,6 +49,7 @@ from latent_ddpm.random import Stream, uniform
 from latent_ddpm.training.ema import PowerEMA
 from latent_ddpm.training.launch import run
 from latent_ddpm.training.optim import clip_gradients, learning_rate_factor, make_optimizer, set_learning_rate
+from pipeline_latent_ddpm import latent_channels_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STOCK_STEPS = 50  # of DDIM: what LDMPipeline does unless told otherwise
@@ -60,7 +61,7 @@ class Trainer:
 
     def __init__(self, config: UNetConfig, device: torch.device) -> None:
         self.config, self.device, self.steps = config, device, 0
-        self.autoencoder = load_autoencoder(config.autoencoder_dir).to(device)
+        self.autoencoder = load_autoencoder(autoencoder_folder(config)).to(device)
         self.size = check_autoencoder_fits(self.autoencoder, config)
         self.images = images_for_run(config, True, lambda: None)
         self.latents, _ = latents_for_run(config, self.autoencoder, device, True, lambda: None, self.images)
@@ -83,7 +84,7 @@ class Ours(Trainer):
         super().__init__(config, device)
         self.conditions, _ = make_conditions(config, self.images, self.size, self.latents.flips, device, lambda: None)
         fold_normalization(self.autoencoder, self.latents.mean, self.latents.std)
-        channels, told = self.autoencoder.config.latent_channels, self.conditions.unet_arguments()
+        channels, told = latent_channels_of(self.autoencoder), self.conditions.unet_arguments()
         self.unet = make_unet(config, channels, self.size, **told).to(device)
         self.optimizer = make_optimizer(self.unet.parameters(), config, config.learning_rate, config.optimizer)
         self.ema = PowerEMA(self.unet, config.ema_sigma_rels)
@@ -119,7 +120,7 @@ class Stock(Trainer):
 
     def __init__(self, config: UNetConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self.unet = make_unet(config, self.autoencoder.config.latent_channels, self.size, zero_branches=False)
+        self.unet = make_unet(config, latent_channels_of(self.autoencoder), self.size, zero_branches=False)
         self.unet.to(device)
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)

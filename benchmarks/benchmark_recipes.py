@@ -41,6 +41,7 @@ SETS = {  # the keys that describe the data
 }
 SHARED = ("block_out_channels", "layers_per_block", "norm_num_groups", "num_vq_embeddings", "train_batch_size")
 UNET = ("unet_block_out_channels", "unet_layers_per_block", "unet_attention_levels", "unet_attention_head_dim")
+REAL_IMAGES = 5000  # of the training images, that samples are compared with; the features of all would take an hour
 STOCK_CHANNELS = 3  # diffusers' default of latent_channels
 
 
@@ -74,10 +75,15 @@ def distance(name: str, folder: Path, data: list[str], pipeline: Path, steps: in
     """What scripts/evaluate.py says of a pipeline's samples."""
     path = folder / f"{name}-evaluation.json"
     words = [*data, "--output_dir", folder / "data", "--pipeline", pipeline, "--steps", steps]
-    words += ["--num_images", images, "--json", path]
+    words += ["--num_images", images, "--json", path, *reals_in(folder)]
     call("scripts/evaluate.py", ["pipeline", *words], path, folder / f"{name}-evaluation.log")
     setting = json.loads(path.read_text(encoding="utf-8"))["settings"][0]
     return {key: setting[key] for key in ("fd", "precision", "recall", "coverage") if key in setting}
+
+
+def reals_in(folder: Path) -> list[str]:
+    """With how many training images scripts/evaluate.py compares, and where it keeps their features."""
+    return ["--max_real_images", str(REAL_IMAGES), "--feature_cache", str(folder / "features")]
 
 
 def last_metrics(path: Path, stage: str) -> dict:
@@ -116,6 +122,7 @@ def compare(name: str, options: argparse.Namespace, config_words: list[str]) -> 
     result = folder / "stock-unet.json"
     words = ["--recipes", "stock", "--minutes", second, "--json", result, "--work_dir", folder / "unet"]
     words += ["--autoencoder", folder / "autoencoders" / "stock", "--num_images", options.num_images, *data]
+    words += ["--evaluation_words", shlex.join(reals_in(folder))]
     of_unet = as_words({key: getattr(unet, key) for key in (*UNET, "train_batch_size")})
     call("benchmarks/benchmark_diffusion.py", [*words, *of_unet], result, folder / "stock-unet.log")
     of_stock = json.loads(result.read_text(encoding="utf-8"))["results"]["stock"]

@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         never = str(10**9)
         words = ["--output_dir", folder, "--validation_steps", never, "--checkpointing_steps", never]
-        words += ["--autoencoder", str(config.autoencoder_dir), "--latents_dir", str(latents_dir)]
+        words += ["--autoencoder", config.autoencoder or str(config.autoencoder_dir), "--latents_dir", str(latents_dir)]
         with clock.running():
             train_unet.main(
                 [*rest, *words, "--ema_snapshots", "0", "--self_guidance_steps", "0", "--num_validation_samples", "1"]

@@ -85,8 +85,8 @@ class RunConfig:
     seed: int = 0
     """random seed; with the example number it determines order, augmentation, timesteps and noise."""
     resume_from_checkpoint: str | None = "latest"
-    """`latest` (the newest undamaged checkpoint in output_dir, if any) or the folder of a checkpoint; null starts from
-    scratch and rejects a folder that holds checkpoints."""
+    """`latest` (the newest undamaged checkpoint in output_dir, if any), the folder of a checkpoint, or the Hub id of a
+    run with push_checkpoints; null starts from scratch and rejects a folder that holds checkpoints."""
 
     def _check_run(self) -> None:
         _require_nonnegative(self, "seed")
@@ -305,8 +305,14 @@ class RunConfig:
     """push at the end, at every checkpoint in the background, or whenever the validation result is the best so far."""
     hub_variants: list[Literal["fp16", "bf16"]] = dataclasses.field(default_factory=list)
     """weights published in addition to the float32 ones, for `from_pretrained(..., variant="fp16")`."""
+    push_checkpoints: bool = False
+    """also publish the newest checkpoint, from which another machine resumes: --resume_from_checkpoint OWNER/NAME."""
     hub_license: str | None = None
     """license of the model for its card, as a Hub identifier (apache-2.0, cc-by-4.0, ...)."""
+
+    def _check_hub(self) -> None:
+        if self.push_checkpoints and not self.push_to_hub:
+            raise UserError("push_checkpoints needs push_to_hub: set it to true, or push_checkpoints to false.")
 
     # --------------------------------------------------------------------------------------------------- all checks
 
@@ -318,6 +324,7 @@ class RunConfig:
         self._check_speed()
         self._check_optimizer()
         self._check_logging()
+        self._check_hub()
 
 
 # -------------------------------------------------------------------------------------------------- keys of stage 1
@@ -326,6 +333,23 @@ class RunConfig:
 @dataclass(kw_only=True)
 class AutoencoderConfig(RunConfig):
     """Stage 1: the autoencoder, its losses and its discriminator."""
+
+    # -------------------------------------------------------------------------------------------- pretrained weights
+
+    init_from: str | None = None
+    """autoencoder that training starts from, an AutoencoderKL or VQModel: a folder or a Hub id. Its sizes replace those
+    of the config."""
+    init_from_subfolder: str | None = None
+    """folder of the autoencoder in that folder or repository; unset also finds the `vae` or `vqvae` of a pipeline."""
+    init_from_revision: str | None = None
+    """branch, tag or commit of the repository; unset is the main branch."""
+    freeze_encoder: bool = False
+    """train the decoder of `init_from` alone: the latents stay the same, so U-Nets trained on them stay valid."""
+
+    def _check_start(self) -> None:
+        for key in ("init_from_subfolder", "init_from_revision", "freeze_encoder"):
+            if getattr(self, key) and not self.init_from:
+                raise UserError(f"{key} needs a pretrained autoencoder: set init_from, too.")
 
     # --------------------------------------------------------------------------------------------- encoder, decoder
 
@@ -489,6 +513,7 @@ class AutoencoderConfig(RunConfig):
     def validate(self) -> None:
         """Like RunConfig.validate. Also checks that images, downsampling, channels and groups fit together."""
         super().validate()
+        self._check_start()
         self._check_network()
         self._check_quantizer()
         self._check_losses()
@@ -505,14 +530,34 @@ class UNetConfig(RunConfig):
     # ------------------------------------------------------------------------------------------------------ latents
 
     autoencoder: str | None = None
-    """folder of the stage 1 result (config.json and safetensors); unset uses `<output_dir>/autoencoder`."""
+    """the stage 1 result, or another autoencoder of diffusers: a folder or a Hub id; unset uses
+    `<output_dir>/autoencoder`."""
+    autoencoder_subfolder: str | None = None
+    """folder of the autoencoder in that folder or repository; unset also finds the `vae` or `vqvae` of a pipeline."""
+    autoencoder_revision: str | None = None
+    """branch, tag or commit of the autoencoder's repository; unset is the main branch."""
+    autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """floating-point type in which a frozen autoencoder encodes the training images."""
+    autoencoder_tiling: bool = False
+    """encode images in overlapping tiles, which needs less memory for large ones."""
+    latent_normalization: Literal["overall", "channel", "keep"] | None = None
+    """what latents are divided by: one standard deviation, that of each channel, or the autoencoder's own scale; unset
+    is keep with init_unet, overall for autoencoders of train_autoencoder.py and those with codes, else channel."""
     latents_dir: str | None = None
     """folder of the latent cache; unset uses `<output_dir>/latents`."""
 
     @property
     def autoencoder_dir(self) -> Path:
-        """The folder that holds the stage 1 result."""
-        return Path(self.autoencoder) if self.autoencoder else Path(self.output_dir) / "autoencoder"
+        """The folder of this run's stage 1 result."""
+        return Path(self.output_dir) / "autoencoder"
+
+    def _check_latents(self) -> None:
+        for key in ("autoencoder_subfolder", "autoencoder_revision"):
+            if getattr(self, key) and not self.autoencoder:
+                raise UserError(f"{key} is for an autoencoder that is given: set autoencoder, too.")
+        for key in ("init_unet_subfolder", "init_unet_revision"):
+            if getattr(self, key) and not self.init_unet:
+                raise UserError(f"{key} is for a U-Net that is given: set init_unet, too.")
 
     # ------------------------------------------------------------------------------------------------- conditioning
 
@@ -579,6 +624,16 @@ class UNetConfig(RunConfig):
         _require(
             classes is None or 2 <= classes <= 256, "conditioning_image_classes", classes, "from 2 to 256, or null"
         )
+
+    # -------------------------------------------------------------------------------------------- pretrained weights
+
+    init_unet: str | None = None
+    """U-Net that training starts from: a pipeline, a run's folder, or a Hub id. Its sizes and noise schedule replace
+    those of the config, and without an autoencoder the run takes that of its pipeline."""
+    init_unet_subfolder: str | None = None
+    """folder of the U-Net in that folder or repository; unset looks for `unet`."""
+    init_unet_revision: str | None = None
+    """branch, tag or commit of the repository; unset is the main branch."""
 
     # -------------------------------------------------------------------------------------------------------- U-Net
 
@@ -763,6 +818,7 @@ class UNetConfig(RunConfig):
     def validate(self) -> None:
         """Like RunConfig.validate. Also checks that the parts of the U-Net fit together."""
         super().validate()
+        self._check_latents()
         self._check_conditions()
         self._check_unet()
         self._check_noise()
@@ -831,7 +887,7 @@ def encoding_batch_size(config: RunConfig) -> int:
 
 PATH_KEYS = {
     *("output_dir", "train_data_dir", "dataset_name", "resume_from_checkpoint", "lpips_weights"),
-    *("autoencoder", "latents_dir", "conditioning_image_dir", "text_encoder"),
+    *("autoencoder", "init_from", "init_unet", "latents_dir", "conditioning_image_dir", "text_encoder"),
 }
 NO_WORDS = {"mixed_precision": "no", "torch_compile": "off"}
 # Keys that describe the images of one source, and mean nothing for another one.
@@ -977,7 +1033,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str]) -> Config:
     config.class_names = None if config.class_names is None else list(map(str, config.class_names))
     config.validate()
     if config.image_resize is None:
-        config.image_resize = _resize_of_run(config)
+        config.image_resize = resize_of_run(config)
     return config
 
 
@@ -999,7 +1055,7 @@ def _replace_source(values: dict, given: dict[str, str]) -> str:
     return ""
 
 
-def _resize_of_run(config: Config) -> str | None:
+def resize_of_run(config: Config) -> str | None:
     """`image_resize` of the run in output_dir, or of the one whose checkpoint it resumes from; None for a new run."""
     folders = [Path(config.output_dir)]
     if config.resume_from_checkpoint not in (None, "latest"):
@@ -1025,6 +1081,10 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 # Keys that may change when a run resumes. All others determine its result.
 FREE_KEYS = {
     *("output_dir", "resume_from_checkpoint", "report_to", "tracker_project_name", "autoencoder", "latents_dir"),
+    # the checkpoint identifies the autoencoder, and says how its latents are normalized
+    *("autoencoder_subfolder", "autoencoder_revision", "latent_normalization"),
+    *("init_from", "init_from_subfolder", "init_from_revision"),  # the weights are those of the checkpoint
+    *("init_unet", "init_unet_subfolder", "init_unet_revision"),
     *("max_train_steps", "max_train_images", "train_minutes", "train_hours", "autoencoder_time_share"),
     "auto_sizes",  # the keys that it sets may not change
     # same_batch keeps their product with the processes
@@ -1038,6 +1098,7 @@ FREE_KEYS = {
     *("self_guidance_interval", "self_guidance_learning_rate"),
     *("few_step_training_steps", "few_step_training_images", "few_step_counts", "few_step_learning_rate"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_variants", "hub_license"),
+    "push_checkpoints",
     *("gradient_checkpointing", "torch_compile", "channels_last", "deterministic"),  # only the last bits differ
 }
 

@@ -9,7 +9,7 @@ that train. Takes the keys of train_unet.py. A finished cache is left as it is, 
 import logging
 from pathlib import Path
 
-from latent_ddpm.autoencoder.stock import check_autoencoder_fits, load_autoencoder
+from latent_ddpm.autoencoder.stock import autoencoder_folder, check_autoencoder_fits, load_autoencoder
 from latent_ddpm.config import UNetConfig, parse_config, with_saved_plan
 from latent_ddpm.data.latents import images_for_run, latents_for_run
 from latent_ddpm.diffusion.conditions import check_source, load_encoder, make_conditions
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     config = parse_config(UNetConfig, argv)
     config, _ = with_saved_plan(config, Path(config.output_dir) / "train_unet.yaml")
     check_before_loading(config, "unet")
-    autoencoder = load_autoencoder(config.autoencoder_dir)
+    autoencoder = load_autoencoder(autoencoder_folder(config), config.autoencoder)
     latent_size = check_autoencoder_fits(autoencoder, config)
     accelerator = make_accelerator(config)
     device, is_main, wait = accelerator.device, accelerator.is_main_process, accelerator.wait_for_everyone

@@ -27,7 +27,7 @@ try:
 except ImportError:
     sys.exit("error: the demo needs gradio: pip install gradio")
 
-from pipeline_latent_ddpm import DEFAULT_STEPS, LatentDDPMPipeline
+from pipeline_latent_ddpm import DEFAULT_STEPS, LatentDDPMPipeline, downsampling_of, image_channels_of
 
 MAX_IMAGES, MAX_STEPS, FILM_FRAMES, BETWEEN = 64, 250, 12, 9
 SCHEDULERS = {
@@ -168,8 +168,9 @@ class Demo:
 
     def reconstruct(self, image: Image.Image) -> Image.Image:
         """An image, cut square, beside what the autoencoder makes of it."""
-        side = self.pipeline.vqvae.config.sample_size
-        mode = "L" if self.pipeline.vqvae.config.in_channels == 1 else "RGB"
+        vqvae = self.pipeline.vqvae
+        side = self.pipeline.unet.config.sample_size * downsampling_of(vqvae)
+        mode = "L" if image_channels_of(vqvae) == 1 else "RGB"
         short = min(image.size)
         left, top = (image.width - short) // 2, (image.height - short) // 2
         square = image.convert(mode).crop((left, top, left + short, top + short)).resize((side, side))

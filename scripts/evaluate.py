@@ -78,6 +78,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latent_ddpm.autoencoder.losses import TRUNKS, load_lpips
 from latent_ddpm.autoencoder.stock import (
+    autoencoder_folder,
     check_autoencoder_fits,
     code_count,
     latents_of,
@@ -129,7 +130,7 @@ from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import permutation
 from latent_ddpm.system import peak_resident_bytes
 from latent_ddpm.training.launch import make_accelerator, run
-from pipeline_latent_ddpm import DEFAULT_STEPS, LatentDDPMPipeline
+from pipeline_latent_ddpm import DEFAULT_STEPS, LatentDDPMPipeline, decode_latents
 
 
 def show_json(path: Path, result: dict) -> None:
@@ -201,7 +202,7 @@ def measure_autoencoder(argv: list[str]) -> None:
     config = parse_config(UNetConfig, rest)
     output_dir = Path(config.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = load_autoencoder(config.autoencoder_dir).to(device)
+    autoencoder = load_autoencoder(autoencoder_folder(config), config.autoencoder).to(device)
     size = check_autoencoder_fits(autoencoder, config)
     lpips = load_lpips(options.lpips_net, options.lpips_weights).to(device) if options.lpips_net else None
     _, source = open_sources(config)
@@ -214,7 +215,7 @@ def measure_autoencoder(argv: list[str]) -> None:
 
     def reconstruct(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         latents = latents_of(autoencoder, batch)
-        reconstruction, indices = autoencoder.decode(latents).sample, None
+        reconstruction, indices = decode_latents(autoencoder, latents), None
         if codes:
             indices = quantize_indices(autoencoder, latents)
             counts.add_(torch.bincount(indices.flatten().cpu(), minlength=codes))
@@ -242,8 +243,12 @@ def measure_autoencoder(argv: list[str]) -> None:
     batch = to_float(originals[:64].to(device))
     with torch.no_grad():
         latents = latents_of(autoencoder, batch)
-        result["encode_images_per_second"] = images_per_second(lambda: autoencoder.encode(batch), len(batch), device)
-        result["decode_images_per_second"] = images_per_second(lambda: autoencoder.decode(latents), len(batch), device)
+        result["encode_images_per_second"] = images_per_second(
+            lambda: latents_of(autoencoder, batch), len(batch), device
+        )
+        result["decode_images_per_second"] = images_per_second(
+            lambda: decode_latents(autoencoder, latents), len(batch), device
+        )
     result["peak_memory_gib"] = peak_memory(device)
     result["device"] = name_of(device)
     path = options.json or output_dir / "evaluation-autoencoder.json"

@@ -197,6 +197,7 @@ def computed_plan(
     configs: dict[str, RunConfig], words: Sequence[str], device: str, images: int | None, gpus: int
 ) -> tuple[dict[str, Any], Callable[[str, RunConfig], float]]:
     """Count the stages for a card; returns the plan, and the seconds of a stage with another config."""
+    from latent_ddpm.autoencoder.stock import autoencoder_folder  # slow to import
     from latent_ddpm.planning import cards
 
     logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
@@ -205,18 +206,22 @@ def computed_plan(
     other_precision = {config.mixed_precision for config in configs.values()} != {card.precision}
     for stage, config in configs.items():
         configs[stage] = dataclasses.replace(config, mixed_precision=card.precision)
-    autoencoder = configs.get("autoencoder") or parse_config(AutoencoderConfig, of_stage(words, "autoencoder"))
+    unet = configs["unet"]
+    autoencoder = configs.get("autoencoder") or autoencoder_folder(unet)
     figures = {stage: cards.count_stage(config, autoencoder) for stage, config in configs.items()}
-    encoder = cards.count_stage(autoencoder, autoencoder) if "autoencoder" not in figures else figures["autoencoder"]
+    if isinstance(autoencoder, AutoencoderConfig):
+        encoder, shape = figures["autoencoder"], cards.latent_shape(autoencoder)
+        encoder = {"encoder_flops": encoder["forward_flops_per_image"] / 2, **encoder}
+    else:
+        encoder, shape = cards.count_pretrained(autoencoder, unet), cards.latents_of_pretrained(autoencoder, unet)
     for stage, config in configs.items():
         if config.train_batch_size == "auto":
             configs[stage] = in_steps(fitted(stage, config, figures[stage], card, gpus), gpus)
     counts: dict[str, Any] = {"train": train, "validation": held_out}
-    counts |= {"versions": 2 if configs["unet"].random_flip else 1, "latent_shape": cards.latent_shape(autoencoder)}
+    counts |= {"versions": 2 if configs["unet"].random_flip else 1, "latent_shape": shape}
 
     def stage_plan(stage: str, config: RunConfig) -> dict[str, Any]:
-        half = encoder["forward_flops_per_image"] / 2
-        return cards.forecast_on_card(card, config, figures[stage], counts, half, gpus)
+        return cards.forecast_on_card(card, config, figures[stage], counts, encoder["encoder_flops"], gpus)
 
     plan = {
         "device": card.name,

@@ -6,8 +6,8 @@ A few-step pipeline of the run is published too, as NAME-few-steps.
 
 The token is that of `hf auth login`, HF_TOKEN or --hub_token. The card says what scripts/evaluate.py has left in the
 run's folder, so evaluate first. --dry_run FOLDER writes what would be published to a folder and publishes nothing.
---hub_private_repo makes a new repository private, --hub_variants fp16 adds weights in 16 bits. Your edits to the card
-on the Hub stay.
+--hub_private_repo makes a new repository private, --hub_variants fp16 adds weights in 16 bits, --push_checkpoints adds
+what another machine needs to resume. Your edits to the card on the Hub stay.
 """
 
 import argparse
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--hub_token")
     parser.add_argument("--hub_license")
     parser.add_argument("--hub_variants", nargs="+", choices=("fp16", "bf16"), default=[])
+    parser.add_argument("--push_checkpoints", action="store_true")
     parser.add_argument("--hub_private_repo", action="store_true", default=None)
     parser.add_argument("--commit_message", default="Publish a run of latent-ddpm")
     parser.add_argument("--laid_out", type=Path, metavar="FOLDER", help="what a run laid out and could not publish")
@@ -67,7 +68,8 @@ def main(argv: list[str]) -> int:
         for stage in stages:
             few = stage == FEW_STEPS
             folder = options.dry_run.with_name(f"{options.dry_run.name}-few-steps") if few else options.dry_run
-            lay_out(options.run_folder, folder, Scrubber(options.run_folder), stage, options.hub_variants)
+            checkpoints = options.push_checkpoints and not few
+            lay_out(options.run_folder, folder, Scrubber(options.run_folder), stage, options.hub_variants, checkpoints)
             repo_id = few_step_repo_id(options.run_folder, name) if few else name
             write_card(folder, repo_id, options.hub_license)
             print(f"This would be published as {repo_id}: {folder}")
@@ -88,6 +90,7 @@ def main(argv: list[str]) -> int:
             options.hub_variants,
             stage,
             say,
+            options.push_checkpoints and stage != FEW_STEPS,
         )
         publisher.push(options.commit_message, options.laid_out)
         done.append(publisher.finish())

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from latent_ddpm.autoencoder.stock import check_autoencoder_fits, latents_of, load_autoencoder
+from latent_ddpm.autoencoder.stock import autoencoder_folder, check_autoencoder_fits, latents_of, load_autoencoder
 from latent_ddpm.config import UNetConfig, parse_config
 from latent_ddpm.data.images import to_float
 from latent_ddpm.data.latents import images_for_run
@@ -28,6 +28,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.evaluation.grids import make_grid
 from latent_ddpm.files import save_png
 from latent_ddpm.training.launch import run
+from pipeline_latent_ddpm import decode_latents
 
 MIN_SIDE = 96  # pixels; smaller images are enlarged to about that
 FOR_COMPONENTS = 256  # images whose latents the components are computed from
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> int:
     for noisy in ("httpx", "httpx2", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = load_autoencoder(config.autoencoder_dir).to(device)
+    autoencoder = load_autoencoder(autoencoder_folder(config), config.autoencoder).to(device)
     check_autoencoder_fits(autoencoder, config)
     _, held_out = images_for_run(config, is_main=True, wait=lambda: None)
 
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> int:
             if start < len(shown):
                 wanted = len(shown) - start
                 originals.append(images[:wanted].cpu())
-                reconstructions.append(autoencoder.decode(latents[-1][:wanted]).sample.cpu())
+                reconstructions.append(decode_latents(autoencoder, latents[-1][:wanted]).cpu())
     rgb, shares = latents_as_rgb(torch.cat(latents).cpu(), len(shown))
 
     side, factor = config.resolution, config.resolution // rgb.shape[-1]

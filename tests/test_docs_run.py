@@ -95,7 +95,7 @@ def places(tmp_path_factory):
         for copied in ("ema/pipeline-0.2-step-1000", "pipeline-few-steps"):
             shutil.copytree(run / "pipeline", run / copied)
         (run / "metrics.jsonl").write_text('{"stage": "unet", "step": 1, "images": 8, "time": 1, "loss": 1.0}\n')
-        for name in ("mnist", "mnist_class", "image_folder_64", "auto", "a", "b"):
+        for name in ("mnist", "mnist_class", "image_folder_64", "auto", "decoder", "a", "b"):
             (place / "outputs" / name).symlink_to(run)
         publish(run, place / "USER" / "NAME", ["fp16", "bf16"])
         shutil.copytree(place / "USER" / "NAME", place / "COPY")

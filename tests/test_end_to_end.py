@@ -233,7 +233,7 @@ def test_stage_2_on_somebodys_stock_autoencoder_kl(photos, tmp_path):
     ).save_pretrained(tmp_path / "vae")
     assert json.loads((tmp_path / "vae" / "config.json").read_text())["scaling_factor"] == 0.18215
     flags = {"train_data_dir": photos, "resolution": 16, "max_train_steps": 2, "autoencoder": tmp_path / "vae"}
-    launch("train_unet.py", tmp_path / "out", **flags)
+    launch("train_unet.py", tmp_path / "out", latent_normalization="overall", **flags)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     (meta,) = (tmp_path / "out" / "latents").glob("*/meta.json")

@@ -234,7 +234,12 @@ class Quantizer(nn.Module, ABC):
         num_embeddings: K, number of codes.
         embedding_dim: D, dimension of a code.
         estimator: gradient estimator, a key of ESTIMATORS.
+
+    Attributes:
+        is_fixed: if true, `update` leaves the table as it is.
     """
+
+    is_fixed = False
 
     def __init__(self, num_embeddings: int, embedding_dim: int, estimator: str = "straight_through") -> None:
         super().__init__()
@@ -292,7 +297,8 @@ class Quantizer(nn.Module, ABC):
         if kept is None:
             kept = torch.ones((), dtype=torch.bool, device=counts.device)
         counts = torch.where(kept, counts, 0.0)
-        self._move(counts, step, kept)
+        if not self.is_fixed:
+            self._move(counts, step, kept)
         return counts
 
     def _codebook_loss(self, vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -377,6 +383,25 @@ class EMACodebook(RevivingQuantizer):
         self.mean_count.copy_(counts.clamp_min(0.5 * len(vectors) / self.num_embeddings))
         self.codebook.copy_(centres)
         self.mean_sum.copy_(centres * self.mean_count[:, None])
+
+    @torch.no_grad()
+    def set_table(self, codes: torch.Tensor) -> None:
+        """Take codes (K, D) as they are; `count_uses` then says how much each is used."""
+        self.codebook.copy_(codes)
+        self.mean_sum.copy_(codes * self.mean_count[:, None])
+
+    @torch.no_grad()
+    def count_uses(self, latents: torch.Tensor) -> None:
+        """Set the averages by the uses of the present codes in encoder outputs (B, D, H, W) of all processes.
+
+        A code that they do not use starts with half the mean use, so it has time to be used.
+        """
+        vectors = latents.float().permute(0, 2, 3, 1).reshape(-1, self.embedding_dim)
+        nearest = nearest_code(vectors, self.codebook)
+        ones = torch.ones_like(nearest)[:, None]
+        counts = all_reduce_sum(sum_by_code(nearest, ones, self.num_embeddings)[:, 0].to(self.mean_count))
+        self.mean_count.copy_(counts.clamp_min(0.5 * counts.sum() / self.num_embeddings))
+        self.mean_sum.copy_(self.codebook * self.mean_count[:, None])
 
     def _collect(self, vectors: torch.Tensor, nearest: torch.Tensor) -> None:
         self.new_sum += sum_by_code(nearest, vectors, self.num_embeddings)

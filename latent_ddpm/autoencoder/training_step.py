@@ -24,6 +24,8 @@ from latent_ddpm.autoencoder.losses import (
     r1_penalty,
     reconstruction_loss,
 )
+from latent_ddpm.autoencoder.quantizers import EMACodebook
+from latent_ddpm.autoencoder.start import Start, take_weights
 from latent_ddpm.autoencoder.vqvae import Autoencoder, AutoencoderOutput
 from latent_ddpm.config import AutoencoderConfig
 from latent_ddpm.errors import UserError
@@ -57,6 +59,7 @@ class AutoencoderStep:
     Attributes:
         autoencoder: the trained autoencoder, without the wrappers of accelerate.
         discriminator: likewise; None where disc_weight is 0.
+        start: the pretrained autoencoder that this one starts from, or None.
         ema: the averaged autoencoder, which is validated and exported.
         epoch_counts: float (K,), uses of each code since the caller last zeroed it; empty without a codebook.
         disc_begins: step at which the discriminator enters.
@@ -74,13 +77,17 @@ class AutoencoderStep:
         lpips: nn.Module | None,
         state: dict[str, Any] | None,
         first_step: int,
+        start: Start | None = None,
     ) -> None:
         self.config, self.accelerator, saved = config, accelerator, state or {}
         torch.manual_seed(config.seed)
-        self.autoencoder = Autoencoder(config)
+        self.autoencoder, self.start = Autoencoder(config), start
+        if start is not None:
+            take_weights(self.autoencoder, start, config.freeze_encoder)
         if config.gradient_checkpointing:
             self.autoencoder.enable_gradient_checkpointing()
-        optimizer = make_optimizer(self.autoencoder.parameters(), config, config.learning_rate, config.optimizer)
+        trained = [parameter for parameter in self.autoencoder.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(trained, config, config.learning_rate, config.optimizer)
         self.discriminator = disc_optimizer = None
         self._disc_rate = config.learning_rate if config.disc_learning_rate is None else config.disc_learning_rate
         if config.disc_weight > 0:
@@ -131,6 +138,11 @@ class AutoencoderStep:
     def _load(
         self, state: dict[str, Any], optimizer: torch.optim.Optimizer, disc_optimizer: torch.optim.Optimizer | None
     ) -> None:
+        if self.config.freeze_encoder and state.get("start") != self.start.identity:
+            raise UserError(
+                f"The checkpoint was trained with the encoder of other weights than those of init_from "
+                f"{self.start.name}. Give the same ones, or use a new --output_dir."
+            )
         with must_fit(self.config.resume_from_checkpoint):
             self.autoencoder.load_state_dict(state["model"])
             self.ema.model.load_state_dict(state["ema"])
@@ -159,6 +171,7 @@ class AutoencoderStep:
             "discriminator": self.discriminator.state_dict() if has_entered else None,
             "disc_optimizer": self._disc_optimizer.optimizer.state_dict() if has_entered else None,
             "epoch_counts": self.epoch_counts,
+            "start": self.start.identity if self.start is not None else "",
             **{name: skipped.counts for name, skipped in self.skipped.items()},
             "held_weight": self._held_weight.sums,
         }
@@ -167,9 +180,15 @@ class AutoencoderStep:
     def start_codes(self, images: torch.Tensor) -> None:
         """Place the codes on the encoder's outputs, at the step codebook_start; call it in every process.
 
+        Codes of a pretrained autoencoder stay where they are.
+
         Args:
             images: (B, C, R, R) in [-1, 1], this process's share.
         """
+        if self.start is not None:
+            if isinstance(self.autoencoder.quantizer, EMACodebook):
+                self.autoencoder.quantizer.count_uses(self.autoencoder.encode(images))
+            return
         learned = self.config.codebook_start > 0
         with uncompiled():
             self.autoencoder.initialize(images, learned)

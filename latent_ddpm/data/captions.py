@@ -23,7 +23,6 @@ from latent_ddpm.data.indexing import PART, narrow
 from latent_ddpm.data.latents import (
     LatentCache,
     finish_cache,
-    hash_folder,
     is_whole,
     open_cache,
     read_meta,
@@ -34,6 +33,7 @@ from latent_ddpm.data.latents import (
 from latent_ddpm.data.sources.base import ImageSource
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import remove_leftovers
+from latent_ddpm.pretrained import hash_folder
 from latent_ddpm.progress import progress_bar
 from latent_ddpm.training.distributed import all_reduce_max, process_count, process_index
 from pipeline_latent_ddpm import ENCODER_CLASSES

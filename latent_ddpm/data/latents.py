@@ -7,6 +7,7 @@ last: without it the cache is unfinished, and missing or damaged shards are enco
 determines the content: the autoencoder's files, the dataset's fingerprint and the transform.
 """
 
+import copy
 import dataclasses
 import hashlib
 import io
@@ -23,7 +24,14 @@ import numpy as np
 import torch
 
 from latent_ddpm.autoencoder.scaling import Moments, overall_std
-from latent_ddpm.autoencoder.stock import StockAutoencoder, latents_of
+from latent_ddpm.autoencoder.stock import (
+    StockAutoencoder,
+    autoencoder_folder,
+    autoencoder_hash,
+    kept_normalization,
+    latents_of,
+    normalization_of,
+)
 from latent_ddpm.config import UNetConfig, encoding_batch_size
 from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.dataset import ImageDataset, open_image_dataset, range_batches
@@ -45,21 +53,11 @@ _VERSION = 2
 T = TypeVar("T")
 
 
-def hash_folder(folder: Path) -> str:
-    """SHA-256 over names and contents of a model folder's JSON and safetensors files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".safetensors"):
-            with path.open("rb") as file:
-                digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def cache_key(autoencoder_dir: Path, dataset: ImageDataset, resolution: int, channels: int, flip: bool) -> dict:
-    """Everything that determines the content of the cache, as JSON values."""
+def cache_key(autoencoder: str, dataset: ImageDataset, resolution: int, channels: int, flip: bool) -> dict:
+    """Everything that determines the content of the cache, as JSON values; `autoencoder` is its `autoencoder_hash`."""
     return {
         "version": _VERSION,
-        "autoencoder": hash_folder(autoencoder_dir),
+        "autoencoder": autoencoder,
         "dataset": dataset.fingerprint,
         "images": len(dataset),
         "resolution": resolution,
@@ -134,14 +132,16 @@ class LatentCache:
         versions_shape: (F, D, h, w), the latents of a row.
         shards: rows and bytes of each shard.
         mean: (D,) float32, of the stored latents.
-        std: the standard deviation over all channels around their means.
+        std: the standard deviation over all channels around their means, or that of each (D,).
+        channel_std: (D,) float32, that of each.
     """
 
     folder: Path
     versions_shape: tuple[int, int, int, int]
     shards: list[tuple[int, int]]
     mean: torch.Tensor
-    std: float
+    std: float | torch.Tensor
+    channel_std: torch.Tensor
 
     def __post_init__(self) -> None:
         self._starts = np.cumsum([0] + [rows for rows, _ in self.shards])
@@ -215,7 +215,7 @@ class LatentCache:
         chosen = records["latents"][np.arange(len(records)), version].astype(np.float32)
         # NumPy: in this thread, torch would start a second thread pool
         chosen -= self.mean.numpy().reshape(-1, 1, 1)
-        chosen /= np.float32(self.std)
+        chosen /= np.asarray(self.std, dtype=np.float32).reshape(-1, 1, 1)
         return torch.from_numpy(chosen)
 
 
@@ -317,6 +317,11 @@ def _encode_shard(
         stack = torch.stack(versions, dim=1)  # (B, F, D, h, w)
         good = batch["index"] == batch["example"]  # drop an image that replaces an undecodable one
         latents.append(stack.cpu().to(torch.float16).numpy()[good.numpy()])
+        if not np.isfinite(latents[-1]).all():
+            raise UserError(
+                "The autoencoder cannot be used: it gives latents that are not finite, or above 65504. If "
+                "autoencoder_dtype is float16, use bfloat16 or float32."
+            )
         rows.append(torch.stack((batch["index"], batch["label"])).numpy()[:, good.numpy()])
     return np.concatenate(latents), np.concatenate(rows, axis=1)
 
@@ -442,7 +447,7 @@ def latents_for_run(
 ) -> tuple[LatentCache, LatentCache]:
     """The latents of a run's training and held-out images; encodes what is missing. Call it in every process.
 
-    Both are normalized by the training set's mean and standard deviation.
+    Both are normalized by the training set's mean and standard deviation, or as `latent_normalization` says.
 
     Args:
         config: data, transform and folders.
@@ -458,19 +463,45 @@ def latents_for_run(
     opened = images_for_run(config, is_main, wait) if images is None else images
     folder = latents_folder(config)
 
+    encode, identity = encoder_of(autoencoder, config), autoencoder_hash(autoencoder_folder(config))
+    how = {"dtype": config.autoencoder_dtype} if config.autoencoder_dtype != "float32" else {}
+    how |= {"tiling": True} if config.autoencoder_tiling else {}
+
     def cache_of(images: ImageDataset, folder: Path, flip: bool, must_vary: bool) -> LatentCache:
-        key = cache_key(config.autoencoder_dir, images, config.resolution, config.image_channels, flip)
+        key = cache_key(identity, images, config.resolution, config.image_channels, flip) | how
         workers = config.dataloader_num_workers
         batch_size = encoding_batch_size(config)
-        return build_cache(
-            lambda batch: latents_of(autoencoder, batch),
-            images, folder, key, batch_size, device, wait, workers, must_vary,
-        )  # fmt: skip
+        return build_cache(encode, images, folder, key, batch_size, device, wait, workers, must_vary)
 
     train = cache_of(opened[0], folder, config.random_flip, True)
     held_out = cache_of(opened[1], folder / "held_out", False, False)
     opened[0].bad_images.check()
-    return train, dataclasses.replace(held_out, mean=train.mean, std=train.std)
+    mean, std, kind = train.mean, train.std, normalization_of(config, autoencoder)
+    if kind == "keep":
+        mean, std = kept_normalization(autoencoder, autoencoder_folder(config))
+    elif kind == "channel":
+        # a channel that is the same everywhere is left as it is
+        std = torch.where(train.channel_std > 1e-3 * std, train.channel_std, torch.tensor(std))
+    return tuple(dataclasses.replace(cache, mean=mean, std=std) for cache in (train, held_out))
+
+
+def encoder_of(autoencoder: StockAutoencoder, config: UNetConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function from images (B, C, R, R) in [-1, 1] to latents float32 (B, D, h, w), as the config wants it.
+
+    Raises:
+        UserError: the autoencoder has no tiling.
+    """
+    if config.autoencoder_dtype == "float32" and not config.autoencoder_tiling:
+        return lambda images: latents_of(autoencoder, images)
+    dtype = getattr(torch, config.autoencoder_dtype)
+    encoder = torch.nn.Module.to(copy.deepcopy(autoencoder), dtype)  # diffusers' own method warns of nothing
+    if config.autoencoder_tiling:
+        try:
+            encoder.enable_tiling()
+        except (AttributeError, NotImplementedError) as error:
+            raise UserError(f"autoencoder_tiling: {type(encoder).__name__} has none. Set it to false.") from error
+
+    return lambda images: latents_of(encoder, images.to(dtype)).float()
 
 
 def open_cache(place: Path) -> LatentCache:
@@ -479,4 +510,6 @@ def open_cache(place: Path) -> LatentCache:
     if meta is None:
         raise UserError(f"{place} holds no finished cache of latents.")
     mean = torch.tensor(meta["mean"], dtype=torch.float32)
-    return LatentCache(place, tuple(meta["shape"]), [tuple(shard) for shard in meta["shards"]], mean, meta["std"])
+    stds = torch.tensor(meta.get("channel_std", [meta["std"]] * len(mean)), dtype=torch.float32)
+    shards = [tuple(shard) for shard in meta["shards"]]
+    return LatentCache(place, tuple(meta["shape"]), shards, mean, meta["std"], stds)

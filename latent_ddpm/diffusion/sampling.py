@@ -29,7 +29,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.progress import progress_bar
 from latent_ddpm.random import Stream, normal, seed_for_step
 from latent_ddpm.training.distributed import all_gather_rows, process_count, process_index
-from pipeline_latent_ddpm import LatentDDPMPipeline
+from pipeline_latent_ddpm import LatentDDPMPipeline, downsampling_of, image_channels_of
 
 # name: (diffusers class, changes to its config)
 SCHEDULERS = {
@@ -140,8 +140,8 @@ def latent_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
 
 def image_shape(pipe: LatentDDPMPipeline) -> tuple[int, int, int]:
     """(C, H, W), the shape of the pipeline's images."""
-    factor = 2 ** (len(pipe.vqvae.config.block_out_channels) - 1)
-    return (pipe.vqvae.config.out_channels, *(factor * side for side in latent_shape(pipe)[1:]))
+    factor = downsampling_of(pipe.vqvae)
+    return (image_channels_of(pipe.vqvae), *(factor * side for side in latent_shape(pipe)[1:]))
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:

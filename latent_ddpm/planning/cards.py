@@ -7,12 +7,18 @@ cards are assumed to reach the same share of their peak while kernels run.
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any
 
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig
 from latent_ddpm.data.latents import record_type
 from latent_ddpm.errors import UserError
-from latent_ddpm.planning.counting import GIB, count_autoencoder, count_unet, largest_batch
+from latent_ddpm.planning.counting import (
+    GIB,
+    count_autoencoder,
+    count_unet,
+    largest_batch,
+)
 from latent_ddpm.planning.forecast import chapter_steps, checkpoints_of_chapters, times_due, units_of_run
 from latent_ddpm.planning.rehearsal import images_per_step, phases_of
 
@@ -103,7 +109,7 @@ def share_of(config: RunConfig) -> float:
     return SHARES[config.torch_compile != "off"]["unet" if isinstance(config, UNetConfig) else "autoencoder"]
 
 
-def count_stage(config: RunConfig, autoencoder: AutoencoderConfig) -> dict[str, Any]:
+def count_stage(config: RunConfig, autoencoder: AutoencoderConfig | Path) -> dict[str, Any]:
     """The counted figures of a stage; see latent_ddpm/planning/counting.py.
 
     Stage 1 is counted twice if its discriminator starts late: `without_discriminator` holds the FLOPs of an image

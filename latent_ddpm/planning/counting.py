@@ -16,6 +16,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,10 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latent_ddpm.autoencoder.discriminator import PatchDiscriminator
 from latent_ddpm.autoencoder.losses import reconstruction_loss
+from latent_ddpm.autoencoder.stock import check_autoencoder_fits, new_like
 from latent_ddpm.autoencoder.vqvae import Autoencoder, ResnetBlock
 from latent_ddpm.config import AutoencoderConfig, RunConfig, UNetConfig
 from latent_ddpm.diffusion.unet import make_unet
 from latent_ddpm.training.optim import make_optimizer, orthogonalize
+from pipeline_latent_ddpm import decode_latents, encode_images, image_channels_of, latent_channels_of
 
 GIB = 2**30
 CARDS_GIB = (24, 48, 80)
@@ -282,17 +285,44 @@ def _autoencoder_step(
 # ------------------------------------------------------------------------------------------------------ stage 2
 
 
-def count_unet(config: UNetConfig, autoencoder: AutoencoderConfig, checkpointing: bool) -> dict[str, Any]:
+def count_unet(config: UNetConfig, autoencoder: AutoencoderConfig | Path, checkpointing: bool) -> dict[str, Any]:
     """The figures of stage 2 on the latents of `autoencoder`, without conditions.
 
     Args:
         config: of stage 2.
-        autoencoder: config of stage 1.
+        autoencoder: config of stage 1, or the folder of a pretrained autoencoder.
         checkpointing: the value of gradient_checkpointing. A step then runs the forward pass twice.
     """
+    if isinstance(autoencoder, Path):
+        channels, size = latents_of_pretrained(autoencoder, config)[:2]
+        with fake_cuda():
+            return _count_unet(config, channels, size, new_like(autoencoder), checkpointing)
     channels, size = autoencoder.latent_channels, config.resolution // 2 ** (len(autoencoder.block_out_channels) - 1)
     with fake_cuda():
         return _count_unet(config, channels, size, Autoencoder(autoencoder).eval(), checkpointing)
+
+
+def latents_of_pretrained(folder: Path, config: UNetConfig) -> tuple[int, int, int]:
+    """(D, h, w) of a latent of a pretrained autoencoder, from its config alone.
+
+    Raises:
+        UserError: it does not fit the images.
+    """
+    with torch.device("meta"):
+        autoencoder = new_like(folder)
+    size = check_autoencoder_fits(autoencoder, config)
+    return latent_channels_of(autoencoder), size, size
+
+
+def count_pretrained(folder: Path, config: UNetConfig) -> dict[str, Any]:
+    """Of a pretrained autoencoder the number of parameters, and `encoder_flops` of an image, from its config alone."""
+    with fake_cuda():
+        autoencoder = new_like(folder)
+        image = torch.empty(1, image_channels_of(autoencoder), config.resolution, config.resolution)
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            encode_images(autoencoder, image)
+        parameters = sum(parameter.numel() for parameter in autoencoder.parameters())
+    return {"parameters": parameters, "encoder_flops": flops.get_total_flops()}
 
 
 def count_unet_alone(config: UNetConfig, latent_channels: int, latent_size: int) -> dict[str, Any]:
@@ -305,7 +335,7 @@ def count_unet_alone(config: UNetConfig, latent_channels: int, latent_size: int)
 
 
 def _count_unet(
-    config: UNetConfig, channels: int, size: int, frozen: Autoencoder | None, checkpointing: bool
+    config: UNetConfig, channels: int, size: int, frozen: nn.Module | None, checkpointing: bool
 ) -> dict[str, Any]:
     """The figures of stage 2, among fake tensors."""
     width = None if config.text_encoder is None else TEXT_WIDTH
@@ -322,7 +352,9 @@ def _count_unet(
 
     def draw() -> torch.Tensor:
         with autocast(config):
-            return frozen.decode(predict(config.num_validation_samples))
+            latents = predict(config.num_validation_samples)
+            own = isinstance(frozen, Autoencoder)
+            return frozen.decode(latents) if own else decode_latents(frozen, latents)
 
     for batch in (1, 2):
         inside = largest_block(unet, lambda: predict(batch), weights, config) if checkpointing else 0  # noqa: B023

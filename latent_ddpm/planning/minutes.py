@@ -121,7 +121,7 @@ def plan(config: RunConfig, stage: str, accelerator: Accelerator, used: float = 
         rehearsed = dataclasses.replace(config, train_minutes=None, train_hours=None, mixed_precision=precision)
         rehearsed = dataclasses.replace(rehearsed, images_per_step=None, auto_sizes=False)
         if isinstance(rehearsed, UNetConfig):
-            rehearsed.autoencoder = str(config.autoencoder_dir)
+            rehearsed.autoencoder = config.autoencoder or str(config.autoencoder_dir)
         save_config(scaled_run(rehearsed, 1.0), folder / "config.yaml")
         words = ["--config", str(folder / "config.yaml")]
         device = "cpu" if on_cpu else "cuda"

@@ -389,7 +389,7 @@ class Shape:
     """What of the published configs the card's sentences need.
 
     Attributes:
-        kind: "VQ-VAE with 512 codes" or "KL-VAE".
+        kind: "VQ-VAE with 512 codes", "KL-VAE", or the class of a pretrained autoencoder.
         has_codes: whether it is a VQ-VAE.
         pixels: "32x32".
         latents: "4x8x8".
@@ -403,19 +403,62 @@ class Shape:
 
 def _shape(facts: Facts) -> Shape:
     vqvae, unet = facts.configs["vqvae"], facts.configs.get("unet")
-    codes = vqvae.get("num_vq_embeddings") if vqvae.get("_class_name") == "VQModel" else None
-    factor = 2 ** (len(vqvae["block_out_channels"]) - 1)
+    name = vqvae.get("_class_name", "AutoencoderKL")
+    codes = vqvae.get("num_vq_embeddings") if name == "VQModel" else None
+    levels = vqvae.get("block_out_channels")
+    factor = 2 ** (len(levels) - 1) if levels else None
     side = unet["sample_size"] if unet else vqvae["sample_size"] // factor
+    # other autoencoders than ours have other keys
+    pixels = facts.unet.get("resolution") or (side * factor if factor else None)
+    kind = f"VQ-VAE with {codes:,} codes" if codes else "KL-VAE" if name == "AutoencoderKL" else name
     return Shape(
-        kind=f"VQ-VAE with {codes:,} codes" if codes else "KL-VAE",
+        kind=kind,
         has_codes=bool(codes),
-        pixels=f"{side * factor}x{side * factor}",
-        latents=f"{vqvae['latent_channels']}x{side}x{side}",
+        pixels=f"{pixels}x{pixels}",
+        latents=f"{(unet or {}).get('out_channels') or vqvae['latent_channels']}x{side}x{side}",
     )
 
 
 def _link(repo_id: str) -> str:
     return f"[{repo_id}](https://huggingface.co/{repo_id})"
+
+
+def _named(name: str) -> str:
+    """A pretrained model by the name that the config has for it; a place on a machine is not named."""
+    return _link(name) if "/" in name and not is_place(name) else "weights that are not published"
+
+
+def _pretrained(facts: Facts) -> list[str]:
+    """The Hub's names of what the run started from: of the U-Net, of the autoencoder."""
+    keys = [(facts.unet, "init_unet"), (facts.unet, "autoencoder"), (facts.autoencoder, "init_from")]
+    names = [config[key] for config, key in keys if config.get(key)]
+    return [name for name in dict.fromkeys(names) if "/" in name and not is_place(name)]
+
+
+def _origin(facts: Facts) -> str:
+    """How the weights came about, as the beginning of a sentence on the images."""
+    start = facts.unet.get("init_unet") if "unet" in facts.configs else facts.autoencoder.get("init_from")
+    return (
+        f"fine-tuned from {_named(start)} with latent-ddpm on" if start else "trained from scratch with latent-ddpm on"
+    )
+
+
+def _of_autoencoder(facts: Facts) -> str:
+    """Where the autoencoder of a pipeline comes from, in a sentence; "" if it was trained from scratch."""
+    if "unet" not in facts.configs:
+        return ""
+    if start := facts.autoencoder.get("init_from"):
+        part = "The decoder of the autoencoder" if facts.autoencoder.get("freeze_encoder") else "The autoencoder"
+        return f"{part} was fine-tuned from {_named(start)}."
+    measured = facts.training.get("unet", {}).get("autoencoder", {})
+    if not measured:
+        return ""
+    at = f" at revision `{measured['revision'][:12]}`" if measured.get("revision") else ""
+    return (
+        f"The autoencoder is that of {_named(facts.unet.get('autoencoder') or '')}{at}, as it was. It reconstructs "
+        f"{measured['images']} of the training images with a PSNR of {measured['psnr']:.2f} dB and an SSIM of "
+        f"{measured['ssim']:.3f}."
+    )
 
 
 def _guidance(facts: Facts) -> str:
@@ -440,8 +483,7 @@ def _about(facts: Facts, shape: Shape, repo_id: str) -> str:
     if facts.is_few_steps:
         text = (
             f"A {kind} that draws {shape.pixels} images in {facts.step_counts}. It was distilled from "
-            f"{_link(repo_id.removesuffix(FEW_STEP_ENDING))}, which was trained from scratch with latent-ddpm on "
-            f"{origin}. "
+            f"{_link(repo_id.removesuffix(FEW_STEP_ENDING))}, which was {_origin(facts)} {origin}. "
         )
         counts = facts.training.get("few_steps", {}).get("counts", [])
         if 1 in counts:
@@ -450,7 +492,9 @@ def _about(facts: Facts, shape: Shape, repo_id: str) -> str:
         else:
             text += "Each step was learned on the path of that model's sampler (arXiv 2202.00512)."
     else:
-        text = f"A {kind} for {shape.pixels} images, trained from scratch with latent-ddpm on {origin}."
+        text = f"A {kind} for {shape.pixels} images, {_origin(facts)} {origin}."
+        if of_autoencoder := _of_autoencoder(facts):
+            text += f" {of_autoencoder}"
         if "unet" in facts.configs and (guidance := _guidance(facts)):
             text += f" {guidance}"
     if "samples.png" in facts.files:
@@ -508,10 +552,16 @@ from diffusers import DiffusionPipeline
 
 pipeline = {_load(repo_id)}
 ```"""
+    if "latents_std" in facts.index:
+        text += (
+            f"\n\nThe pipeline normalizes the latents: `{vqvae['_class_name']}` cannot hold the normalization in its "
+            f"weights, and diffusers' own `LDMPipeline` only divides by a scaling factor. So the repository brings its "
+            f"own pipeline as code, which runs only if you trust it."
+        )
     text += _variants_use(facts, repo_id)
     if stock and not shape.has_codes:
         text += (
-            "\n\nThe first way logs a warning that `vqvae` is an AutoencoderKL where a VQModel is expected. "
+            f"\n\nThe first way logs a warning that `vqvae` is an {vqvae['_class_name']} where a VQModel is expected. "
             "LDMPipeline works with both."
         )
     return text
@@ -650,7 +700,7 @@ def _head(facts: Facts, repo_id: str, license: str | None) -> dict[str, Any]:
         pipeline_tag=facts.task if "unet" in facts.configs else None,
         license=license,
         datasets=[hub_dataset] if hub_dataset else None,
-        base_model=repo_id.removesuffix(FEW_STEP_ENDING) if facts.is_few_steps else None,
+        base_model=repo_id.removesuffix(FEW_STEP_ENDING) if facts.is_few_steps else _pretrained(facts) or None,
         tags=["diffusers", "latent-diffusion", "latent-ddpm", facts.task],
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,

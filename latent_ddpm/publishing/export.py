@@ -1,9 +1,9 @@
 """Write a pipeline folder that stock diffusers loads, and convert one between LDMPipeline and LatentDDPMPipeline.
 
 A folder without conditioning names diffusers' LDMPipeline, so it loads without any code of ours. A folder with
-conditioning names LatentDDPMPipeline, whose code is the `pipeline.py` in the folder. Should diffusers drop LDMPipeline,
-which it keeps in `pipelines/deprecated`, every folder names LatentDDPMPipeline, and `convert_pipeline` changes the
-folders that were published before.
+conditioning, or with an autoencoder that cannot hold the normalization of its latents, names LatentDDPMPipeline, whose
+code is the `pipeline.py` in the folder. Should diffusers drop LDMPipeline, which it keeps in `pipelines/deprecated`,
+every folder names LatentDDPMPipeline, and `convert_pipeline` changes the folders that were published before.
 """
 
 import copy
@@ -14,10 +14,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from diffusers import SchedulerMixin, UNet2DModel
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DModel, VQModel
 
 import pipeline_latent_ddpm
-from latent_ddpm.autoencoder.stock import StockAutoencoder, code_count
+from latent_ddpm.autoencoder.scaling import fold_normalization
+from latent_ddpm.autoencoder.stock import StockAutoencoder, code_count, load_autoencoder
 from latent_ddpm.errors import UserError
 from latent_ddpm.files import replace_folder, write_whole
 from latent_ddpm.training.acceleration import contiguous
@@ -45,12 +47,17 @@ pipeline({words}, num_inference_steps={steps}).images[0].save("sample.png")
 ```
 """
 TRUSTED = '".", custom_pipeline=".", trust_remote_code=True'
+OUTSIDE = """
+The pipeline normalizes the latents: {name} cannot hold the normalization in its weights, and diffusers' LDMPipeline
+only divides by a scaling factor. So the folder brings its own pipeline as code, which runs only if you trust it. Its
+components are those of diffusers.
+"""
 RICHER = f"""
 `pipeline.py` has more features: given latents, every scheduler, callbacks, all output types. Load it with
 `DiffusionPipeline.from_pretrained({TRUSTED})`.
 """
 KL_NOTE = """
-The first way logs that `vqvae` is an AutoencoderKL where a VQModel is expected. LDMPipeline works with both.
+The first way logs that `vqvae` is an {name} where a VQModel is expected. LDMPipeline works with both.
 """
 
 
@@ -61,6 +68,13 @@ def stock_pipeline() -> type | None:
     except (ImportError, RuntimeError):  # RuntimeError: a lazy import of diffusers that fails
         return None
     return LDMPipeline
+
+
+def words_for(class_name: str, codes: int | None) -> str:
+    """An autoencoder in words: its kind, or the name of a class that people know by it."""
+    if codes:
+        return f"a VQ-VAE with {codes:,} codes"
+    return "a KL-VAE" if class_name == "AutoencoderKL" else f"an {class_name}"
 
 
 def example_words(conditions: dict[str, Any]) -> str:
@@ -94,10 +108,11 @@ def export_pipeline(
         num_inference_steps: in the card's example.
         record_steps: whether this is the number that LatentDDPMPipeline draws in when it is not told another, as for
             a few-step model. LDMPipeline has 50.
-        conditions: conditioning arguments of LatentDDPMPipeline. Without any, the folder holds a stock LDMPipeline
-            where the installed diffusers has one.
+        conditions: further arguments of LatentDDPMPipeline: its conditions, and `latents_mean` and `latents_std`.
+            Without any, the folder holds a stock LDMPipeline where the installed diffusers has one.
     """
     stock = None if conditions else stock_pipeline()
+    conditioned = not conditions.keys() <= {"latents_mean", "latents_std"}
     if record_steps:
         scheduler = copy.copy(scheduler)
         scheduler.register_to_config(**{pipeline_latent_ddpm.RECORDED_STEPS: num_inference_steps})
@@ -117,12 +132,12 @@ def export_pipeline(
         shutil.copyfile(pipeline_latent_ddpm.__file__, aside / "pipeline.py")
         codes = code_count(autoencoder)
         card = INTRODUCTION.format(
-            task="" if conditions else "pipeline_tag: unconditional-image-generation\n",
+            task="" if conditioned else "pipeline_tag: unconditional-image-generation\n",
             load='"."' if stock else TRUSTED,
             needs="from PIL import Image\n" if "conditioning_classes" in conditions else "",
             kind=type(unet).__name__,
             name=folder.resolve().parent.name,
-            autoencoder=f"a VQ-VAE with {codes} codes" if codes else "a KL-VAE",
+            autoencoder=words_for(type(autoencoder).__name__, codes),
             channels=unet.config.out_channels,
             size=unet.config.sample_size,
             parameters=unet.num_parameters() / 1e6,
@@ -131,7 +146,9 @@ def export_pipeline(
             words=example_words(conditions),
         )
         if stock:
-            card += RICHER if codes else RICHER + KL_NOTE
+            card += RICHER if codes else RICHER + KL_NOTE.format(name=type(autoencoder).__name__)
+        if "latents_std" in conditions:
+            card += OUTSIDE.format(name=type(autoencoder).__name__)
         (aside / "README.md").write_text(card, encoding="utf-8")
 
     replace_folder(folder, write)
@@ -146,10 +163,10 @@ def _set_class(folder: Path, class_name: str | list[str]) -> None:
 
 
 def _needs_own(folder: Path, index: dict[str, Any]) -> bool:
-    """Whether a pipeline is conditioned, which LDMPipeline does not support."""
+    """Whether a pipeline is conditioned, or normalizes latents itself, which LDMPipeline does not support."""
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     conditioned = unet.get("num_class_embeds") or unet.get("in_channels") != unet.get("out_channels")
-    return bool(conditioned) or "text_encoder" in index or "text_encoder_id" in index
+    return bool(conditioned) or bool({"text_encoder", "text_encoder_id", "latents_std"} & index.keys())
 
 
 def convert_pipeline(folder: Path, to_own: bool = True) -> bool:
@@ -180,7 +197,8 @@ def convert_pipeline(folder: Path, to_own: bool = True) -> bool:
     if now == wanted:
         return False
     if not to_own and conditioned:
-        raise UserError(f"{folder} is conditioned, which {STOCK} does not support: it stays a {OWN[1]}.")
+        does = "normalizes latents itself" if "latents_std" in index else "is conditioned"
+        raise UserError(f"{folder} {does}, which {STOCK} does not support: it stays a {OWN[1]}.")
     if to_own:
         write_whole(folder / "pipeline.py", Path(pipeline_latent_ddpm.__file__).read_bytes())
     _set_class(folder, wanted)
@@ -190,3 +208,41 @@ def convert_pipeline(folder: Path, to_own: bool = True) -> bool:
         own = r'DiffusionPipeline.from_pretrained("\1", custom_pipeline="\1", trust_remote_code=True)'
         write_whole(readme, re.sub(load, own, readme.read_text(encoding="utf-8")))
     return True
+
+
+# --------------------------------------------------------------------------------------------------- a new decoder
+
+
+@torch.no_grad()
+def replace_decoder(folder: Path, autoencoder: Path) -> None:
+    """Give a pipeline the decoder of another autoencoder that has its encoder, as `freeze_encoder` trains one.
+
+    The U-Net stays valid, because the latents stay the same. The autoencoder's folder is replaced atomically.
+
+    Args:
+        folder: of the pipeline.
+        autoencoder: folder of the autoencoder; it may have started from the pipeline's, or from that of stage 1.
+
+    Raises:
+        UserError: one of them is missing, or the encoders differ.
+    """
+    if not (folder / "model_index.json").exists():
+        raise UserError(f"{folder} holds no latent diffusion pipeline: it has no model_index.json.")
+    old, new = load_autoencoder(folder / "vqvae"), load_autoencoder(autoencoder)
+    other = UserError(f"{autoencoder} has another encoder than {folder}: its decoder does not fit the U-Net.")
+    if type(old) is not type(new) or not isinstance(old, (AutoencoderKL, VQModel)):
+        raise other
+    theirs, encoder = new.encoder.state_dict(), old.encoder.state_dict()
+    if theirs.keys() != encoder.keys() or not all(torch.equal(theirs[name], encoder[name]) for name in encoder):
+        raise other
+    # the normalization that was folded into the pipeline's encoder after the new one's
+    width = old.config.latent_channels
+    rows, wanted = (model.quant_conv.weight[:width].flatten(1).double() for model in (new, old))
+    std = (rows * wanted).sum(1) / wanted.pow(2).sum(1)
+    if not torch.allclose(rows, std[:, None] * wanted, rtol=1e-3, atol=1e-5):
+        raise other
+    mean = new.quant_conv.bias[:width].double() - std * old.quant_conv.bias[:width].double()
+    scale = 1 / old.config.scaling_factor
+    same = torch.allclose(std, torch.ones_like(std), rtol=1e-5)
+    fold_normalization(new, mean, scale if same else std * scale)
+    replace_folder(folder / "vqvae", lambda aside: new.save_pretrained(aside, safe_serialization=True))

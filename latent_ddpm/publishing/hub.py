@@ -283,7 +283,12 @@ def pictures_of(output_dir: Path, stage: str | None) -> dict[str, tuple[str, ...
 
 
 def lay_out(
-    output_dir: Path, folder: Path, scrubber: Scrubber, stage: str | None = None, variants: Sequence[str] = ()
+    output_dir: Path,
+    folder: Path,
+    scrubber: Scrubber,
+    stage: str | None = None,
+    variants: Sequence[str] = (),
+    checkpoints: bool = False,
 ) -> None:
     """Fill `folder` with everything that is published of a run except the card, which needs the repository's name.
 
@@ -294,6 +299,8 @@ def lay_out(
         stage: "unet" publishes the pipeline, "few_steps" the few-step pipeline, "autoencoder" stage 1's result as
             `vqvae/`; None what is there, the pipeline first.
         variants: "fp16", "bf16": weights added in these.
+        checkpoints: whether to add what another machine needs to resume: the newest checkpoint of each stage and
+            chapter, the autoencoder of stage 1, and the snapshots of the averages.
 
     Raises:
         UserError: it is not there, or names a text encoder of this disk.
@@ -318,6 +325,13 @@ def lay_out(
         else:
             _link(path, folder / name)
     _write_variants(folder, variants)
+    if checkpoints:
+        newest = {path.name.rpartition("-")[0]: path for path in sorted((output_dir / "checkpoints").glob("[a-z]*-*"))}
+        if stage == "unet":  # which needs the result of stage 1, and not its checkpoint
+            newest.pop("autoencoder", None)
+        for part in (*newest.values(), output_dir / "autoencoder", output_dir / "ema"):
+            for path in part.glob("*"):
+                _link(path, folder / path.relative_to(output_dir))
     made = {part: max((p.stat().st_mtime for p in part.rglob(WEIGHTS)), default=0.0)
             for part in (pipeline, autoencoder)}  # fmt: skip
     for name, patterns in pictures_of(output_dir, stage).items():
@@ -388,6 +402,7 @@ class Publisher:
         variants: of the weights, besides float32: "fp16", "bf16".
         stage: as for `lay_out`.
         say: shows a sentence to the user.
+        checkpoints: as for `lay_out`.
     """
 
     def __init__(
@@ -399,7 +414,9 @@ class Publisher:
         variants: Sequence[str] = (),
         stage: str | None = None,
         say: Callable[[str], None] = logger.info,
+        checkpoints: bool = False,
     ) -> None:
+        self.checkpoints = checkpoints
         self.output_dir, self.private, self.license = Path(output_dir), private, license
         self.variants, self.stage = variants, stage
         self.run_repo_id = repo_id_of(self.output_dir, repo_id)
@@ -432,7 +449,7 @@ class Publisher:
         try:
             shutil.rmtree(folder, ignore_errors=True)
             if laid_out is None:
-                lay_out(self.output_dir, folder, self.scrubber, self.stage, self.variants)
+                lay_out(self.output_dir, folder, self.scrubber, self.stage, self.variants, self.checkpoints)
             else:
                 shutil.copytree(laid_out, folder)
         except Exception as error:  # a full disk, weights that fit no variant: training goes on
@@ -477,6 +494,7 @@ class Publisher:
         words += ["--hub_private_repo"] if self.private else []
         words += ["--hub_license", self.license] if self.license else []
         words += ["--hub_variants", *self.variants] if self.variants else []
+        words += ["--push_checkpoints"] if self.checkpoints else []
         words += ["--laid_out", folder] if folder.is_dir() else []
         self.say(f"NOT PUBLISHED: {message!r}. Nothing is lost; publish it with\n\n    {shlex.join(map(str, words))}\n")
         return False
@@ -540,6 +558,7 @@ class Publisher:
             self.say(f"The card of {self.repo_id} stays as it is: {_reason(error)}")
             (folder / "README.md").unlink(missing_ok=True)
         stale = [f"*.{variant}.safetensors" for variant in VARIANTS]  # variants that this upload does not have
+        stale += ["checkpoints/*"] if self.checkpoints else []
         self.api.upload_folder(repo_id=self.repo_id, folder_path=folder, commit_message=message, delete_patterns=stale)
 
     def _their_card(self) -> str | None:
@@ -562,4 +581,5 @@ def make_publisher(
         return None
     private = True if config.hub_private_repo else None
     output_dir, variants = Path(config.output_dir), config.hub_variants
-    return Publisher(output_dir, config.hub_model_id, private, config.hub_license, variants, stage, say)
+    checkpoints = config.push_checkpoints and stage != FEW_STEPS
+    return Publisher(output_dir, config.hub_model_id, private, config.hub_license, variants, stage, say, checkpoints)

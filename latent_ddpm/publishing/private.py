@@ -14,13 +14,18 @@ import yaml
 PLACES = {
     "train_data_dir": "IMAGES",
     "output_dir": "RUN",
-    "autoencoder": "AUTOENCODER",
     "latents_dir": "LATENTS",
     "lpips_weights": "LPIPS_WEIGHTS",
     "conditioning_image_dir": "CONDITIONING_IMAGES",
     "resume_from_checkpoint": "CHECKPOINT",
 }
-NAMES = {"dataset_name": "DATASET", "text_encoder": "TEXT_ENCODER"}  # which may be names of the Hub as well
+NAMES = {  # which may be names of the Hub as well
+    "dataset_name": "DATASET",
+    "text_encoder": "TEXT_ENCODER",
+    "autoencoder": "AUTOENCODER",
+    "init_from": "PRETRAINED",
+    "init_unet": "PRETRAINED_UNET",
+}
 EMBEDDED = "embedded:"
 ON_THE_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 

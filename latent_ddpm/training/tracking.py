@@ -24,6 +24,7 @@ from latent_ddpm.errors import UserError
 from latent_ddpm.files import save_png, write_json, write_whole
 from latent_ddpm.progress import progress_bar
 
+LASTING = ("tracker_run", "autoencoder")  # what a resumed run keeps of a stage in run.json
 MODULES = {"tensorboard": "torch.utils.tensorboard"}  # what a tracker is imported as, where that is not its name
 
 
@@ -180,7 +181,7 @@ class Tracker:
         """Write hardware, versions and numbers of images to run.json, for the model card."""
         noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         device = self.accelerator.device
-        noted[self.stage] = {key: value for key, value in noted.get(self.stage, {}).items() if key == "tracker_run"} | {
+        noted[self.stage] = {key: value for key, value in noted.get(self.stage, {}).items() if key in LASTING} | {
             "training_images": training_images,
             "validation_images": validation_images,
             "data": data,

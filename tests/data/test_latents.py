@@ -15,9 +15,10 @@ from PIL import Image
 from latent_ddpm.data.bad_images import BadImages
 from latent_ddpm.data.dataset import open_image_dataset
 from latent_ddpm.data.images import to_float
-from latent_ddpm.data.latents import build_cache, cache_key, hash_folder, open_files_limit, read_ahead
+from latent_ddpm.data.latents import build_cache, cache_key, open_files_limit, read_ahead
 from latent_ddpm.data.sources.folder import FolderSource
 from latent_ddpm.errors import UserError
+from latent_ddpm.pretrained import hash_folder
 
 
 def settings(**changes):
@@ -186,16 +187,17 @@ def test_key_follows_weights_data_and_transform(images, tmp_path):
     (model / "config.json").write_text("{}")
     (model / "weights.safetensors").write_bytes(b"1")
     dataset = dataset_of(images, tmp_path)
-    base = cache_key(model, dataset, 16, 3, True)
+    of_model = hash_folder(model)
+    base = cache_key(of_model, dataset, 16, 3, True)
     json.dumps(base)
-    assert cache_key(model, dataset_of(images, tmp_path), 16, 3, True) == base
-    assert cache_key(model, dataset, 16, 3, False) != base
-    assert cache_key(model, dataset, 32, 3, True) != base
+    assert cache_key(of_model, dataset_of(images, tmp_path), 16, 3, True) == base
+    assert cache_key(of_model, dataset, 16, 3, False) != base
+    assert cache_key(of_model, dataset, 32, 3, True) != base
     before = hash_folder(model)
     (model / "weights.safetensors").write_bytes(b"2")
     assert hash_folder(model) != before
     Image.new("RGB", (16, 16)).save(images / "00.png")
-    assert cache_key(model, dataset_of(images, tmp_path), 16, 3, True)["dataset"] != base["dataset"]
+    assert cache_key(of_model, dataset_of(images, tmp_path), 16, 3, True)["dataset"] != base["dataset"]
 
 
 def test_undecodable_images_are_left_out(images, tmp_path):

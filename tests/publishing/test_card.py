@@ -326,3 +326,33 @@ def test_guidance_that_is_in_the_weights_is_not_asked_for_again():
     for noted, asked in (({"scale": 2.0}, True), ({"scale": 2.0, "finished_at": 160}, False)):
         trained = {**FACTS.training, "self_guidance": {"step": 160, "images": 10240, "hours": 0.1, **noted}}
         assert ("guidance_scale=2" in make_card(dataclasses.replace(facts, training=trained), "you/digits")) == asked
+
+
+def test_what_was_pretrained_is_named():
+    measured = {"class": "AutoencoderDC", "revision": "a" * 40, "psnr": 27.5, "ssim": 0.9, "images": 200}
+    unet = {**FACTS.unet, "autoencoder": "mit-han-lab/dc-ae", "resolution": 256}
+    training = {"unet": {**FACTS.training["unet"], "autoencoder": measured}}
+    configs = {**FACTS.configs, "vqvae": {"_class_name": "AutoencoderDC", "latent_channels": 32}}
+    index = {"_class_name": ["pipeline", "LatentDDPMPipeline"], "latents_std": [1.0]}
+    facts = dataclasses.replace(FACTS, unet=unet, training=training, configs=configs, index=index, autoencoder={})
+    card = make_card(facts, "someone/cats", None)
+    assert "for 256x256 images, trained from scratch with latent-ddpm" in card
+    assert (
+        "The autoencoder is that of [mit-han-lab/dc-ae](https://huggingface.co/mit-han-lab/dc-ae) at revision" in card
+    )
+    assert "reconstructs 200 of the training images with a PSNR of 27.50 dB and an SSIM of 0.900" in card
+    assert "`AutoencoderDC` cannot hold the normalization" in card and 'custom_pipeline="someone/cats"' in card
+    assert head_of(card)["base_model"] == ["mit-han-lab/dc-ae"]
+    # a folder of the author's disk has no name
+    private = dataclasses.replace(facts, unet={**unet, "autoencoder": "AUTOENCODER"})
+    card = make_card(private, "someone/cats", None)
+    assert "that of weights that are not published" in card and "base_model" not in head_of(card)
+
+
+def test_what_was_fine_tuned_is_named():
+    unet = {**FACTS.unet, "init_unet": "google/ddpm-cat-256"}
+    autoencoder = {**FACTS.autoencoder, "init_from": "stabilityai/sd-vae-ft-mse", "freeze_encoder": True}
+    card = make_card(dataclasses.replace(FACTS, unet=unet, autoencoder=autoencoder), "someone/cats", None)
+    assert "fine-tuned from [google/ddpm-cat-256]" in card and "from scratch" not in card
+    assert "The decoder of the autoencoder was fine-tuned from [stabilityai/sd-vae-ft-mse]" in card
+    assert head_of(card)["base_model"] == ["google/ddpm-cat-256", "stabilityai/sd-vae-ft-mse"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -488,3 +489,45 @@ def test_a_few_step_pipeline_that_was_not_published_is_said_with_its_command(hub
     publish(hub, home, *words)
     assert hub.repos[FEW].messages == ["Publish a run of latent-ddpm"] == hub.repos[NAME].messages
     assert not list(output_dir.glob("hub*"))
+
+
+def test_another_machine_goes_on_where_the_first_one_stopped(stage_1, hub, tmp_path):
+    """Both stages, killed after a push, resume elsewhere from the repository alone, bit for bit."""
+    home, stage_1_dir, flags = stage_1
+    name = f"{USER}/spot"
+    push = {"push_to_hub": "true", "push_checkpoints": "true", "hub_model_id": name, "hub_strategy": "checkpoint"}
+    half = {**STEPS, "max_train_steps": 4}
+    for script, stage, reference in (
+        ("train_autoencoder.py", "autoencoder", stage_1_dir),
+        ("train_unet.py", "unet", home / "quiet"),
+    ):
+        first, second = tmp_path / f"first-{stage}", tmp_path / f"second-{stage}"
+        if stage == "unet":
+            shutil.copytree(stage_1_dir / "autoencoder", first / "autoencoder")
+        with_hub(hub, tmp_path, command(script, first, **push, **half, **flags))
+        kept = [path for path in hub.repos[name].files if path.startswith("checkpoints/")]
+        assert {path.split("/")[1] for path in kept} == {f"{stage}-00000004"}
+        words = command(script, second, resume_from_checkpoint=name, **STEPS, **flags)
+        text = with_hub(hub, tmp_path / "elsewhere", words)
+        assert f"resuming from {stage}-00000004 of {name}" in text
+        assert_same_tensors(checkpoint_tensors(second, stage, 6), checkpoint_tensors(reference, stage, 6))
+        before = len(hub.requests)
+        text = with_hub(hub, tmp_path / "elsewhere", words)  # it is its own run now, and finished
+        assert "all 6 steps are done" in text and len(hub.requests) == before
+        assert sorted(losses(second, stage)) == [1, 2, 3, 4, 5, 6]
+    published = hub.content(name, "run.json").decode() + hub.content(name, "train_unet.yaml").decode()
+    assert str(tmp_path) not in published and str(home) not in published
+
+
+def test_what_cannot_be_resumed_from_the_hub(stage_1, hub, tmp_path):
+    _, stage_1_dir, flags = stage_1
+    publish(hub, tmp_path, stage_1_dir, "--hub_model_id", f"{USER}/plain", "--hub_license", "mit")
+    for name, what in (
+        (f"{USER}/plain", "holds no checkpoint of train_autoencoder.py"),
+        (f"{USER}/nothing", "neither a folder here nor a repository"),
+    ):
+        words = command("train_autoencoder.py", tmp_path / "out", resume_from_checkpoint=name, **STEPS, **flags)
+        text = with_hub(hub, tmp_path, words, expect=2)
+        assert what in text and "Traceback" not in text
+    words = command("train_autoencoder.py", tmp_path / "out", push_checkpoints="true", **STEPS, **flags)
+    assert "push_checkpoints needs push_to_hub" in with_hub(hub, tmp_path, words, expect=2)
