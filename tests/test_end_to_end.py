@@ -421,6 +421,7 @@ def test_a_folder_that_holds_another_run_is_refused(trained):
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "unet"])
+@pytest.mark.long
 def test_compiled_and_checkpointed_it_is_the_same_run(trained, photos, tmp_path, stage):
     """Through torch.compile (its eager backend: no compiler needed), and with activations computed twice."""
     output_dir, flags, _ = trained

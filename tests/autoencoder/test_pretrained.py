@@ -115,12 +115,14 @@ def test_normalization_changes_no_image(name, by_channel, images, tmp_path):
 # ------------------------------------------------------------------------------------- trained, exported, loaded
 
 
-# one process each, but the libraries are imported once
+# one process each, but the libraries are imported once; each writes a file, and the exit statuses are printed
 EACH = """
 import json, os, runpy, sys
 import train_unet
-for words in json.load(open(sys.argv[1])):
+for number, words in enumerate(json.load(open(sys.argv[1]))):
     if not os.fork():
+        file = os.open(f"{sys.argv[1]}.{number}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1), os.dup2(file, 2)
         sys.argv, status = words, 0
         try:
             runpy.run_path("train_unet.py", run_name="__main__")
@@ -128,7 +130,7 @@ for words in json.load(open(sys.argv[1])):
             status = end.code or 0
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
-    assert os.wait()[1] == 0, words
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 STRANGER = """
 import sys, json, numpy, torch
@@ -142,6 +144,17 @@ for folder, options in json.load(open(sys.argv[1])):
     print(type(pipeline).__name__)
 assert not any(module.startswith("latent_ddpm") for module in sys.modules)
 """
+
+
+def run_each(hub, home, runs):
+    """Exit status and output of train_unet.py with each of these words, without a token."""
+    home.mkdir(exist_ok=True)
+    (home / "words.json").write_text(json.dumps([words[1:] for words in runs]))
+    env = {**environment(), **hub.environment(home / "cache", token=None)}
+    done = finished_script([sys.executable, "-c", EACH, str(home / "words.json")], env)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    texts = [(home / f"words.json.{number}").read_text() for number in range(len(runs))]
+    return list(zip(map(int, done.stdout.split()), texts, strict=True))
 
 
 def slug(name):
@@ -158,11 +171,9 @@ def trained(photos, tmp_path_factory):
             folder = saved(name, home / "models" / slug(name))
             upload(hub, f"{USER}/{slug(name)}", {path.name: path.read_bytes() for path in folder.iterdir()})
             flags = {"train_data_dir": photos, "resolution": 16, "autoencoder": f"{USER}/{slug(name)}", **STEPS}
-            words.append(command("train_unet.py", home / slug(name), **flags)[1:])
-        (home / "words.json").write_text(json.dumps(words))
-        env = {**environment(), **hub.environment(home / "cache", token=None)}
-        done = finished_script([sys.executable, "-c", EACH, str(home / "words.json")], env)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+            words.append(command("train_unet.py", home / slug(name), **flags))
+        done = run_each(hub, home, words)
+    assert [status for status, _ in done] == [0] * len(SMALL), [text[-2000:] for status, text in done if status]
     exports = [str(home / slug(name) / "pipeline") for name in SMALL]
     trust = [{} if name in FOLDS else {"custom_pipeline": path, "trust_remote_code": True}
              for name, path in zip(SMALL, exports, strict=True)]  # fmt: skip
@@ -171,7 +182,7 @@ def trained(photos, tmp_path_factory):
     words = [sys.executable, "-P", "-c", STRANGER, str(home / "exports.json")]
     loaded = subprocess.run(words, cwd=home, env=env, capture_output=True, text=True, timeout=600)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
-    return home, done.stdout + done.stderr, dict(zip(SMALL, loaded.stdout.split(), strict=True))
+    return home, "".join(text for _, text in done), dict(zip(SMALL, loaded.stdout.split(), strict=True))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -265,6 +276,8 @@ def test_an_autoencoder_of_the_hub_by_name(hub, photos, tmp_path):
     text = ask(hub, tmp_path, f"{USER}/vae", photos=photos, steps=again, expect=0, HF_HUB_OFFLINE="1")
     assert "reconstructs" not in text and sorted(losses(tmp_path / "out", "unet")) == [1, 2, 3, 4, 5, 6]
     assert json.loads((tmp_path / "out" / "run.json").read_text())["unet"]["autoencoder"]["revision"] == commit
+    text = ask(hub, tmp_path / "empty", f"{USER}/vae", HF_HUB_OFFLINE="1")
+    assert "the Hub cannot be reached, and its files are not in the Hub's cache" in text
     # the repository has changed: the run says which revision it was
     new = (hub.models / "other" / "diffusion_pytorch_model.safetensors").read_bytes()
     old = hub.content(f"{USER}/vae", "diffusion_pytorch_model.safetensors")
@@ -281,30 +294,27 @@ def test_an_autoencoder_inside_a_pipeline(hub, photos, tmp_path):
         hub, tmp_path / "b", f"{USER}/pipeline", "--autoencoder_subfolder", "vae", photos=photos, steps=few, expect=0
     )
     assert "reconstructs" in text
-    text = ask(hub, tmp_path / "c", f"{USER}/pipeline", "--autoencoder_subfolder", "vea")
-    assert "holds no config.json in its folder vea" in text
 
 
 def test_refusals_are_one_sentence(hub, tmp_path):
-    for name, what in (
-        (f"{USER}/pickle", "has its weights only as a pickle (diffusion_pytorch_model.bin), which can run code"),
-        (f"{USER}/truncated", f"{USER}/truncated is not an autoencoder that can be loaded"),
-        (f"{USER}/wrong", "names the class UNet2DModel, which is none of AutoencoderKL"),
-        (f"{USER}/nothing", "holds no config.json, also not in vae, vqvae"),
-        (f"{USER}/missing", "neither a folder here nor a repository that you can read on the Hub"),
-        (f"{USER}/private", "neither a folder here nor a repository that you can read on the Hub"),
-    ):
-        text = ask(hub, tmp_path / name.replace("/", "-"), name)
+    wanted = {
+        (f"{USER}/pickle",): "has its weights only as a pickle (diffusion_pytorch_model.bin), which can run code",
+        (f"{USER}/truncated",): f"{USER}/truncated is not an autoencoder that can be loaded",
+        (f"{USER}/wrong",): "names the class UNet2DModel, which is none of AutoencoderKL",
+        (f"{USER}/nothing",): "holds no config.json, also not in vae, vqvae",
+        (f"{USER}/missing",): "neither a folder here nor a repository that you can read on the Hub",
+        (f"{USER}/private",): "neither a folder here nor a repository that you can read on the Hub",
+        (f"{USER}/gated",): f"it is gated. Accept its conditions at huggingface.co/{USER}/gated",
+        (f"{USER}/vae", "--autoencoder_revision", "nowhere"): "it has no revision nowhere",
+        (f"{USER}/pipeline", "--autoencoder_subfolder", "vea"): "holds no config.json in its folder vea",
+    }
+    hub.fail(f"GET /api/models/{USER}/gated", Status(403, {"X-Error-Code": "GatedRepo"}))
+    flags = {"train_data_dir": "/", "resolution": 16, **STEPS}
+    runs = [[*command("train_unet.py", tmp_path / "out", autoencoder=name, **flags), *more] for name, *more in wanted]
+    for what, (status, text) in zip(wanted.values(), run_each(hub, tmp_path / "home", runs), strict=True):
         said = [line for line in text.strip().splitlines() if line and not line.startswith(("Fetching", "No files"))]
-        assert what in text and len(said) == 1, text
-        assert not (tmp_path / name.replace("/", "-") / "out").exists()
-    text = ask(hub, tmp_path / "r", f"{USER}/vae", "--autoencoder_revision", "nowhere")
-    assert "it has no revision nowhere" in text
-    text = ask(hub, tmp_path / "o", f"{USER}/vae", HF_HUB_OFFLINE="1")
-    assert "the Hub cannot be reached, and its files are not in the Hub's cache" in text
-    hub.fail("GET /api/models", Status(403, {"X-Error-Code": "GatedRepo"}))
-    text = ask(hub, tmp_path / "g", f"{USER}/vae")
-    assert f"it is gated. Accept its conditions at huggingface.co/{USER}/vae" in text
+        assert what in text and len(said) == 1 and status == 2, text
+    assert not (tmp_path / "out").exists()
 
 
 # -------------------------------------------------------------------------------------------------- refusals, dtypes

@@ -233,6 +233,7 @@ def test_benchmark_checkpoint(photos, tmp_path):
     assert len(result["seconds"]) == 1 and result["seconds_to_verify_and_load"] > 0
 
 
+@pytest.mark.long
 def test_benchmark_processes(photos, small_autoencoder, tmp_path, monkeypatch):
     """With scripts that are run plainly, whatever number of processes they are asked for."""
     spec = importlib.util.spec_from_file_location("benchmark_processes", ROOT / "benchmarks" / "benchmark_processes.py")
@@ -286,6 +287,7 @@ def test_a_process_that_is_timed_has_as_many_cores_as_threads(tmp_path):
     assert (tmp_path / "cores").read_text() == str({min(before)}) and os.sched_getaffinity(0) == before
 
 
+@pytest.mark.long
 def test_fuzz_images(tmp_path):
     script("fuzz_images.py", "--files", 150, "--seed", 1, "--json", tmp_path / "f.json")
     result = json.loads((tmp_path / "f.json").read_text())
