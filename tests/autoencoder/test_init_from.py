@@ -133,8 +133,12 @@ def test_the_decoder_alone(kind, photos, tmp_path):
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     assert torch.equal(latents_of(tuned, images), latents_of(base, images))
     assert tuned.config.scaling_factor == base.config.scaling_factor
+    trained = checkpoint_tensors(tmp_path / "a", "autoencoder", 40)  # the decoder was trained on these latents
+    frozen = {name: value for name, value in base.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+    assert frozen and all(torch.equal(trained[f"model/{name}"], value) for name, value in frozen.items())
     if kind == "VQModel":
         assert torch.equal(tuned.quantize.embedding.weight, base.quantize.embedding.weight)
+        assert torch.equal(trained["model/quantizer.codebook"], base.quantize.embedding.weight)
     psnr = [
         record["validation_psnr"]
         for record in read_metrics(tmp_path / "a" / "metrics.jsonl")
@@ -161,7 +165,7 @@ def test_a_whole_autoencoder_goes_on_in_one_and_two_processes(photos, tmp_path):
     assert "the codes, encoder and decoder are taken" in text
     launch("train_autoencoder.py", tmp_path / "b", processes=2, **flags, train_batch_size=4)
     one, two = (checkpoint_tensors(tmp_path / run, "autoencoder", 8) for run in "ab")
-    assert all(torch.allclose(one[key], two[key], atol=1e-4) for key in one if key.startswith("model."))
+    assert all(torch.allclose(one[key], two[key], atol=1e-4) for key in one if key.startswith("model/"))
     saved = (tmp_path / "a" / "train_autoencoder.yaml").read_text()
     assert "init_from" in saved and "num_vq_embeddings: 16" in saved
 

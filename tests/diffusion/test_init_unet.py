@@ -138,6 +138,8 @@ def test_a_run_goes_on_from_a_pipeline(published, photos, tmp_path):
     made = [pipe(class_labels=["cats", "dogs"], num_inference_steps=3, output_type="np",
                  generator=torch.Generator().manual_seed(0)).images for pipe in (old, new)]  # fmt: skip
     assert np.abs(made[0] - made[1]).max() < 1e-3
+    same = (old.vqvae.quant_conv.bias, new.vqvae.quant_conv.bias)  # normalized as before, and not by these images
+    assert torch.equal(*same)
     launch("train_unet.py", tmp_path / "a", **{**flags, "max_train_steps": 8}, learning_rate=1e-9)
     assert sorted(losses(tmp_path / "a", "unet")) == [1, 2, 3, 4, 5, 6, 7, 8]
     larger = launch("train_unet.py", tmp_path / "b", **{**flags, "resolution": 32, "conditions": "[]"})
