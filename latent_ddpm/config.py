@@ -542,7 +542,7 @@ class UNetConfig(RunConfig):
     """encode images in overlapping tiles, which needs less memory for large ones."""
     latent_normalization: Literal["overall", "channel", "keep"] | None = None
     """what latents are divided by: one standard deviation, that of each channel, or the autoencoder's own scale; unset
-    is keep with init_unet, overall for autoencoders of train_autoencoder.py and those with codes, else channel."""
+    is keep with init_unet's own, overall for those of train_autoencoder.py and those with codes, else channel."""
     latents_dir: str | None = None
     """folder of the latent cache; unset uses `<output_dir>/latents`."""
 

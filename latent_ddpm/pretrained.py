@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from latent_ddpm.errors import UserError
 
@@ -59,6 +60,21 @@ def hash_folder(folder: Path, patterns: Sequence[str] = ("*",)) -> str:
             with path.open("rb") as file:
                 digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def load_whole(kind: Any, folder: Path) -> Any:
+    """The model of a class of diffusers in a folder, if config.json and weights belong together.
+
+    Raises:
+        ValueError: weights are missing, or some are left over. Other errors come from diffusers.
+    """
+    model, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    missing, left = found["missing_keys"], found["unexpected_keys"]
+    if missing:
+        raise ValueError(f"its weights lack {len(missing)} of those that config.json asks for, such as {min(missing)}")
+    if left:
+        raise ValueError(f"it has {len(left)} weights that config.json does not ask for, such as {min(left)}")
+    return model
 
 
 def pickles_in(names: Sequence[str]) -> list[str]:

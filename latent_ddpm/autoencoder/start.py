@@ -109,6 +109,9 @@ def with_architecture(config: AutoencoderConfig, start: Start) -> AutoencoderCon
     else:
         keys["num_vq_embeddings"] = shape.num_vq_embeddings
     made = changed(config, **keys)
+    replaced = [f"{key} {value}" for key, value in keys.items() if value != getattr(config, key)]
+    note = f"init_from sets {', '.join(replaced)}" if replaced else ""
+    made.source_note = "; ".join(filter(None, [config.source_note, note]))  # said when the log begins
     made.given_keys = made.given_keys | frozenset(keys)
     made.validate()
     return made

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, ModelMixin, VQModel
 from latent_ddpm.autoencoder.vqvae import Autoencoder
 from latent_ddpm.config import AutoencoderConfig, UNetConfig
 from latent_ddpm.errors import UserError
-from latent_ddpm.pretrained import FILES, commit_of, find_model, hash_folder, only_pickles, pickles_in
+from latent_ddpm.pretrained import FILES, commit_of, find_model, hash_folder, load_whole, only_pickles, pickles_in
 from pipeline_latent_ddpm import (
     AUTOENCODERS,
     downsampling_of,
@@ -136,7 +136,7 @@ def load_autoencoder(folder: Path, name: str | None = None) -> StockAutoencoder:
         raise UserError(f"{name or folder} {only_pickles(found)}")
     try:
         kind = _class_in(folder)
-        autoencoder = kind.from_pretrained(folder, use_safetensors=True)
+        autoencoder = load_whole(kind, folder)
     except Exception as error:  # diffusers, safetensors and the class itself raise unrelated ones
         reason = " ".join(str(error).split())[:400]
         raise UserError(f"{name or folder} is not an autoencoder that can be loaded: {reason}") from error

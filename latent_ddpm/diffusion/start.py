@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from latent_ddpm.config import UNetConfig, changed
 from latent_ddpm.diffusion.unet import StockUNet
 from latent_ddpm.errors import UserError
-from latent_ddpm.pretrained import commit_of, find_model
+from latent_ddpm.pretrained import commit_of, find_model, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_unet_start(config: UNetConfig) -> UNetStart | None:
         found = f"holds the class {kind}" if kind else "holds no config.json of a model"
         raise UserError(f"init_unet {name}: {folder} {found}; a {' or '.join(CLASSES)} is needed.")
     try:
-        unet = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True).float()
+        unet = load_whole(getattr(diffusers, kind), folder).float()
     except Exception as error:  # diffusers, safetensors and the class itself raise unrelated ones
         reason = " ".join(str(error).split())[:400]
         raise UserError(f"init_unet {name} cannot be loaded: {reason}") from error
@@ -106,7 +106,8 @@ def _schedule(saved: dict[str, Any], name: str) -> dict[str, Any]:
 def with_unet_of(config: UNetConfig, start: UNetStart) -> UNetConfig:
     """The config with the sizes and the noise schedule of the pretrained U-Net.
 
-    Without an autoencoder of its own, the run takes that of the U-Net's pipeline. Latents then keep its normalization.
+    Without an autoencoder of its own, the run takes that of the U-Net's pipeline. Latents then keep its normalization;
+    those of a given autoencoder are normalized by the training set.
     """
     shape = start.unet.config
     levels = range(len(shape.block_out_channels))
@@ -124,8 +125,9 @@ def with_unet_of(config: UNetConfig, start: UNetStart) -> UNetConfig:
         local = commit_of(start.folder) is None
         keys["autoencoder"] = str(start.folder) if local else config.init_unet
         keys["autoencoder_revision"] = None if local else config.init_unet_revision
-    if config.latent_normalization is None:
-        keys["latent_normalization"] = "keep"
+        # the scale of another autoencoder says nothing about the latents that this U-Net was trained on
+        if config.latent_normalization is None:
+            keys["latent_normalization"] = "keep"
     made = changed(config, **keys)
     made.given_keys = made.given_keys | frozenset(keys)
     try:

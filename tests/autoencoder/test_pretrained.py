@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import command, environment, finished_script, launch, losses
 from hub_server import USER, HubServer, Repo, Status
+from safetensors.torch import save_file
 from small_autoencoders import FOLDS, SMALL, small_autoencoder
 
 from latent_ddpm.autoencoder.scaling import fold_normalization, overall_std
@@ -338,6 +339,18 @@ def test_folders(tmp_path):
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(UserError, match=r"only as a pickle \(diffusion_pytorch_model.bin\)"):
         load_autoencoder(tmp_path / "run" / "autoencoder")
+
+
+def test_weights_and_config_belong_together(tmp_path):
+    autoencoder = small_autoencoder("kl")
+    autoencoder.save_pretrained(tmp_path)
+    path, weights = tmp_path / "diffusion_pytorch_model.safetensors", autoencoder.state_dict()
+    save_file({name: value for name, value in weights.items() if "mid_block" not in name}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="lack 52 of those that config.json asks for, such as decoder.mid_block"):
+        load_autoencoder(tmp_path)
+    save_file({**weights, "decoder.more": torch.ones(1)}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="1 weights that config.json does not ask for, such as decoder.more"):
+        load_autoencoder(tmp_path)
 
 
 def test_an_rae_has_one_resolution(tmp_path):

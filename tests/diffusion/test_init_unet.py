@@ -42,6 +42,8 @@ def test_sizes_schedule_and_autoencoder_come_with_it(published, tmp_path):
     assert config.unet_block_out_channels == [16, 32] and config.unet_attention_levels == [1]
     assert config.beta_schedule == "linear" and config.noise_shift == pytest.approx(1.5, abs=2e-3)
     assert config.latent_normalization == "keep" and config.autoencoder == str(published / "pipeline")
+    given, _ = config_for(published, tmp_path, autoencoder="vae")  # whose scale is of other latents
+    assert given.latent_normalization is None and given.autoencoder == "vae"
     assert sorted(start.class_names) == ["cats", "dogs"]
     saved = DDPMScheduler.from_pretrained(published / "pipeline", subfolder="scheduler")
     assert torch.allclose(noise_table(config), saved.alphas_cumprod, atol=2e-3)
