@@ -36,7 +36,11 @@ def find_model(
         folder = Path(name)
         if folder.is_file():
             raise UserError(f"{key} {name} is a file. Give the folder that holds it and its config.json.")
-        return _inside(folder, parts, subfolder) if folder.is_dir() else folder
+        if not folder.is_dir():
+            raise UserError(f"{key} {name} is neither a folder here nor an id of the Hub, OWNER/NAME.")
+        if subfolder is not None and not (folder / subfolder).is_dir():
+            raise UserError(f"{key} {name} has no folder {subfolder}.")
+        return _inside(folder, parts, subfolder)
     return _from_hub(name, key, parts, subfolder, revision)
 
 

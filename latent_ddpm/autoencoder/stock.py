@@ -21,7 +21,7 @@ from pipeline_latent_ddpm import (
 )
 
 StockAutoencoder = ModelMixin  # of a class in AUTOENCODERS
-PARTS = ("vae", "vqvae", "vqgan", "movq", "autoencoder")  # what pipelines call it, and a run of ours
+PARTS = ("vae", "vqvae", "vqgan", "movq", "autoencoder", "pipeline/vqvae")  # in pipelines, and in a run of ours
 SIGNED = "_image_range"  # key of the config of an AutoencoderRAE that takes images in [-1, 1]
 
 

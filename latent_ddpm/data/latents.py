@@ -498,7 +498,7 @@ def encoder_of(autoencoder: StockAutoencoder, config: UNetConfig) -> Callable[[t
     if config.autoencoder_tiling:
         try:
             encoder.enable_tiling()
-        except (AttributeError, NotImplementedError) as error:
+        except (AttributeError, NotImplementedError) as error:  # what diffusers raises for a class without it
             raise UserError(f"autoencoder_tiling: {type(encoder).__name__} has none. Set it to false.") from error
 
     return lambda images: latents_of(encoder, images.to(dtype)).float()

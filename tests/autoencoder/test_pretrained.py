@@ -333,6 +333,10 @@ def test_folders(tmp_path):
     assert find_model(str(tmp_path / "run"), "autoencoder", parts) == tmp_path / "run" / "autoencoder"
     assert find_model(str(tmp_path / "run" / "pipeline"), "autoencoder", parts).name == "vqvae"
     assert find_model(str(tmp_path / "run"), "autoencoder", parts, subfolder="pipeline/vqvae").name == "vqvae"
+    with pytest.raises(UserError, match="autoencoder /absent/folder is neither a folder here nor an id of the Hub"):
+        find_model("/absent/folder", "autoencoder", parts)
+    with pytest.raises(UserError, match="has no folder vea"):
+        find_model(str(tmp_path / "run"), "autoencoder", parts, subfolder="vea")
     file = tmp_path / "run" / "autoencoder" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(UserError, match="is a file. Give the folder that holds it"):
         find_model(str(file), "autoencoder", parts)
